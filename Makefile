@@ -1,0 +1,54 @@
+# Everything runs from a fresh clone: each target first creates .venv and installs what constraints.txt pins.
+SHELL := /bin/bash
+PROFILE ?= cpu
+VENV ?= .venv
+# The first interpreter that is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Threads that spin while they wait cost more than they save on few cores; it must be set before torch is imported.
+export OMP_WAIT_POLICY := PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce test lint lab nb-refresh report clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv and install the pinned packages (2 to 3 minutes, once)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: Python >= 3.11 is needed; name one with make PYTHON=/path/to/python" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+	  || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ltx2]'
+	@touch $@
+
+reproduce: $(STAMP) ## run the series and write its report; PROFILE=smoke|cpu|full|gpu (default cpu)
+	$(BIN)/python -m omniforcing_lib reproduce --profile $(PROFILE) $(ARGS)
+
+test: lint ## lint, tests, stored outputs, metrics, then the series with another seed
+	$(BIN)/python -m pytest -q tests notebooks --nbval-lax --nbval-current-env \
+	  --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 240
+	$(BIN)/python -m omniforcing_lib compare reports/metrics/smoke reports/runs/interactive/metrics
+	out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	  $(BIN)/python -m omniforcing_lib reproduce --profile smoke -p seed=7 --out "$$out/run"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+nb-refresh: $(STAMP) ## run the notebooks in fresh kernels (smoke) and store their outputs
+	$(BIN)/python -m omniforcing_lib refresh
+
+report: $(STAMP) ## rebuild reports/REPORT.md from the committed metrics
+	$(BIN)/python -m omniforcing_lib report
+
+clean: ## remove caches and run folders; .venv stays
+	rm -rf reports/runs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -print0 | xargs -0 rm -rf

@@ -1,0 +1,26 @@
+"""pytest set-up for the tests and, through nbval, for the stored notebooks."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+
+# What a reader may see change from run to run: bars on stderr, players and tables in HTML.
+NOT_COMPARED = ("stderr", "text/html", "text/markdown")
+
+
+def pytest_collectstart(collector):
+    if hasattr(collector, "skip_compare"):
+        collector.skip_compare = (*collector.skip_compare, *NOT_COMPARED)
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,111 @@
+"""How much work a run does: one frozen record for each profile, and nothing else to choose but the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Say how long, how many and how often for every notebook.
+
+    Attributes:
+        name: smoke, cpu, full or gpu.
+        seconds: length of an ordinary clip.
+        clips: clips that a measure is averaged over.
+        teacher_steps: Euler steps of the guided teacher.
+        train_from_scratch: remake the shipped checkpoints instead of loading them.
+        codec_steps: optimiser steps of the codec when it is remade.
+        pretrain_steps: optimiser steps of the teacher when it is remade.
+        ode_pairs: teacher trajectories that Stage 2 regresses on.
+        stage2_steps: optimiser steps of causal ODE regression.
+        stage3_steps: generator steps of self-forcing DMD.
+        sink_counts: sink numbers that notebook 03 compares.
+        sink_steps: training steps of each of those variants.
+        long_seconds: length of the long roll-out whose drift is measured.
+        bench_seconds: length of the stream that notebook 05 times.
+        seeds: training seeds of a comparison.
+    """
+
+    name: str
+    seconds: int
+    clips: int
+    teacher_steps: int
+    train_from_scratch: bool
+    codec_steps: int
+    pretrain_steps: int
+    ode_pairs: int
+    stage2_steps: int
+    stage3_steps: int
+    sink_counts: tuple[int, ...]
+    sink_steps: int
+    long_seconds: int
+    bench_seconds: int
+    seeds: int
+
+    def override(self, changes: Mapping[str, object]) -> Profile:
+        """Replace fields by name; a None keeps the profile's own value."""
+        kept = {name: value for name, value in changes.items() if value is not None}
+        if unknown := sorted(set(kept) - {field.name for field in fields(self)}):
+            known = ", ".join(field.name for field in fields(self))
+            raise ValueError(f"profile {self.name!r} has no field {', '.join(unknown)}; it has {known}")
+        return replace(self, **kept)
+
+
+SMOKE = Profile(
+    name="smoke",
+    seconds=5,
+    clips=2,
+    teacher_steps=10,
+    train_from_scratch=False,
+    codec_steps=10,
+    pretrain_steps=10,
+    ode_pairs=2,
+    stage2_steps=4,
+    stage3_steps=2,
+    sink_counts=(0, 16),
+    sink_steps=4,
+    long_seconds=8,
+    bench_seconds=8,
+    seeds=1,
+)
+CPU = replace(
+    SMOKE,
+    name="cpu",
+    clips=16,
+    teacher_steps=40,
+    ode_pairs=64,
+    stage2_steps=150,
+    stage3_steps=40,
+    sink_counts=(0, 1, 2, 4, 8, 16, 24),
+    sink_steps=40,
+    long_seconds=60,
+    bench_seconds=60,
+    seeds=2,
+)
+FULL = replace(
+    CPU,
+    name="full",
+    clips=64,
+    train_from_scratch=True,
+    codec_steps=4000,
+    pretrain_steps=6000,
+    ode_pairs=512,
+    stage2_steps=1500,
+    stage3_steps=600,
+    sink_steps=300,
+    long_seconds=180,
+    bench_seconds=180,
+    seeds=3,
+)
+GPU = replace(CPU, name="gpu", clips=32, bench_seconds=120)
+
+PROFILES = {profile.name: profile for profile in (SMOKE, CPU, FULL, GPU)}
+
+
+def from_name(name: str) -> Profile:
+    """Return the profile of that name; raise ValueError that lists the names otherwise."""
+    if name not in PROFILES:
+        raise ValueError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]

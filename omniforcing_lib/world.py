@@ -1,0 +1,286 @@
+"""Bounce: an audio-visual world whose truth is known exactly (design 7).
+
+A coloured ball moves at constant speed in a 64x64 box and reflects on the walls; each impact sounds a
+decaying tone whose pitch tells the wall and whose timbre comes from the prompt. Position is a triangle wave, so
+impact times are closed form at any moment, an hour in as at the start, before zero as after. Every partial lies
+on an equally tempered grid, so a bank of 62 oscillators can render every sound of this world.
+
+Shapes: `B` scenes, `F` frames, `N` samples, `J` impacts of a scene.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from omniforcing_lib.layout import AV, Clock
+
+Device = torch.device | str
+CLOCK = Clock()
+SIZE = 64
+RADIUS = 7.0
+BORDER = 1.0
+LOW, HIGH = BORDER + RADIUS, SIZE - BORDER - RADIUS
+SPAN = HIGH - LOW
+SPEED = (55.0, 65.0)
+STEEPEST = math.radians(20.0)
+BACKGROUND = (14, 14, 20)
+FRAME = (48, 48, 58)
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (235, 45, 45),
+    "green": (45, 205, 70),
+    "blue": (60, 90, 245),
+    "yellow": (240, 210, 40),
+    "magenta": (220, 60, 220),
+    "cyan": (40, 210, 220),
+}
+WALLS = ("left", "right", "top", "bottom")
+BANK_HZ = 220.0 * 2.0 ** (np.arange(62) / 12)
+# No partial of any wall comes closer than 114 Hz to another wall's fundamental: 20 ms of sound tell the wall.
+WALL_NOTES = {"left": 10, "right": 15, "top": 19, "bottom": 25}
+ATTACK_S = 0.0025
+# Two walls at once over the tails of all earlier tones stay below 1.
+LEVEL = 0.4
+
+
+class Timbre(NamedTuple):
+    """Describe a tone by its partials: semitones above the fundamental, share of the peak, time constant."""
+
+    semitones: tuple[int, ...]
+    shares: tuple[float, ...]
+    decays_s: tuple[float, ...]
+
+    @property
+    def tail_s(self) -> float:
+        """Length after which a tone is cut: 8 time constants, 70 dB below its start."""
+        return 8 * max(self.decays_s)
+
+
+TIMBRES: dict[str, Timbre] = {
+    "bell": Timbre((0, 12, 19, 24), (0.50, 0.25, 0.15, 0.10), (0.40, 0.30, 0.22, 0.15)),
+    "wood": Timbre((0, 24), (0.75, 0.25), (0.06, 0.03)),
+    "pluck": Timbre(
+        (0, 12, 19, 24, 28, 31), (0.32, 0.24, 0.16, 0.12, 0.09, 0.07), (0.18, 0.15, 0.12, 0.10, 0.08, 0.07)
+    ),
+}
+_PROMPT = re.compile(r"(?:a )?([a-z]+) ball ?, ?([a-z]+)\.?")
+
+
+class Impact(NamedTuple):
+    """Say when the ball meets which wall."""
+
+    time_s: float
+    wall: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Fix everything that happens, at any time: the prompt and the ball's motion at time zero.
+
+    Attributes:
+        prompt: a prompt of the grammar, see `prompts`.
+        position: x, y of the centre at time zero, in pixels.
+        velocity: x, y in pixels a second.
+    """
+
+    prompt: str
+    position: tuple[float, float]
+    velocity: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        parse(self.prompt)
+        if not all(LOW <= p <= HIGH for p in self.position) or not all(self.velocity):
+            raise ValueError(
+                f"a ball starts within [{LOW}, {HIGH}] and moves along both axes, "
+                f"found position {self.position}, velocity {self.velocity}"
+            )
+
+    @property
+    def colour(self) -> str:
+        """Colour word of the prompt."""
+        return parse(self.prompt)[0]
+
+    @property
+    def timbre(self) -> str:
+        """Timbre word of the prompt."""
+        return parse(self.prompt)[1]
+
+
+def prompts() -> list[str]:
+    """List the 18 prompts of the grammar (design 7)."""
+    return [f"a {colour} ball, {timbre}" for colour in COLOURS for timbre in TIMBRES]
+
+
+def parse(prompt: str) -> tuple[str, str]:
+    """Read colour and timbre from a prompt; case and spaces do not matter.
+
+    Raises ValueError with the valid words when the prompt is outside the grammar.
+    """
+    match = _PROMPT.fullmatch(" ".join(prompt.lower().split()))
+    if match and match[1] in COLOURS and match[2] in TIMBRES:
+        return match[1], match[2]
+    raise ValueError(
+        f"a prompt reads 'a COLOUR ball, TIMBRE' with COLOUR one of {', '.join(COLOURS)} "
+        f"and TIMBRE one of {', '.join(TIMBRES)}; found {prompt!r}"
+    )
+
+
+def scene(seed: int, prompt: str | None = None) -> Scene:
+    """Draw a scene; the same seed moves alike under every prompt.
+
+    Start and quadrant are uniform; the direction keeps 20 degrees off the axes, so that both pairs of walls
+    sound.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = prompts()[rng.integers(len(COLOURS) * len(TIMBRES))]
+    x, y = rng.uniform(LOW, HIGH, 2)
+    angle = rng.uniform(STEEPEST, math.pi / 2 - STEEPEST) + rng.integers(4) * math.pi / 2
+    speed = rng.uniform(*SPEED)
+    velocity = (float(speed * math.cos(angle)), float(speed * math.sin(angle)))
+    return Scene(drawn if prompt is None else prompt, (float(x), float(y)), velocity)
+
+
+def positions(scene: Scene, times_s: np.ndarray) -> np.ndarray:
+    """Locate the centre at any times.
+
+    Shapes: times [T] seconds -> [T, 2] pixels, x then y.
+    """
+    run = np.asarray(scene.position) - LOW + np.multiply.outer(times_s, scene.velocity)
+    return LOW + SPAN - np.abs(np.mod(run, 2 * SPAN) - SPAN)
+
+
+def impacts(scene: Scene, start_s: float, end_s: float) -> list[Impact]:
+    """List the impacts with start <= time < end in order of time, in closed form."""
+    found = [
+        hit
+        for axis, walls in enumerate((WALLS[:2], WALLS[2:]))
+        for hit in _axis_impacts(scene.position[axis] - LOW, scene.velocity[axis], walls, start_s, end_s)
+    ]
+    return sorted(hit for hit in found if start_s <= hit.time_s < end_s)
+
+
+def _axis_impacts(run: float, speed: float, walls: Sequence[str], start: float, end: float) -> list[Impact]:
+    """Find where the unfolded coordinate passes a multiple of the span: even multiples are the low wall."""
+    ends = sorted((run + speed * start, run + speed * end))
+    crossed = range(math.floor(ends[0] / SPAN), math.ceil(ends[1] / SPAN) + 1)
+    return [Impact((m * SPAN - run) / speed, walls[m % 2]) for m in crossed]
+
+
+def tone(timbre: str, note: int, ages_s: np.ndarray) -> np.ndarray:
+    """Sound one impact: a sum of decaying tempered partials after a linear attack.
+
+    Shapes: ages [T] seconds since the impact, >= 0 -> [T] float64.
+    """
+    wave = np.zeros_like(ages_s)
+    for up, share, decay in zip(*TIMBRES[timbre], strict=True):
+        wave += share * np.exp(-ages_s / decay) * np.sin(2 * np.pi * BANK_HZ[note + up] * ages_s)
+    return LEVEL * np.minimum(ages_s / ATTACK_S, 1.0) * wave
+
+
+def render(
+    scene: Scene, latents: AV[range] | None = None, *, seconds: int = 5, clock: Clock = CLOCK
+) -> AV[np.ndarray]:
+    """Render the frames and samples of a range of latents, or of a whole clip.
+
+    Every value depends on its own time only: rendering [a, b) then [b, c) equals [a, c) to the bit.
+    Shapes: AV(uint8 [F, 64, 64, 3], float32 [N] in [-1, 1]).
+    """
+    spans = clock.latents(seconds).map(range) if latents is None else latents
+    sound = _sound(scene, clock.samples(spans.audio), clock.sample_rate)
+    return AV(_frames(scene, clock.frames(spans.video), clock.fps), sound)
+
+
+def _frames(scene: Scene, span: range, fps: int) -> np.ndarray:
+    centres = positions(scene, np.asarray(span, dtype=float) / fps)
+    pixel = np.arange(SIZE) + 0.5
+    across, down = (pixel - rearrange(c, "f -> f 1") for c in centres.T)
+    distance = np.sqrt(rearrange(across, "f w -> f 1 w") ** 2 + rearrange(down, "f h -> f h 1") ** 2)
+    cover = rearrange(np.clip(RADIUS + 0.5 - distance, 0.0, 1.0), "f h w -> f h w 1")
+    box = _box()
+    return np.rint(box + cover * (np.array(COLOURS[scene.colour], dtype=float) - box)).astype(np.uint8)
+
+
+def _box() -> np.ndarray:
+    """Draw the empty box: float64 [64, 64, 3] in [0, 255]."""
+    box = np.empty((SIZE, SIZE, 3))
+    box[:] = FRAME
+    edge = int(BORDER)
+    box[edge:-edge, edge:-edge] = BACKGROUND
+    return box
+
+
+def _sound(scene: Scene, span: range, rate: int) -> np.ndarray:
+    """Add the tones up in order of time, each computed whole, so that where a clip is cut changes no bit."""
+    tail = TIMBRES[scene.timbre].tail_s
+    out = np.zeros(len(span))
+    for time_s, wall in impacts(scene, span.start / rate - tail, span.stop / rate):
+        first = math.ceil(time_s * rate)
+        grid = np.arange(first, first + round(tail * rate))
+        wave = tone(scene.timbre, WALL_NOTES[wall], grid / rate - time_s)
+        a, b = max(first, span.start), min(first + len(wave), span.stop)
+        out[max(a - span.start, 0) : max(b - span.start, 0)] += wave[a - first : max(b - first, a - first)]
+    return out.astype(np.float32)
+
+
+def render_batch(
+    scenes: Sequence[Scene], seconds: int, device: Device = "cpu", *, clock: Clock = CLOCK
+) -> AV[torch.Tensor]:
+    """Render whole clips of many scenes at once on a CPU or a CUDA device, for training.
+
+    Shapes: AV(float32 [B, F, 64, 64, 3], float32 [B, N]), both in [-1, 1].
+    """
+    spans = clock.latents(seconds).map(range)
+    frames, samples = len(clock.frames(spans.video)), len(clock.samples(spans.audio))
+    audio = torch.zeros(len(scenes), samples, device=device)
+    for name in TIMBRES:
+        rows = [b for b, s in enumerate(scenes) if s.timbre == name]
+        if rows:
+            group = _sound_batch([scenes[b] for b in rows], samples, clock.sample_rate, device)
+            audio[torch.tensor(rows, device=device)] = group
+    return AV(_frames_batch(scenes, frames, clock.fps, device), audio)
+
+
+def _frames_batch(scenes: Sequence[Scene], frames: int, fps: int, device: Device) -> torch.Tensor:
+    centres = np.stack([positions(s, np.arange(frames) / fps) for s in scenes])
+    pixel = torch.arange(SIZE, device=device) + 0.5
+    across, down = pixel - rearrange(torch.tensor(centres).float().to(device), "b f xy -> xy b f 1")
+    distance = torch.hypot(rearrange(across, "b f w -> b f 1 w"), rearrange(down, "b f h -> b f h 1"))
+    cover = rearrange((RADIUS + 0.5 - distance).clamp_(0.0, 1.0), "b f h w -> b f h w 1")
+    box = torch.tensor(_box() / 127.5 - 1, dtype=torch.float32, device=device)
+    ball = torch.tensor([COLOURS[s.colour] for s in scenes], dtype=torch.float32, device=device) / 127.5 - 1
+    return torch.lerp(box, rearrange(ball, "b c -> b 1 1 1 c"), cover)
+
+
+def _sound_batch(scenes: Sequence[Scene], samples: int, rate: int, device: Device) -> torch.Tensor:
+    """Add the j-th tone of every scene at once; all scenes share a timbre, so all tones share a length."""
+    timbre = TIMBRES[scenes[0].timbre]
+    length = round(timbre.tail_s * rate)
+    hits = [impacts(s, -timbre.tail_s, samples / rate) for s in scenes]
+    # A scene with fewer impacts is padded with one that ends where the clip begins.
+    most = max(map(len, hits))
+    padded = [h + [Impact(-length / rate, WALLS[0])] * (most - len(h)) for h in hits]
+    times = torch.tensor([[hit.time_s for hit in h] for h in padded], dtype=torch.float64, device=device)
+    notes = torch.tensor([[WALL_NOTES[hit.wall] for hit in h] for h in padded], device=device)
+    buffer = torch.zeros(len(scenes), samples + 2 * length, device=device)
+    hertz = torch.tensor(BANK_HZ, device=device)[notes]
+    rows, steps = torch.arange(len(scenes), device=device)[:, None], torch.arange(length, device=device)
+    for time, pitch in zip(times.T[:, :, None], hertz.T[:, :, None], strict=True):
+        grid = torch.ceil(time * rate).long() + steps
+        buffer[rows, grid + length] += _tone_batch(timbre, pitch, grid.double() / rate - time)
+    return buffer[:, length : length + samples]
+
+
+def _tone_batch(timbre: Timbre, pitch: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
+    age, wave = ages.float(), torch.zeros_like(ages, dtype=torch.float32)
+    for up, share, decay in zip(*timbre, strict=True):
+        # The phase is reduced in float64: float32 loses a thousandth of a cycle within a second.
+        phase = torch.frac(pitch * 2.0 ** (up / 12) * ages).float()
+        wave += share * torch.exp(-age / decay) * torch.sin(2 * math.pi * phase)
+    return LEVEL * (age / ATTACK_S).clamp(max=1.0) * wave

@@ -101,12 +101,15 @@ class Clock:
 
     def midpoints(self, latents: AV[range]) -> AV[list[float]]:
         """Middle of each latent in seconds: the temporal RoPE position (spec 1.8)."""
+        return self.bounds(latents).map(
+            lambda steps, rate: [(a + b) / 2 / rate for a, b in steps], AV(self.fps, self.mel_rate)
+        )
 
-        def mid(span: range, stride: int, rate: int) -> list[float]:
-            return [(_grow_edge(i, stride) + _grow_edge(i + 1, stride)) / 2 / rate for i in span]
-
-        return AV(
-            mid(latents.video, self.video_stride, self.fps), mid(latents.audio, self.audio_stride, self.mel_rate)
+    def bounds(self, latents: AV[range]) -> AV[list[tuple[int, int]]]:
+        """First and last + 1 pixel frame (video) and mel frame (audio) of each latent."""
+        return latents.map(
+            lambda span, stride: [(_grow_edge(i, stride), _grow_edge(i + 1, stride)) for i in span],
+            AV(self.video_stride, self.audio_stride),
         )
 
 
@@ -129,9 +132,9 @@ class BlockLayout:
         sinks: learnable audio tokens in front of the audio stream; they belong to block 0.
     """
 
-    first: AV[int] = AV(1, 1)
-    step: AV[int] = AV(3, 25)
-    sinks: int = 16
+    first: AV[int]
+    step: AV[int]
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "first", AV(*self.first))
@@ -180,6 +183,14 @@ class BlockLayout:
                 f"{latents.video} video latents go with {expected} audio latents in layout "
                 f"first={tuple(self.first)} step={tuple(self.step)}, found {latents.audio}"
             )
+
+    def tokens(self, video_latents: int, tokens_per_frame: int) -> AV[tuple[range, ...]]:
+        """Tokens of each block of a clip; sinks are the first tokens of audio block 0."""
+        blocks = self.blocks(video_latents)
+        return AV(
+            tuple(range(v.start * tokens_per_frame, v.stop * tokens_per_frame) for v, _ in blocks),
+            tuple(range(a.start + self.sinks * (k > 0), a.stop + self.sinks) for k, (_, a) in enumerate(blocks)),
+        )
 
     def block_index(self, video_latents: int) -> AV[list[int]]:
         """Block number of every latent of a clip, for each stream; per-block values are spread with this."""

@@ -1,0 +1,147 @@
+"""Attention of LTX-2: project, norm over all heads, rotate, attend over what is visible, gate, project (spec 1.6).
+
+Shapes: B batch, H heads, T queries, L keys, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from omniforcing_lib.masks import Visibility
+from omniforcing_lib.rope import Rotation, rotate
+
+
+class Slot(Protocol):
+    """What an attention needs of a cache: put this call's keys and values, get all that is visible."""
+
+    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Store what `project` gives, or reuse what is stored; return the keys and values to attend to."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None = None) -> Tensor:
+    """Attend over all keys, or over the visible ones.
+
+    Shapes: q [B, H, T, D], k and v [B, H, L, D] to [B, H, T, D].
+    """
+    if visibility is None:
+        return scaled_dot_product_attention(q, k, v)
+    if q.shape[2] != visibility.rows or k.shape[2] != visibility.columns:
+        raise ValueError(
+            f"the mask is {visibility.rows} x {visibility.columns} (queries x keys), "
+            f"found {q.shape[2]} queries and {k.shape[2]} keys"
+        )
+    return _ATTEND[visibility.rendering](q, k, v, visibility)
+
+
+def _sliced(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
+    """One call a block over its visible keys: no dense mask, the flash kernel stays usable."""
+    outputs = []
+    for rows, columns in visibility.runs:
+        keys, values = (_take(x, columns) for x in (k, v))
+        outputs.append(scaled_dot_product_attention(q[:, :, rows.start : rows.stop], keys, values))
+    return torch.cat(outputs, dim=2)
+
+
+def _take(x: Tensor, spans: tuple[range, ...]) -> Tensor:
+    parts = [x[:, :, s.start : s.stop] for s in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=visibility.dense.to(q.device))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v, block_mask=visibility.block_mask(q.device))
+
+
+_ATTEND = {"sliced": _sliced, "dense": _dense, "flex": _flex}
+
+
+class Attention(nn.Module):
+    """Multi-head attention with LTX-2's parameter names.
+
+    Args:
+        query_dim: width of the queries' stream.
+        context_dim: width of the keys' stream.
+        heads: number of heads H.
+        dim_head: head dim D.
+        eps: epsilon of the RMS norms.
+        rope_type: `split` or `interleaved`.
+        gated: per-head output gate of LTX-2.3.
+    """
+
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int,
+        heads: int,
+        dim_head: int,
+        *,
+        eps: float,
+        rope_type: str,
+        gated: bool = False,
+    ) -> None:
+        super().__init__()
+        inner = heads * dim_head
+        self.heads, self.rope_type = heads, rope_type
+        self.to_q = nn.Linear(query_dim, inner)
+        self.to_k = nn.Linear(context_dim, inner)
+        self.to_v = nn.Linear(context_dim, inner)
+        self.q_norm = nn.RMSNorm(inner, eps=eps)
+        self.k_norm = nn.RMSNorm(inner, eps=eps)
+        self.to_gate_logits = nn.Linear(query_dim, heads) if gated else None
+        self.to_out = nn.ModuleList([nn.Linear(inner, query_dim)])
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        rotations: tuple[Rotation, Rotation] | None = None,
+        visibility: Visibility | None = None,
+        slot: Slot | None = None,
+    ) -> Tensor:
+        """Attend from `x` to `context` (to itself by default).
+
+        Shapes: x [B, T, query_dim], context [B, L, context_dim], rotations of queries and keys, to [B, T, query_dim].
+        """
+        q = self._heads(self.q_norm(self.to_q(x)))
+        if rotations:
+            q = rotate(q, rotations[0], self.rope_type)
+
+        def project() -> tuple[Tensor, Tensor]:
+            return self.keys_values(x if context is None else context, rotations[1] if rotations else None)
+
+        k, v = slot.extend(project) if slot else project()
+        return self._out(x, attend(q, k, v, visibility))
+
+    def keys_values(self, context: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+        """Project keys (normed and rotated) and values.
+
+        Shapes: [B, L, context_dim] to two [B, H, L, D].
+        """
+        k = self._heads(self.k_norm(self.to_k(context)))
+        k = k if rotation is None else rotate(k, rotation, self.rope_type)
+        return k, self._heads(self.to_v(context))
+
+    def pass_values(self, x: Tensor) -> Tensor:
+        """Replace attention by the value projection: LTX-2.3's perturbation for STG (spec 1.11)."""
+        return self._out(x, self._heads(self.to_v(x)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b t (h d) -> b h t d", h=self.heads)
+
+    def _out(self, x: Tensor, attended: Tensor) -> Tensor:
+        if self.to_gate_logits is not None:
+            gate = 2 * torch.sigmoid(self.to_gate_logits(x))
+            attended = attended * rearrange(gate, "b t h -> b h t 1")
+        return self.to_out[0](rearrange(attended, "b h t d -> b t (h d)"))

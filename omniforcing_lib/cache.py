@@ -1,0 +1,189 @@
+"""The rolling KV cache: a ring for each attention of each layer, written in place, read as a slice.
+
+Keys and values of a stream live in [sinks | block 0 | ring of blocks]. Sinks and block 0 are pinned; block k >= 1 goes
+to ring place (k - 1) mod (window + 1) and there overwrites the block that has left the window. Attention does not
+depend on the order of keys, so nothing is ever moved and a read is one slice (paper Sec. 3.4; spec 6.2, 6.4).
+
+Shapes: B batch, H heads, N places, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.layout import AV, BlockLayout
+
+
+class Span(NamedTuple):
+    """Places of the open block and of the history it sees, in one stream."""
+
+    write: slice
+    history: tuple[slice, ...]
+
+    @property
+    def all(self) -> slice | None:
+        """Give history and write place as one slice if they are neighbours, or None."""
+        pieces = sorted([*self.history, self.write], key=lambda s: s.start)
+        joined = all(a.stop == b.start for a, b in pairwise(pieces))
+        return slice(pieces[0].start, pieces[-1].stop) if joined else None
+
+
+class Ring:
+    """Keys and values of one stream in one attention.
+
+    Shapes: keys and values [B, H, N, D].
+    """
+
+    def __init__(self, shape: tuple[int, ...], cache: KVCache, stream: int, **kind: object) -> None:
+        self.keys, self.values = torch.zeros(shape, **kind), torch.zeros(shape, **kind)
+        self._cache, self._stream = cache, stream
+
+    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Write the open block's keys and values in place; return all that it sees.
+
+        Where gradients flow nothing is written: the block's own keys carry the gradient, the history is detached
+        (paper Sec. 3.3), and the clean pass that follows fills the place.
+        """
+        span = self._cache.span[self._stream]
+        new = project()
+        if torch.is_grad_enabled():
+            stores = (self.keys, self.values)
+            return tuple(
+                torch.cat([*(store[:, :, s].clone() for s in span.history), x], dim=2)
+                for store, x in zip(stores, new, strict=True)
+            )
+        return tuple(self._place(store, x, span) for store, x in zip((self.keys, self.values), new, strict=True))
+
+    @staticmethod
+    def _place(store: Tensor, x: Tensor, span: Span) -> Tensor:
+        store[:, :, span.write] = x
+        if span.all is not None:
+            return store[:, :, span.all]
+        return torch.cat([*(store[:, :, s] for s in span.history), x], dim=2)
+
+
+class TextSlot:
+    """Keys and values of the prompt, projected once; again at every call where gradients flow."""
+
+    def __init__(self) -> None:
+        self.held: tuple[Tensor, Tensor] | None = None
+
+    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Reuse what is held, or project and hold it."""
+        if torch.is_grad_enabled():
+            return project()
+        if self.held is None:
+            self.held = project()
+        return self.held
+
+
+class Slots(NamedTuple):
+    """What one stream caches in one layer: its own keys, the prompt's, and its keys for the other stream."""
+
+    own: Ring
+    text: TextSlot
+    cross: Ring
+
+
+@dataclass
+class KVCache:
+    """Rolling cache of a whole model: open block 0, run, open block 1, run, ...
+
+    Args:
+        config: the model's.
+        layout: blocks and sinks.
+        grid: tokens of a video frame (h, w).
+        batch: B.
+        window: past blocks kept besides block 0; a clip of at most window + 2 blocks is not windowed.
+        device: where the rings live.
+        dtype: of keys and values.
+    """
+
+    config: ModelConfig
+    layout: BlockLayout
+    grid: tuple[int, int]
+    batch: int = 1
+    window: int = 20
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype = torch.float32
+    latents: AV[range] | None = field(default=None, init=False)
+    span: AV[Span] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise ValueError(f"the window is 0 or more past blocks, found {self.window}")
+        tokens = self.grid[0] * self.grid[1]
+        self._per_latent = AV(tokens, 1)
+        self._pinned = AV(self.layout.first.video * tokens, self.layout.sinks + self.layout.first.audio)
+        self._step = self.layout.step.map(lambda n, tokens: n * tokens, self._per_latent)
+        places = self._pinned.map(lambda pinned, step: pinned + step * (self.window + 1), self._step)
+        heads = self.config.num_attention_heads
+        dims = AV(self.config.attention_head_dim, self.config.audio_attention_head_dim)
+        kind = {"device": self.device, "dtype": self.dtype}
+
+        def slots(stream: int) -> Slots:
+            shape = (self.batch, heads, places[stream])
+            own = Ring((*shape, dims[stream]), self, stream, **kind)
+            cross = Ring((*shape, dims.audio), self, stream, **kind)
+            return Slots(own, TextSlot(), cross)
+
+        self._layers = [AV(slots(0), slots(1)) for _ in range(self.config.num_layers)]
+
+    def layer(self, index: int) -> AV[Slots]:
+        """Slots of one layer, for each stream."""
+        return self._layers[index]
+
+    def open(self, k: int, block: AV[range] | None = None) -> None:
+        """Make block `k` the one that is written; `block` gives its latents where it is partial."""
+        block = block or self.layout.block(k)
+        self.latents, self._k = block, k
+        whole = self.layout.block(k).map(len)
+        sizes = block.map(lambda span, tokens: len(span) * tokens, self._per_latent)
+        partial = block.map(len) != whole
+        self.span = AV(*(self._span(stream, k, sizes[stream], partial) for stream in (0, 1)))
+
+    def _span(self, stream: int, k: int, size: int, partial: bool) -> Span:
+        pinned, step = self._pinned[stream], self._step[stream]
+        if k == 0:
+            return Span(slice(0, pinned), ())
+        start = pinned + (k - 1) % (self.window + 1) * step
+        history = [slice(0, start)]
+        if k > self.window + 1:
+            history.append(slice(start + step, pinned + (self.window + 1) * step))
+        return Span(slice(start, start + size), tuple(s for s in history if s.start < s.stop))
+
+    @property
+    def sinks(self) -> int:
+        """Audio sink tokens of the layout."""
+        return self.layout.sinks
+
+    @property
+    def at_start(self) -> bool:
+        """Tell whether block 0 is open, so that the sinks run with it."""
+        return self._k == 0
+
+    @property
+    def knows_text(self) -> bool:
+        """Tell whether the prompt's keys are held and may be used."""
+        if torch.is_grad_enabled() or self.config.modulates_prompt_by_sigma:
+            return False
+        return self._layers[0].video.text.held is not None
+
+    def forget_text(self) -> None:
+        """Drop the prompt's keys: the next call reads the text it is given."""
+        for slots in self._layers:
+            for slot in slots:
+                slot.text.held = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the rings."""
+        rings = (ring for slots in self._layers for slot in slots for ring in (slot.own, slot.cross))
+        return sum(2 * ring.keys.nbytes for ring in rings)

@@ -1,0 +1,130 @@
+"""What a checkpoint says about itself: the transformer's dimensions, RoPE and modulation, under LTX-2's own names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+
+_FIXED = {
+    "dropout": 0.0,
+    "attention_bias": True,
+    "activation_fn": "gelu-approximate",
+    "qk_norm": "rms_norm",
+    "norm_elementwise_affine": False,
+    "standardization_norm": "rms_norm",
+    "share_ff": False,
+    "av_cross_ada_norm": True,
+    "use_keyframes_abs_pos_embedding": False,
+}
+_ROPE_TYPES = ("split", "interleaved")
+_PRECISIONS = ("float64", "float32")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Describe one LTX-2 transformer; the defaults are the 19B model (spec 1.1, 1.2).
+
+    Field names are those of the `transformer` part of the safetensors metadata, so that a checkpoint can be read
+    without a table of translations. `num_audio_sink_tokens` is OmniForcing's (paper Sec. 3.2).
+    """
+
+    num_layers: int = 48
+    num_attention_heads: int = 32
+    attention_head_dim: int = 128
+    in_channels: int = 128
+    out_channels: int = 128
+    cross_attention_dim: int = 4096
+    audio_num_attention_heads: int = 32
+    audio_attention_head_dim: int = 64
+    audio_in_channels: int = 128
+    audio_out_channels: int = 128
+    audio_cross_attention_dim: int = 2048
+    caption_channels: int = 3840
+    norm_eps: float = 1e-6
+    positional_embedding_theta: float = 10_000.0
+    positional_embedding_max_pos: tuple[int, ...] = (20, 2048, 2048)
+    audio_positional_embedding_max_pos: tuple[int, ...] = (20,)
+    use_middle_indices_grid: bool = True
+    rope_type: str = "split"
+    frequencies_precision: str = "float64"
+    timestep_scale_multiplier: int = 1000
+    av_ca_timestep_scale_multiplier: int = 1000
+    apply_gated_attention: bool = False
+    cross_attention_adaln: bool = False
+    use_prompt_adaln_single: bool = True
+    caption_proj_before_connector: bool = False
+    ff_bias: bool = True
+    audio_ff_bias: bool = True
+    num_audio_sink_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("positional_embedding_max_pos", "audio_positional_embedding_max_pos"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, known in (("rope_type", _ROPE_TYPES), ("frequencies_precision", _PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}; found {getattr(self, name)!r}")
+        if not self.use_middle_indices_grid:
+            raise ValueError("use_middle_indices_grid must be true: positions are the middle of each cell (spec 1.8)")
+        if self.num_attention_heads != self.audio_num_attention_heads:
+            raise ValueError(
+                "cross-modal attention needs the same heads in both streams, found "
+                f"{self.num_attention_heads} video and {self.audio_num_attention_heads} audio"
+            )
+
+    @property
+    def video_dim(self) -> int:
+        """Width of the video stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def audio_dim(self) -> int:
+        """Width of the audio stream, and of cross-modal attention in both directions."""
+        return self.audio_num_attention_heads * self.audio_attention_head_dim
+
+    @property
+    def modulates_prompt_by_sigma(self) -> bool:
+        """Tell whether text keys depend on sigma (LTX-2.3), so that they can't be cached over steps."""
+        return self.cross_attention_adaln and self.use_prompt_adaln_single
+
+    @classmethod
+    def from_metadata(cls, transformer: Mapping[str, object]) -> ModelConfig:
+        """Read the `transformer` part of an LTX-2 `config`; refuse what this model would silently do differently."""
+        for name, expected in _FIXED.items():
+            found = transformer.get(name, expected)
+            if found != expected:
+                raise ValueError(f"config.transformer.{name} is {found!r}; only {expected!r} is supported")
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: _normal(k, v) for k, v in transformer.items() if k in known and v is not None})
+
+    def to_metadata(self) -> dict[str, object]:
+        """Give the `transformer` part of an LTX-2 `config`."""
+        return {**_FIXED, **json.loads(json.dumps(asdict(self)))}
+
+    def with_sinks(self, count: int) -> ModelConfig:
+        """Give the same model with `count` audio sink tokens."""
+        return replace(self, num_audio_sink_tokens=count)
+
+
+def _normal(name: str, value: object) -> object:
+    """Accept the spellings found in the wild for the same thing."""
+    if name == "frequencies_precision" and isinstance(value, str):
+        return value.removeprefix("torch.")
+    return value
+
+
+MINIATURE = ModelConfig(
+    num_layers=6,
+    num_attention_heads=4,
+    attention_head_dim=48,
+    in_channels=32,
+    out_channels=32,
+    cross_attention_dim=192,
+    audio_num_attention_heads=4,
+    audio_attention_head_dim=24,
+    audio_in_channels=32,
+    audio_out_channels=32,
+    audio_cross_attention_dim=96,
+    caption_channels=64,
+)
+"""The miniature LTX-2 of this repository: the 19B's shape, trained on the Bounce world."""

@@ -1,0 +1,154 @@
+"""Who sees whom: one predicate on blocks, rendered as dense masks, FlexAttention masks and slices.
+
+A query in block q sees a key in block k if `visible(q, k)`. Tokens of a block are contiguous and audio sinks are the
+head of block 0, so each block of queries is one *run* of rows with one or two ranges of visible columns. The dense,
+flex and sliced renderings all derive from the runs (paper Sec. 3.1 and 3.2; spec 3.4).
+
+Shapes: R rows (queries), C columns (keys), Tv = F h w video tokens, Ta = S + T audio tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from omniforcing_lib.layout import BlockLayout
+
+
+def visible(query_block: int, key_block: int, window: int | None = None) -> bool:
+    """Tell whether a query may see a key: never the future; with a window, block 0 and the last `window` blocks.
+
+    This is the only place where causality is decided.
+    """
+    if key_block > query_block:
+        return False
+    return window is None or key_block == 0 or key_block >= query_block - window
+
+
+class Run(NamedTuple):
+    """Rows of one block and the column ranges they see, in order."""
+
+    rows: range
+    columns: tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """One attention mask as runs of rows.
+
+    Attributes:
+        runs: a partition of the rows.
+        columns: number of columns.
+        rendering: how attention uses it: `sliced` (one call a run), `dense` or `flex`.
+    """
+
+    runs: tuple[Run, ...]
+    columns: int
+    rendering: str = "sliced"
+
+    def __post_init__(self) -> None:
+        if self.rendering not in RENDERINGS:
+            raise ValueError(f"a mask is rendered as one of {', '.join(RENDERINGS)}; found {self.rendering!r}")
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.runs[-1].rows.stop
+
+    @cached_property
+    def dense(self) -> Tensor:
+        """Render as a bool tensor.
+
+        Shapes: [R, C], true where the row may attend.
+        """
+        mask = torch.zeros(self.rows, self.columns, dtype=torch.bool)
+        for rows, columns in self.runs:
+            for span in columns:
+                mask[rows.start : rows.stop, span.start : span.stop] = True
+        return mask
+
+    def block_mask(self, device: str | torch.device = "cpu") -> object:
+        """Render as a FlexAttention `BlockMask`."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(self.mask_mod(device), None, None, Q_LEN=self.rows, KV_LEN=self.columns, device=device)
+
+    def mask_mod(self, device: str | torch.device = "cpu"):
+        """Render as FlexAttention's predicate of (batch, head, row, column)."""
+        bounds = [chain.from_iterable((s.start, s.stop) for s in _two(run.columns)) for run in self.runs]
+        per_run = torch.tensor([list(b) for b in bounds], device=device)
+        lengths = torch.tensor([len(run.rows) for run in self.runs], device=device)
+        a, b, c, d = per_run.repeat_interleave(lengths, dim=0).unbind(1)
+
+        def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+            pinned = (column >= a[row]) & (column < b[row])
+            recent = (column >= c[row]) & (column < d[row])
+            return pinned | recent
+
+        return mask_mod
+
+
+RENDERINGS = ("sliced", "dense", "flex")
+
+
+class Masks(NamedTuple):
+    """The four masks of a clip, named rows from columns, and the sinks in front of the audio."""
+
+    video_self: Visibility
+    audio_self: Visibility
+    a2v: Visibility
+    v2a: Visibility
+    sinks: int
+
+
+@lru_cache(maxsize=64)
+def build(
+    layout: BlockLayout,
+    video_latents: int,
+    tokens_per_frame: int,
+    *,
+    window: int | None = None,
+    rendering: str = "sliced",
+) -> Masks:
+    """Build the four block-causal masks of a clip (paper Sec. 3.1; spec 3.4).
+
+    `a2v` has video rows and audio columns, `v2a` audio rows and video columns. With a window a row sees block 0, its
+    own block and the `window` blocks before it: what a rolling cache holds.
+    """
+    video, audio = layout.tokens(video_latents, tokens_per_frame)
+
+    def mask(rows: tuple[range, ...], columns: tuple[range, ...]) -> Visibility:
+        runs = tuple(
+            Run(span, _merge([c for k, c in enumerate(columns) if visible(q, k, window)]))
+            for q, span in enumerate(rows)
+        )
+        return Visibility(runs, columns[-1].stop, rendering)
+
+    return Masks(mask(video, video), mask(audio, audio), mask(video, audio), mask(audio, video), layout.sinks)
+
+
+def dense(layout: BlockLayout, video_latents: int, tokens_per_frame: int) -> dict[str, Tensor]:
+    """Give the four masks as bool tensors by name, for pictures and checks."""
+    masks = build(layout, video_latents, tokens_per_frame)
+    return {name: getattr(masks, name).dense for name in ("video_self", "audio_self", "a2v", "v2a")}
+
+
+def _merge(spans: list[range]) -> tuple[range, ...]:
+    """Join neighbouring ranges."""
+    merged: list[range] = []
+    for span in spans:
+        if merged and merged[-1].stop == span.start:
+            merged[-1] = range(merged[-1].start, span.stop)
+        elif len(span):
+            merged.append(span)
+    return tuple(merged)
+
+
+def _two(spans: tuple[range, ...]) -> tuple[range, range]:
+    """Pad to two ranges; pinned and recent are all that a window can leave."""
+    return (*spans, *(range(0),) * 2)[:2]

@@ -1,0 +1,114 @@
+"""Rotary positions: physical time and space to cos/sin, split or interleaved, identity for sinks (spec 1.8).
+
+Shapes: H heads, T tokens, D head dim, n position dims (3 for video self-attention, 1 everywhere else). One table of
+angles [H, T, D/2] serves both rope types: they differ only in which elements of a head are paired.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.layout import AV, Clock
+
+SPATIAL_STRIDE = 32
+"""Nominal pixels a token in each direction; LTX-2's VAE, and by convention the miniature's positions too."""
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of a stretch of tokens, each [H, T, D/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Ropes(NamedTuple):
+    """Rotations of one forward pass: self-attention (3-D, 1-D) and cross-modal (time only), for each stream."""
+
+    own: AV[Rotation]
+    cross: AV[Rotation]
+
+
+def positions(clock: Clock, latents: AV[range], grid: tuple[int, int]) -> AV[Tensor]:
+    """Give the middle of each cell in seconds and nominal pixels (spec 1.8), in the reference's fp32 arithmetic.
+
+    Shapes: video [3, F h w] (t, y, x), audio [1, T].
+    """
+    bounds = clock.bounds(latents).map(lambda b: torch.tensor(b, dtype=torch.float32).reshape(-1, 2))
+    seconds = bounds.map(lambda b, rate: (b / rate).sum(1) / 2, AV(clock.fps, clock.mel_rate))
+    rows, columns = ((torch.arange(n, dtype=torch.float32) + 0.5) * SPATIAL_STRIDE for n in grid)
+    cells = torch.meshgrid(seconds.video, rows, columns, indexing="ij")
+    return AV(torch.stack([axis.flatten() for axis in cells]), seconds.audio[None])
+
+
+def angles(position: Tensor, max_pos: tuple[int, ...], dim: int, theta: float, precision: str) -> Tensor:
+    """Turn positions into rotation angles (spec 1.8).
+
+    Shapes: position [n, T] to [T, dim / 2]; the first dim/2 - n floor(dim/2n) angles are zero (padding).
+    """
+    n = position.shape[0]
+    per_axis = dim // (2 * n)
+    steps = torch.linspace(0, 1, per_axis, dtype=getattr(torch, precision))
+    frequency = (torch.pow(theta, steps) * torch.pi / 2).to(torch.float32)
+    scale = torch.tensor(max_pos[:n], dtype=position.dtype)
+    fraction = (position.T / scale) * 2 - 1
+    angle = (fraction[:, None, :] * frequency[:, None]).flatten(1)
+    return torch.nn.functional.pad(angle, (dim // 2 - angle.shape[1], 0))
+
+
+def rotation(angle: Tensor, heads: int, sinks: int = 0) -> Rotation:
+    """Split angles over heads and put identity rotations in front for the sinks (paper Sec. 3.2).
+
+    Shapes: angle [T, dim / 2] to cos, sin [H, sinks + T, D/2].
+    """
+    by_head = angle.unflatten(1, (heads, -1)).transpose(0, 1)
+    by_head = torch.nn.functional.pad(by_head, (0, 0, sinks, 0))
+    return Rotation(by_head.cos(), by_head.sin())
+
+
+@lru_cache(maxsize=256)
+def tables(
+    config: ModelConfig,
+    clock: Clock,
+    latents: AV[range],
+    grid: tuple[int, int],
+    sinks: int,
+    device: torch.device,
+) -> Ropes:
+    """Give the rotations of a stretch of latents for every attention of the model.
+
+    `sinks` identity rows stand in front of the audio; the real audio keeps its own positions.
+    """
+    where = positions(clock, latents, grid)
+    dims, heads = AV(config.video_dim, config.audio_dim), config.num_attention_heads
+    lengths = AV(config.positional_embedding_max_pos, config.audio_positional_embedding_max_pos)
+    cross_length = (max(lengths.video[0], lengths.audio[0]),)
+
+    def table(position: Tensor, max_pos: tuple[int, ...], dim: int, sinks: int) -> Rotation:
+        angle = angles(position, max_pos, dim, config.positional_embedding_theta, config.frequencies_precision)
+        return Rotation(*(t.to(device) for t in rotation(angle, heads, sinks)))
+
+    in_front = AV(0, sinks)
+    return Ropes(
+        own=where.map(table, lengths, dims, in_front),
+        cross=where.map(lambda p, s: table(p[:1], cross_length, dims.audio, s), in_front),
+    )
+
+
+def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:
+    """Rotate pairs of each head; `split` pairs (i, i + D/2), `interleaved` pairs (2i, 2i + 1). fp32 inside.
+
+    Shapes: x [B, H, T, D] to the same.
+    """
+    cos, sin = by
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if rope_type == "split":
+        first, second = wide.chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.flatten(-2).to(x.dtype)

@@ -1,0 +1,299 @@
+"""Invariants 1 to 3: no leak, cached = masked, bidirectional = diffusers' LTX-2."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniforcing_lib import masks
+from omniforcing_lib.cache import KVCache
+from omniforcing_lib.config import MINIATURE, ModelConfig
+from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
+from omniforcing_lib.transformer import Transformer
+
+GRID = (2, 2)
+TINY = replace(
+    MINIATURE,
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    audio_num_attention_heads=2,
+    audio_attention_head_dim=8,
+    cross_attention_dim=24,
+    audio_cross_attention_dim=16,
+    in_channels=3,
+    out_channels=3,
+    audio_in_channels=5,
+    audio_out_channels=5,
+    caption_channels=6,
+)
+
+
+def tiny(config: ModelConfig = TINY, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:
+    """Build a tiny model whose every weight matters (nothing starts at zero)."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config).to(dtype)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=dtype) * 0.3
+    return model.eval()
+
+
+def inputs(
+    layout: BlockLayout, video_latents: int, *, batch: int = 1, dtype: torch.dtype = torch.float64, seed: int = 1
+):
+    """Draw latents, one sigma a block, and text for a clip."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
+    audio_latents = layout.audio_latents(video_latents)
+    x = AV(draw(batch, video_latents, *GRID, 3), draw(batch, audio_latents, 5))
+    level = torch.rand(batch, layout.count(video_latents), generator=generator, dtype=dtype)
+    sigma = layout.block_index(video_latents).map(lambda index: level[:, index])
+    return x, sigma, AV(draw(batch, 3, 6), draw(batch, 3, 6))
+
+
+def layouts() -> st.SearchStrategy[BlockLayout]:
+    """Draw small layouts, with and without sinks."""
+    size = st.integers(1, 3)
+    return st.builds(
+        BlockLayout,
+        st.builds(AV, size, st.integers(1, 5)),
+        st.builds(AV, size, st.integers(3, 6)),
+        st.integers(0, 3),
+    )
+
+
+def run_cached(model: Transformer, layout: BlockLayout, x: AV, sigma: AV, text: AV, window: int) -> AV:
+    """Run a clip block by block through the cache, each block's own pass filling it."""
+    cache = KVCache(model.config, layout, GRID, len(x.video), window, dtype=x.video.dtype)
+    out = []
+    for k, block in enumerate(layout.blocks(x.video.shape[1])):
+        cache.open(k, block)
+        cut = lambda t, span: t[:, span.start : span.stop]
+        out.append(model(x.map(cut, block), sigma.map(cut, block), text, cache=cache))
+    return AV(*zip(*out, strict=True)).map(lambda parts: torch.cat(parts, dim=1))
+
+
+def distance(a: AV, b: AV) -> float:
+    return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
+
+
+@torch.no_grad()
+@settings(max_examples=12, deadline=None)
+@given(layouts(), st.integers(0, 5), st.sampled_from(masks.RENDERINGS), st.sampled_from([0, 1]), st.data())
+def test_no_future_reaches_the_past(layout, more, rendering, stream, data):
+    """Change one block of one stream: nothing before it moves, to the bit; the block itself does."""
+    video_latents = layout.first.video + more
+    changed = data.draw(st.integers(0, layout.count(video_latents) - 1))
+    model = tiny(TINY.with_sinks(layout.sinks), dtype=data.draw(st.sampled_from([torch.float32, torch.float64])))
+    x, sigma, text = inputs(layout, video_latents, dtype=model.proj_out.weight.dtype)
+    kind = masks.build(layout, video_latents, 4, rendering=rendering)
+    before = model(x, sigma, text, masks=kind)
+    span = layout.blocks(video_latents)[changed][stream]
+    touched = AV(*(t.clone() for t in x))
+    touched[stream][:, span.start : span.stop] += 1.0
+    after = model(touched, sigma, text, masks=kind)
+    block = layout.blocks(video_latents)[changed]
+    for a, b, own in zip(before, after, block, strict=True):
+        assert torch.equal(a[:, : own.start], b[:, : own.start])
+    assert not torch.equal(before[stream][:, span.start :], after[stream][:, span.start :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stream", [0, 1], ids=["video", "audio"])
+def test_no_future_reaches_the_past_through_the_cache(stream):
+    layout = BlockLayout(AV(1, 1), AV(2, 5), sinks=2)
+    model = tiny(TINY.with_sinks(2))
+    x, sigma, text = inputs(layout, 7)
+    before = run_cached(model, layout, x, sigma, text, window=1)
+    span = layout.block(2)[stream]
+    x[stream][:, span.start : span.stop] += 1.0
+    after = run_cached(model, layout, x, sigma, text, window=1)
+    for a, b, own in zip(before, after, layout.block(2), strict=True):
+        assert torch.equal(a[:, : own.start], b[:, : own.start])
+        assert not torch.equal(a[:, own.start : own.stop], b[:, own.start : own.stop])
+
+
+@torch.no_grad()
+@settings(max_examples=12, deadline=None)
+@given(layouts(), st.integers(0, 6), st.sampled_from([(torch.float32, 1e-5), (torch.float64, 1e-10)]))
+def test_cached_equals_masked(layout, more, kind):
+    """Block by block through the cache equals one masked pass, whatever the layout, with and without sinks."""
+    dtype, tolerance = kind
+    video_latents = layout.first.video + more
+    model = tiny(TINY.with_sinks(layout.sinks), dtype=dtype)
+    x, sigma, text = inputs(layout, video_latents, batch=2, dtype=dtype)
+    whole = model(x, sigma, text, masks=masks.build(layout, video_latents, 4))
+    for window in (layout.count(video_latents), 20):
+        assert distance(run_cached(model, layout, x, sigma, text, window), whole) <= tolerance
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [PAPER, RELEASED], ids=["paper", "released"])
+def test_cached_equals_masked_in_the_two_layouts(layout):
+    model = tiny(TINY.with_sinks(layout.sinks))
+    x, sigma, text = inputs(layout, 16)
+    whole = model(x, sigma, text, masks=masks.build(layout, 16, 4))
+    assert distance(run_cached(model, layout, x, sigma, text, 20), whole) <= 1e-10
+
+
+@torch.no_grad()
+@settings(max_examples=12, deadline=None)
+@given(layouts(), st.integers(0, 3), st.integers(0, 9))
+def test_a_rolling_cache_equals_a_windowed_mask(layout, window, more):
+    """Places of the ring are reused, a partial last block included, and only what the window allows is seen."""
+    video_latents = layout.first.video + more
+    model = tiny(TINY.with_sinks(layout.sinks))
+    x, sigma, text = inputs(layout, video_latents)
+    whole = model(x, sigma, text, masks=masks.build(layout, video_latents, 4, window=window))
+    assert distance(run_cached(model, layout, x, sigma, text, window), whole) <= 1e-10
+
+
+@torch.no_grad()
+def test_all_renderings_of_a_mask_are_one():
+    layout = BlockLayout(AV(1, 1), AV(2, 5), sinks=3)
+    model = tiny(TINY.with_sinks(3))
+    x, sigma, text = inputs(layout, 8)
+    for window in (None, 1):
+        outs = [
+            model(x, sigma, text, masks=masks.build(layout, 8, 4, window=window, rendering=r)) for r in masks.RENDERINGS
+        ]
+        assert distance(outs[0], outs[1]) <= 1e-10
+        assert distance(outs[0], outs[2]) <= 1e-10
+
+
+@torch.no_grad()
+def test_without_sinks_the_student_is_the_teacher():
+    """Sink tokens do nothing in the bidirectional mode."""
+    teacher, student = tiny(), tiny(TINY.with_sinks(16), seed=5)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    x, _, text = inputs(PAPER, 4)
+    sigma = AV(torch.tensor([0.7]), torch.tensor([0.7]))
+    assert distance(teacher(x, sigma, text), student(x, sigma, text)) == 0
+
+
+def test_gradients_reach_text_and_block_but_not_the_history():
+    """In a cached pass with gradients, the block's inputs and the text path learn; cached keys do not (spec 8.1.6)."""
+    layout = BlockLayout(AV(1, 1), AV(2, 5), sinks=2)
+    model = tiny(TINY.with_sinks(2))
+    x, sigma, text = inputs(layout, 3)
+    cache = KVCache(model.config, layout, GRID, dtype=torch.float64)
+    first = AV(x.video[:, :1].requires_grad_(), x.audio[:, :1].requires_grad_())
+    for k in (0, 1):
+        cache.open(k)
+        block = first if k == 0 else x.map(lambda t: t[:, 1:])
+        with torch.set_grad_enabled(k == 1):
+            out = model(block, sigma.map(lambda s: s[:, :1]), text, cache=cache)
+    (out.video.sum() + out.audio.sum()).backward()
+    assert first.video.grad is None
+    silent = [n for n, p in model.named_parameters() if p.grad is None]
+    assert silent == ["audio_sink_tokens"]
+
+
+FEATURES = {
+    "2.0": {},
+    "2.3": {"apply_gated_attention": True, "cross_attention_adaln": True, "caption_proj_before_connector": True},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+@pytest.mark.parametrize("version", FEATURES)
+@pytest.mark.parametrize("per_token", [False, True], ids=["one sigma", "sigma a token"])
+def test_bidirectional_equals_diffusers(rope_type, version, per_token):
+    """The same weights through the reference implementation: equal to 1e-5 in fp32, padding of 3-D RoPE included."""
+    from diffusers import LTX2VideoTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_ltx2_transformer_to_diffusers
+
+    new = bool(FEATURES[version])
+    config = replace(TINY, rope_type=rope_type, attention_head_dim=16, cross_attention_dim=32, **FEATURES[version])
+    captions = (32, 16) if new else (6, 6)
+    ours = tiny(config, dtype=torch.float32)
+    reference = LTX2VideoTransformer3DModel(
+        in_channels=3,
+        out_channels=3,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        cross_attention_dim=32,
+        audio_in_channels=5,
+        audio_out_channels=5,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=8,
+        audio_cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=6,
+        rope_type=rope_type,
+        gated_attn=new,
+        audio_gated_attn=new,
+        cross_attn_mod=new,
+        audio_cross_attn_mod=new,
+        use_prompt_embeddings=not new,
+    ).eval()
+    state = {f"model.diffusion_model.{k}": v for k, v in ours.state_dict().items()}
+    state = convert_ltx2_transformer_to_diffusers(state)
+    state = {k.replace("prompt_adaln_single", "prompt_adaln"): v for k, v in state.items()}
+    reference.load_state_dict(state)
+
+    x, sigma, _ = inputs(PAPER, 7, batch=2, dtype=torch.float32)
+    level = torch.tensor([0.3, 0.9])
+    text = AV(*(torch.randn(2, 3, c, generator=torch.Generator().manual_seed(i)) for i, c in enumerate(captions)))
+    if not per_token or new:
+        sigma = AV(level, level)
+    steps = sigma.map(lambda s: s * 1000)
+    tokens = steps.map(lambda s, n: s[:, None].expand(-1, n) if s.dim() == 1 else s, AV(7, 51))
+    mine = ours(x, sigma, text)
+    theirs = reference(
+        hidden_states=x.video.flatten(1, 3),
+        audio_hidden_states=x.audio,
+        encoder_hidden_states=text.video,
+        audio_encoder_hidden_states=text.audio,
+        timestep=tokens.video.repeat_interleave(4, dim=1),
+        audio_timestep=tokens.audio,
+        sigma=level * 1000,
+        audio_sigma=level * 1000,
+        num_frames=7,
+        height=2,
+        width=2,
+        audio_num_frames=51,
+        use_cross_timestep=new,
+    )
+    expected = AV(theirs.sample.reshape(x.video.shape), theirs.audio_sample)
+    assert distance(mine, expected) <= 1e-5 * max(1, expected.video.abs().max().item())
+
+
+def test_the_full_model_is_the_19b():
+    """On the meta device: 18.88 B parameters with 16 sinks, shapes of spec 1.2 (nothing is allocated)."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(num_audio_sink_tokens=16))
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == 18.88
+    last = "transformer_blocks.47."
+    for name, shape in {
+        "patchify_proj.weight": (4096, 128),
+        "audio_patchify_proj.weight": (2048, 128),
+        "adaln_single.emb.timestep_embedder.linear_1.weight": (4096, 256),
+        "adaln_single.linear.weight": (24576, 4096),
+        "audio_adaln_single.linear.weight": (12288, 2048),
+        "caption_projection.linear_1.weight": (4096, 3840),
+        "av_ca_video_scale_shift_adaln_single.linear.weight": (16384, 4096),
+        "av_ca_audio_scale_shift_adaln_single.linear.weight": (8192, 2048),
+        "av_ca_a2v_gate_adaln_single.linear.weight": (4096, 4096),
+        "av_ca_v2a_gate_adaln_single.linear.weight": (2048, 2048),
+        "scale_shift_table": (2, 4096),
+        "audio_sink_tokens": (1, 16, 2048),
+        last + "attn1.to_out.0.weight": (4096, 4096),
+        last + "attn1.q_norm.weight": (4096,),
+        last + "ff.net.0.proj.weight": (16384, 4096),
+        last + "ff.net.2.weight": (4096, 16384),
+        last + "audio_to_video_attn.to_q.weight": (2048, 4096),
+        last + "audio_to_video_attn.to_out.0.weight": (4096, 2048),
+        last + "video_to_audio_attn.to_k.weight": (2048, 4096),
+        last + "scale_shift_table_a2v_ca_video": (5, 4096),
+        last + "audio_scale_shift_table": (6, 2048),
+    }.items():
+        assert shapes[name] == shape, name
+    # a block: 6 attentions of 10 tensors, 2 MLPs of 4, 4 tables; around them: 2 + 2 linears, 6 AdaLNs, 2 captions, ...
+    assert len(shapes) == 48 * (6 * 10 + 2 * 4 + 4) + 4 * 2 + 6 * 6 + 2 * 4 + 2 + 1

@@ -39,7 +39,7 @@ class Skip(NamedTuple):
 
 
 Model = Callable[..., AV[Tensor]]
-"""model(x, sigma, text, skip=Skip()) -> velocity, all pairs; `skip` is passed only when something is skipped."""
+"""model(x, sigma, text, skip=Skip()) -> velocity, all pairs; `skip` is left out when nothing is skipped."""
 
 Denoiser = Callable[[AV[Tensor], Tensor | AV[Tensor]], AV[Tensor]]
 """denoise(x, sigma) -> x0 of both streams; sigma is [] or [B], shared by the streams or a pair."""
@@ -62,7 +62,7 @@ def ltx2_sigmas(steps: int, tokens: int = 4096) -> Tensor:
 
 def snap_indices(step_list: Sequence[int], steps: int = 40) -> tuple[int, ...]:
     """Find the entry of the `steps`-step schedule that is nearest to each value / 1000 (spec 5.0)."""
-    if list(step_list) != sorted({*step_list}, reverse=True) or not {*step_list} <= {*range(1001)}:
+    if not step_list or [*step_list] != sorted({*step_list}, reverse=True) or not {*step_list} <= {*range(1001)}:
         raise ValueError(f"a step list falls within 1000 .. 0, like {RELEASED_STEPS}; found {step_list}")
     wanted = torch.tensor(step_list, dtype=torch.float64) / 1000
     indices = (ltx2_sigmas(steps) - wanted[:, None]).abs().argmin(1).tolist()
@@ -147,9 +147,7 @@ class Guidance:
             object.__setattr__(self, name, AV(*getattr(self, name)))
         object.__setattr__(self, "stg_blocks", frozenset(self.stg_blocks))
         if any(self.stg) and not self.stg_blocks:
-            raise ValueError(
-                f"STG with weights {tuple(self.stg)} needs stg_blocks, the blocks to perturb; found none"
-            )
+            raise ValueError(f"STG with weights {tuple(self.stg)} needs stg_blocks, the blocks to perturb; found none")
 
     @property
     def weights(self) -> AV[tuple[float, float, float]]:
@@ -175,9 +173,7 @@ def guide(
     Shapes: all passes and the result are pairs of x0 [B, F, ...]; a pass whose weights are 0 may be None.
     """
     out = cond.map(precise)
-    for i, (name, negative) in enumerate(
-        (("uncond", uncond), ("perturbed", perturbed), ("unimodal", unimodal))
-    ):
+    for i, (name, negative) in enumerate((("uncond", uncond), ("perturbed", perturbed), ("unimodal", unimodal))):
         weight = guidance.weights.map(lambda weights, i=i: weights[i])
         if any(weight) and negative is None:
             raise ValueError(f"guidance weights {tuple(weight)} need the pass `{name}`, found None")
@@ -204,9 +200,7 @@ def guided_denoiser(
     """
     cfg, stg, modality = (any(weights) for weights in zip(*guidance.weights, strict=True))
     if cfg and negative is None:
-        raise ValueError(
-            f"CFG weights {tuple(guidance.cfg)} need `negative`, the text of the negative prompt"
-        )
+        raise ValueError(f"CFG weights {tuple(guidance.cfg)} need `negative`, the text of the negative prompt")
     prompts = [text, negative] if cfg else [text]
 
     def predict(x: AV[Tensor], sigma: AV[Tensor], texts: list[AV[Tensor]], **skip: Skip) -> list[AV[Tensor]]:

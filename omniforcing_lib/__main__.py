@@ -1,0 +1,179 @@
+"""The command line: run the series, make a clip, look into a checkpoint, train."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Answer bad input with one line on stderr and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with 2, without the usage text that hides the message."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 for a run that failed, 2 for bad input."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments) or 0
+    except (ValueError, OSError) as error:
+        return _fail(error, 2)
+    except RuntimeError as error:
+        # Imported here: the runner is not needed to answer `--help` or to render a clip.
+        from omniforcing_lib.runner import NotebookFailed
+
+        if not isinstance(error, NotebookFailed):
+            raise
+        return _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="omniforcing", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    def command(name: str, run, text: str) -> Parser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    reproduce = command("reproduce", _reproduce, "execute the notebooks and write a report")
+    reproduce.add_argument("--profile", default="cpu", help="smoke, cpu, full or gpu (default cpu)")
+    reproduce.add_argument("--only", default="", help='notebooks to run, as "03" or "03,05"')
+    reproduce.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE")
+    reproduce.add_argument("--out", default="", help="run folder (default reports/runs/<time>-<profile>)")
+    reproduce.add_argument("--notebooks", type=Path, help="folder of notebooks (default: the series)")
+
+    refresh = command("refresh", _refresh, "execute the notebooks as stored and store their outputs")
+    refresh.add_argument("--only", default="")
+
+    publish = command("publish", _publish, "copy a run's metrics and figures into reports/ and rebuild it")
+    publish.add_argument("folder", type=Path)
+
+    command("report", _report, "rebuild reports/REPORT.md from the committed metrics")
+
+    compare = command("compare", _compare, "compare fresh metrics with committed ones, each within its tol")
+    compare.add_argument("committed", type=Path)
+    compare.add_argument("fresh", type=Path)
+
+    generate = command("generate", _generate, "make a clip from a prompt")
+    generate.add_argument("--prompt", required=True, help='for instance "a red ball, bell"')
+    generate.add_argument("--seconds", type=int, default=5)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--model", default="student", help="student, teacher, or a checkpoint file")
+    generate.add_argument("--out", type=Path, required=True)
+
+    render = command("render", _render, "render a true clip of the Bounce world")
+    render.add_argument("--prompt", help="drawn from the seed when left out")
+    render.add_argument("--seconds", type=int, default=5)
+    render.add_argument("--seed", type=int, default=0)
+    render.add_argument("--out", type=Path, required=True)
+
+    inspect = command("inspect", _inspect, "print a checkpoint's configuration, size and keys")
+    inspect.add_argument("checkpoint", type=Path)
+
+    train = command("train", _train, "train one stage of the miniature")
+    train.add_argument("stage", choices=("codec", "teacher", "stage2", "stage3"))
+    train.add_argument("rest", nargs=argparse.REMAINDER, help="options of that stage; --help lists them")
+    return parser
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import runner
+
+    runner.reproduce(
+        arguments.profile,
+        only=arguments.only,
+        parameters=arguments.parameters,
+        out=arguments.out,
+        folder=arguments.notebooks or runner.NOTEBOOKS,
+    )
+
+
+def _refresh(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import runner
+
+    runner.refresh(only=arguments.only)
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import runner
+
+    print(f"published {', '.join(runner.publish_run(arguments.folder))}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import runner
+
+    runner.rebuild()
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from omniforcing_lib import claims
+
+    committed = claims.read_metrics(arguments.committed)
+    if not committed:
+        raise ValueError(f"{arguments.committed} holds no metrics; make nb-refresh writes them")
+    found = claims.differences(committed, claims.read_metrics(arguments.fresh))
+    print("\n".join(found) or f"metrics agree: {sum(map(len, committed.values()))} entries")
+    return 1 if found else 0
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import media, world
+
+    _check_clip(arguments)
+    world.parse(arguments.prompt)
+    if arguments.model not in ("student", "teacher") and not Path(arguments.model).exists():
+        raise ValueError(f"--model is student, teacher or a checkpoint file; {arguments.model} does not exist")
+    from omniforcing_lib import stream
+
+    clip = stream.generate(arguments.prompt, arguments.seconds, arguments.seed, arguments.model)
+    print(media.write_clip(arguments.out, clip, world.CLOCK))
+
+
+def _render(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import media, world
+
+    _check_clip(arguments)
+    scene = world.scene(arguments.seed, arguments.prompt)
+    print(media.write_clip(arguments.out, world.render(scene, seconds=arguments.seconds), world.CLOCK))
+
+
+def _check_clip(arguments: argparse.Namespace) -> None:
+    if arguments.seconds < 1:
+        raise ValueError(f"--seconds is a whole number from 1 on, found {arguments.seconds}")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed is 0 or more, found {arguments.seed}")
+    if arguments.out.suffix != ".mp4":
+        raise ValueError(f"--out is an .mp4 file, found {arguments.out}")
+    if not arguments.out.resolve().parent.is_dir():
+        raise ValueError(f"--out {arguments.out}: there is no such folder")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    if not arguments.checkpoint.exists():
+        raise ValueError(f"{arguments.checkpoint}: no such file")
+    from omniforcing_lib import checkpoints
+
+    print(checkpoints.inspect(arguments.checkpoint))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import train
+
+    train.main([arguments.stage, *arguments.rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

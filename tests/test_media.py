@@ -107,6 +107,13 @@ def test_a_clip_comes_back_from_its_file(tmp_path, size, scale):
     assert np.square(back.audio - clip.audio).sum() < 1e-2 * np.square(clip.audio).sum()
 
 
+def test_colours_come_back(tmp_path):
+    colours = np.array([(230, 40, 40), (40, 200, 60), (50, 80, 230), (230, 210, 40), (210, 50, 200), (40, 200, 210)])
+    flat = np.repeat(colours, 5, axis=0)[:25, None, None].repeat(64, 1).repeat(64, 2).astype(np.uint8)
+    back = read_clip(write_clip(tmp_path / "flat.mp4", AV(flat, a_clip(1).audio)))
+    assert np.abs(back.video.astype(int) - flat).max() <= 4
+
+
 @settings(max_examples=5, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 24), st.integers(0, 16159)), max_size=4))
 def test_pieces_of_any_length_make_the_same_file(tmp_path_factory, cuts):

@@ -2,7 +2,7 @@
 
 A coloured ball moves at constant speed in a 64x64 box and reflects on the walls; each impact sounds a
 decaying tone whose pitch tells the wall and whose timbre comes from the prompt. Position is a triangle wave, so
-impact times are closed form at any moment, an hour in as at the start, before zero as after. Every partial lies
+impact times are closed form at any moment, an hour in as at the start, before zero as after. Every partial is
 on an equally tempered grid, so a bank of 62 oscillators can render every sound of this world.
 
 Shapes: `B` scenes, `F` frames, `N` samples, `J` impacts of a scene.
@@ -184,9 +184,7 @@ def tone(timbre: str, note: int, ages_s: np.ndarray) -> np.ndarray:
     return LEVEL * np.minimum(ages_s / ATTACK_S, 1.0) * wave
 
 
-def render(
-    scene: Scene, latents: AV[range] | None = None, *, seconds: int = 5, clock: Clock = CLOCK
-) -> AV[np.ndarray]:
+def render(scene: Scene, latents: AV[range] | None = None, *, seconds: int = 5, clock: Clock = CLOCK) -> AV[np.ndarray]:
     """Render the frames and samples of a range of latents, or of a whole clip.
 
     Every value depends on its own time only: rendering [a, b) then [b, c) equals [a, c) to the bit.

@@ -119,6 +119,8 @@ def execute(notebook: Path, output: Path, values: Mapping[str, object]) -> float
             parameters=dict(values),
             kernel_name="python3",
             cwd=str(notebook.parent),
+            # Each kernel would report that its local sockets are not encrypted, and its own shutdown.
+            extra_arguments=["--IPKernelApp.log_level=50"],
             progress_bar={"desc": notebook.stem, "leave": False} if sys.stderr.isatty() else False,
         )
     except PapermillExecutionError as error:

@@ -1,0 +1,132 @@
+"""The frame: one environment said in three files, light imports, a command line that answers in one line."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from omniforcing_lib import profiles
+from omniforcing_lib.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+INSTALLED = [*PROJECT["dependencies"], *EXTRAS["ltx2"], *EXTRAS["dev"]]
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+ROOMS = sorted(path.stem for path in (ROOT / "omniforcing_lib").glob("[a-z]*.py"))
+
+
+def python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_conda_environment_repeats_pyproject():
+    entries = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    from_pip = next(entry["pip"] for entry in entries if isinstance(entry, dict))
+    assert f"python{PROJECT['requires-python']}" in entries
+    assert from_pip == ["-c constraints.txt", *INSTALLED, "-e ."]
+
+
+def test_every_direct_dependency_is_pinned_within_its_range():
+    pins = {canonical(name): version for name, version in PINS.items()}
+    assert pins["torch"] == "2.13.0"
+    for requirement in map(Requirement, INSTALLED):
+        assert requirement.specifier.contains(pins[canonical(requirement.name)]), requirement
+
+
+def test_flash_attention_is_never_selected_by_default():
+    (flash,) = map(Requirement, EXTRAS["flash"])
+    assert flash.name == "flash-attn" and "linux" in str(flash.marker)
+    assert not any("flash" in word for word in [*INSTALLED, *PINS])
+    assert "flash" not in re.search(r"\.\[(.*?)\]", (ROOT / "Makefile").read_text())[1]
+
+
+def test_no_file_names_this_machine_or_a_package_host():
+    homes = {str(ROOT), str(Path.home()) + "/", "file:" + "//", "://pypi" + ".", "extra-" + "index-url"}
+    folders = [ROOT, *(ROOT / name for name in ("omniforcing_lib", "tests", "notebooks", ".ci", "reports"))]
+    files = [path for folder in folders for path in folder.glob("*") if path.is_file()]
+    for path in [*files, *(ROOT / "reports" / "metrics").rglob("*.json")]:
+        text = path.read_bytes().decode("utf-8", "ignore")
+        assert not [word for word in homes if word in text], path
+
+
+def test_import_is_quick_and_loads_no_torch():
+    seconds, loaded = python(
+        "import sys, time; start = time.perf_counter(); import omniforcing_lib;"
+        "print(time.perf_counter() - start, 'torch' in sys.modules)"
+    ).split()
+    assert float(seconds) < 0.2 and loaded == "False"
+
+
+def test_every_room_imports_without_the_optional_packages():
+    blocked = ("triton", "flash_attn", "diffusers", "transformers", "accelerate")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); from importlib import import_module\n"
+    code += f"for room in {ROOMS}: import_module('omniforcing_lib.' + room)\n"
+    code += "import torch; print(torch.cuda.is_initialized())"
+    assert len(ROOMS) >= 10 and python(code).strip() == "False"
+
+
+def test_global_seeds_are_set_in_one_place():
+    seeding = re.compile(r"(torch\.manual_seed|torch\.cuda\.manual_seed|np\.random\.seed)\(")
+    found = [room for room in ROOMS if seeding.search((ROOT / f"omniforcing_lib/{room}.py").read_text())]
+    assert found == ["report"]
+
+
+def test_profile_errors_list_what_there_is():
+    with pytest.raises(ValueError, match="unknown profile 'profle'; choose one of smoke, cpu, full, gpu"):
+        profiles.from_name("profle")
+    with pytest.raises(ValueError, match="profile 'smoke' has no field clip; it has name, "):
+        profiles.SMOKE.override({"clip": 3})
+    assert profiles.SMOKE.override({"clips": 3, "seconds": None}).clips == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("render --seed 1 --seconds 0 --out x.mp4", "--seconds"),
+        ("render --seed 1 --seconds 1.5 --out x.mp4", "--seconds"),
+        ("render --seed -1 --out x.mp4", "--seed"),
+        ("render --seed 1 --out x.gif", ".mp4"),
+        ("render --seed 1 --out nowhere/x.mp4", "no such folder"),
+        ("render --seed 1 --out x.mp4 --prompt purple", "red, green, blue"),
+        ("generate --out x.mp4 --prompt purple", "red, green, blue"),
+        ("generate --out x.mp4 --model nowhere.safetensors --prompt a_red_ball,_bell", "nowhere.safetensors"),
+        ("inspect nowhere.safetensors", "nowhere.safetensors"),
+        ("reproduce --profile profle", "smoke, cpu, full, gpu"),
+        ("compare nowhere nowhere", "nowhere"),
+        ("train stage9", "stage3"),
+        ("", "command"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_code_2(line, says, capfd):
+    words = [word.replace("_", " ") if word.startswith("a_") else word for word in line.split()]
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capfd.readouterr()
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_render_writes_a_clip_of_the_world(tmp_path, capsys):
+    from omniforcing_lib import media
+
+    assert main(["render", "--seed", "3", "--seconds", "1", "--out", str(tmp_path / "real.mp4")]) == 0
+    clip = media.read_clip(tmp_path / "real.mp4")
+    assert clip.video.shape == (25, 64, 64, 3) and clip.audio.shape == (16_160,)
+    assert capsys.readouterr().out.strip() == str(tmp_path / "real.mp4")

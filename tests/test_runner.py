@@ -1,0 +1,157 @@
+"""The runner and the run context, on notebooks of three cells."""
+
+import json
+
+import matplotlib
+import nbformat
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from omniforcing_lib import claims, profiles, report, runner
+from omniforcing_lib.__main__ import main
+
+matplotlib.use("agg")
+
+PARAMETERS = 'profile: str = "smoke"  # smoke | cpu\nseed: int = 0  # any\nout_dir: str = ""  # run folder'
+BEGIN = 'from omniforcing_lib import report\n\nrun = report.begin("{}", profile=profile, seed=seed, out_dir=out_dir)'
+
+
+def write_notebook(folder, name, *cells):
+    node = nbformat.v4.new_notebook()
+    node.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    sources = (PARAMETERS, BEGIN.format(name), *cells)
+    node.cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    node.cells[0].metadata.tags = ["parameters"]
+    nbformat.write(node, folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def series(tmp_path):
+    folder = tmp_path / "series"
+    folder.mkdir()
+    answer = 'run.metric("drift", seed / 3, "ms", interval=(0, 3)); run.claim(7, ["drift"], holds=True)'
+    write_notebook(folder, "01_holds", answer, 'run.check("seed arrived", seed == 7)', "run.finish()")
+    write_notebook(folder, "02_fails", 'run.check("clocks agree", False, "3 against 25")')
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return report.Run("02_masks", profiles.SMOKE, seed=0, device="cpu", teacher="", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-p", "profle=full"], "unknown parameter profle; the notebooks take out_dir, profile, seed"),
+        (["-p", "seed=many"], "parameter seed is of type int, found 'many'"),
+        (["-p", "seed"], "name=value"),
+        (["-p", "profile=full"], "--profile"),
+        (["-p", "teacher=nowhere.safetensors"], "no such file"),
+        (["--only", "07"], "01_holds, 02_fails"),
+        (["--profile", "fast"], "smoke, cpu, full, gpu"),
+    ],
+)
+def test_bad_parameters_stop_the_run_before_it_starts(series, tmp_path, capsys, words, says):
+    out = tmp_path / "out"
+    arguments = ["reproduce", "--profile", "smoke", "--notebooks", str(series), "--out", str(out), *words]
+    assert main(arguments) == 2
+    assert says in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.slow
+def test_a_failing_notebook_ends_the_run_and_what_ran_is_reported(series, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["reproduce", "--profile", "smoke", "--notebooks", str(series), "--out", str(out)]
+    assert main([*arguments, "-p", "seed=7"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: 02_fails failed in cell [4] `run.check(")
+    assert error.endswith("CheckFailed: clocks agree: False (3 against 25)")
+    rows = claims.claim_rows(claims.read_metrics(out / "metrics"))
+    assert [row["status"] for row in rows].count("no run") == len(claims.CLAIMS) - 1
+    assert rows[6]["ours"] == "drift: 2.333 [0, 3] ms"
+    assert rows[6]["ours"] in (out / "REPORT.md").read_text() and "01_holds" in (out / "index.html").read_text()
+    assert (out / "html" / "01_holds.html").exists() and not (out / "html" / "02_fails.html").exists()
+    record = json.loads((out / "run" / "01_holds.json").read_text())
+    assert record["seed"] == 7 and record["profile"]["name"] == "smoke" and record["versions"]["torch"]
+    assert main(arguments) == 2
+
+
+def test_a_check_prints_one_line_or_raises(run, capsys):
+    run.check("no leak before block 2", np.bool_(True))
+    run.check("latents", 16 == 1 + 5 * 3, "16")
+    assert capsys.readouterr().out == "no leak before block 2: True\nlatents: True (16)\n"
+    with pytest.raises(report.CheckFailed, match="leak: False"):
+        run.check("leak", np.bool_(False))
+    assert set(run.metrics) == {"no leak before block 2", "latents"}
+
+
+def test_metrics_files_are_sorted_rounded_and_plain_json(run, monkeypatch):
+    monkeypatch.setattr(report, "_device_name", str)
+    run.metric("loss", np.float32(1 / 3), tol=0.01, better="lower", interval=(0.1, 0.5))
+    run.metric("exploded", float("nan"))
+    run.finish()
+    text = (run.folder / "metrics" / "02_masks.json").read_text()
+    entries = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert entries["loss"]["value"] == 0.333333 and entries["exploded"]["value"] == "nan"
+    assert list(entries) == sorted(entries) and not list(run.folder.rglob(".*"))
+    assert run.quote("loss") == "0.3333 [0.1, 0.5]" and run.quote("exploded") == "nan"
+
+
+def test_figures_and_claims_need_their_numbers(run):
+    figure = Figure(figsize=(9, 5))
+    noise = np.random.default_rng(0).normal(size=(300, 500))
+    figure.subplots().imshow(noise, cmap="magma")
+    run.figure("leak", figure, metric="leak")
+    assert len(report._small_png(figure)) <= report.FIGURE_BYTES
+    assert (run.folder / "figures" / "02_masks_leak.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="claim 7 quotes unrecorded metrics: leak"):
+        run.claim(7, ["leak"], holds=True)
+    with pytest.raises(ValueError, match="figure 'leak' names metrics that were not recorded: leak"):
+        run.finish()
+
+
+def test_tables_align_and_escape():
+    rows = [{"name": "a|b", "loss": 0.123456}, {"name": "longer", "loss": 2.0}]
+    assert claims.plain_table(rows) == "name    loss\na|b     0.1235\nlonger  2"
+    assert "| a\\|b | 0.1235 |" in claims.markdown_table(rows)
+
+
+def test_metrics_leave_their_tolerance_only_when_said():
+    committed = {"03": {"norm": {"value": 1.0, "tol": 0.1}, "time": {"value": 1.0, "tol": None}}}
+    agrees = {"03": {"norm": {"value": 1.05}, "time": {"value": 9.0}}}
+    assert claims.differences(committed, agrees) == []
+    assert "norm" in claims.differences(committed, {"03": {**agrees["03"], "norm": {"value": 1.2}}})[0]
+    assert "norm" in claims.differences(committed, {"03": {**agrees["03"], "norm": {"value": "nan"}}})[0]
+    assert len(claims.differences(committed, {})) == 2
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    report.write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError):
+        report.write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_scrub_keeps_counts_and_drops_what_changes():
+    node = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 3.0}, "widgets": {}})
+    outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text="leak: True\n"),
+        nbformat.v4.new_output("stream", name="stderr", text="50%|####"),
+        nbformat.v4.new_output("display_data", data={runner.WIDGET: {}, "text/plain": "Widget()"}),
+    ]
+    node.cells = [nbformat.v4.new_code_cell("x", execution_count=1, outputs=outputs)]
+    cell_id = node.cells[0].id
+    node.cells[0].metadata.papermill = {"start_time": "now"}
+    kept = runner.scrub(node)
+    assert kept.metadata == {} and kept.cells[0].metadata == {} and kept.cells[0].id == cell_id
+    assert kept.cells[0].execution_count == 1 and [o.name for o in kept.cells[0].outputs] == ["stdout"]
+
+
+def test_stored_report_and_readme_follow_from_the_stored_metrics():
+    metrics, title = runner.stored_metrics()
+    assert (runner.STORED / "REPORT.md").read_text() == claims.markdown(metrics, title)
+    readme = (report.ROOT / "README.md").read_text()
+    assert readme == claims.fill_readme(readme, metrics, title)

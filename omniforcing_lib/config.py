@@ -116,15 +116,15 @@ def _normal(name: str, value: object) -> object:
 MINIATURE = ModelConfig(
     num_layers=6,
     num_attention_heads=4,
-    attention_head_dim=48,
+    attention_head_dim=40,
     in_channels=32,
     out_channels=32,
-    cross_attention_dim=192,
+    cross_attention_dim=160,
     audio_num_attention_heads=4,
-    audio_attention_head_dim=24,
+    audio_attention_head_dim=20,
     audio_in_channels=32,
     audio_out_channels=32,
-    audio_cross_attention_dim=96,
+    audio_cross_attention_dim=80,
     caption_channels=64,
 )
 """The miniature LTX-2 of this repository: the 19B's shape, trained on the Bounce world."""

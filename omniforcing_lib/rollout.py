@@ -1,0 +1,178 @@
+"""Roll a causal student out: denoise one block, remember it clean, go on (paper Sec. 3.3; spec 5.7, 6.3).
+
+One function serves streaming, evaluation and training. Where gradients flow is one argument, `exit_step`: every block
+stops at that step, which alone is run with gradients; all earlier steps and the history are detached.
+
+Shapes: B batch, F video and T audio latents of a block, K blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from omniforcing_lib.cache import KVCache
+from omniforcing_lib.flow import PAPER_STEPS, block_noise, noised, snap, x0_of
+from omniforcing_lib.layout import AV, LAYOUTS, PAPER, BlockLayout
+from omniforcing_lib.transformer import Transformer
+
+Noise = Callable[[int, AV[tuple[int, ...]], int], AV[Tensor]]
+"""noise(block, shapes [F, ...] of each stream, draw) -> AV [B, F, ...]; draw i is added before step i."""
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Say how a student generates; stored in its checkpoint.
+
+    Attributes:
+        layout: blocks and sinks.
+        steps: noise levels x 1000 of a block, ending in 0; snapped to the 40-step schedule (spec 5.0).
+        window: past blocks that a block sees besides block 0.
+        context_noise: sigma at which a finished block is remembered; 0 is clean.
+    """
+
+    layout: BlockLayout = PAPER
+    steps: tuple[int, ...] = PAPER_STEPS
+    window: int = 20
+    context_noise: float = 0.0
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Noise levels of the steps, the final 0 included. Shapes: float64 [steps + 1]."""
+        return snap(self.steps)
+
+    def to_metadata(self) -> dict[str, object]:
+        """Give the `omniforcing` part of a checkpoint's `config`."""
+        layout = {"first": list(self.layout.first), "step": list(self.layout.step), "sinks": self.layout.sinks}
+        return {
+            "layout": layout,
+            "steps": list(self.steps),
+            "window": self.window,
+            "context_noise": self.context_noise,
+        }
+
+    @classmethod
+    def from_metadata(cls, config: dict) -> Causal:
+        """Read the `omniforcing` part of a checkpoint's `config`."""
+        layout = config["layout"]
+        shape = BlockLayout(AV(*layout["first"]), AV(*layout["step"]), layout["sinks"])
+        return cls(shape, tuple(config["steps"]), config["window"], config["context_noise"])
+
+    @classmethod
+    def from_layout(cls, name: str, sinks: int | None = None, **changes: object) -> Causal:
+        """Take one of the two named layouts, with its own or another number of sinks."""
+        if name not in LAYOUTS:
+            raise ValueError(f"unknown layout {name!r}; choose one of {', '.join(LAYOUTS)}")
+        layout = LAYOUTS[name] if sinks is None else replace(LAYOUTS[name], sinks=sinks)
+        return cls(layout, **changes)
+
+
+def seeded_noise(seeds: Sequence[int], like: Tensor) -> Noise:
+    """Draw noise from (seed, block, draw) alone, so that a stream can be resumed or re-cut."""
+    return lambda block, shapes, draw: block_noise(seeds, block, shapes, draw).map(lambda x: x.to(like))
+
+
+def fresh_noise(generator: torch.Generator, batch: int) -> Noise:
+    """Draw noise in sequence from one generator: what training uses."""
+
+    def draw(block: int, shapes: AV[tuple[int, ...]], index: int) -> AV[Tensor]:
+        return shapes.map(lambda s: torch.randn(batch, *s, generator=generator, device=generator.device))
+
+    return draw
+
+
+def predict(model: Transformer, x: AV[Tensor], sigma: float | Tensor, text: AV[Tensor], cache: KVCache) -> AV[Tensor]:
+    """Predict x0 of the open block; sigma is one number for both streams, in fp32 (spec 8.1.7)."""
+    level = torch.as_tensor(sigma, dtype=torch.float32, device=x.video.device).expand(len(x.video))
+    levels = AV(level, level)
+    return x.map(x0_of, model(x, levels, text, cache=cache), levels)
+
+
+def denoise_block(
+    model: Transformer,
+    cache: KVCache,
+    text: AV[Tensor],
+    sigmas: Sequence[float],
+    noise: Callable[[int], AV[Tensor]],
+    exit_step: int | None = None,
+) -> AV[Tensor]:
+    """Denoise the open block from pure noise; with `exit_step` stop there, with gradients (spec 5.7).
+
+    Shapes: `noise(i)` is AV([B, F, h, w, C], [B, T, C]), added before step i; the result is x0 of the same shapes.
+    """
+    last = len(sigmas) - 2 if exit_step is None else exit_step
+    x = noise(0)
+    for i in range(last + 1):
+        with torch.set_grad_enabled(exit_step is not None and i == last and torch.is_grad_enabled()):
+            x0 = predict(model, x, sigmas[i], text, cache)
+        if i < last:
+            x = x0.map(noised, noise(i + 1), AV(*[torch.tensor(sigmas[i + 1])] * 2))
+    return x0
+
+
+@torch.no_grad()
+def remember(
+    model: Transformer, cache: KVCache, text: AV[Tensor], block: AV[Tensor], sigma: float, noise: AV[Tensor] | None
+) -> None:
+    """Write a finished block's keys and values to the cache, clean or at the context noise."""
+    if sigma > 0:
+        block = block.map(noised, noise, AV(*[torch.tensor(sigma)] * 2))
+    predict(model, block.map(Tensor.detach), sigma, text, cache)
+
+
+def new_cache(
+    model: Transformer, causal: Causal, grid: tuple[int, int], batch: int, blocks: int | None = None
+) -> KVCache:
+    """Allocate a cache for `causal`, no larger than a clip of `blocks` needs."""
+    weight = model.proj_out.weight
+    window = causal.window if blocks is None else max(0, min(causal.window, blocks - 2))
+    dtype = (
+        torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
+    )
+    return KVCache(model.config, causal.layout, grid, batch, window, weight.device, dtype)
+
+
+def rollout(
+    model: Transformer,
+    causal: Causal,
+    text: AV[Tensor],
+    noise: Noise,
+    grid: tuple[int, int],
+    video_latents: int,
+    *,
+    exit_step: int | None = None,
+    history: AV[Tensor] | None = None,
+) -> Iterator[AV[Tensor]]:
+    """Yield the blocks of a clip one by one.
+
+    Args:
+        model: the student.
+        causal: blocks, steps, window.
+        text: AV [B, L, C].
+        noise: where noise comes from.
+        grid: tokens of a video frame.
+        video_latents: length of the clip.
+        exit_step: step at which every block stops, with gradients; None runs all steps.
+        history: clean latents that are remembered in place of the student's own (teacher forcing), AV of the clip.
+    """
+    batch, blocks = len(text.video), causal.layout.blocks(video_latents)
+    cache = new_cache(model, causal, grid, batch, len(blocks))
+    channels = AV(model.config.in_channels, model.config.audio_in_channels)
+    sigmas = causal.sigmas.tolist()
+    for k, block in enumerate(blocks):
+        shapes = AV((len(block.video), *grid, channels.video), (len(block.audio), channels.audio))
+        cache.open(k, block)
+        out = denoise_block(model, cache, text, sigmas, lambda i, k=k, s=shapes: noise(k, s, i), exit_step)
+        yield out
+        if k + 1 < len(blocks):
+            kept = out if history is None else history.map(lambda h, span: h[:, span.start : span.stop], block)
+            context = noise(k, shapes, len(sigmas)) if causal.context_noise else None
+            remember(model, cache, text, kept, causal.context_noise, context)
+
+
+def join(blocks: Sequence[AV[Tensor]]) -> AV[Tensor]:
+    """Join blocks along time. Shapes: AV([B, F, ...], [B, T, ...]) of each block to that of the clip."""
+    return AV(*zip(*blocks, strict=True)).map(lambda parts: torch.cat(parts, dim=1))

@@ -128,8 +128,8 @@ class Run:
         tol: float | None = None,
         better: str | None = None,
         interval: tuple[float, float] | None = None,
-    ) -> float:
-        """Record a number and return it; `tol` is the absolute change allowed between machines.
+    ) -> None:
+        """Record a number; `tol` is the absolute change allowed between machines.
 
         `better` is "higher" or "lower"; `interval` is a 95 % confidence interval in the same unit.
         """
@@ -139,7 +139,6 @@ class Run:
         if interval is not None:
             entry["interval"] = [_rounded(edge) for edge in interval]
         self.metrics[name] = entry
-        return float(value)
 
     def claim(self, number: int, metrics: Sequence[str], holds: bool | None, note: str = "") -> None:
         """Answer claim `number` of the paper (`omniforcing_lib.claims` lists them) with recorded metrics.
@@ -158,11 +157,12 @@ class Run:
     def figure(self, name: str, fig: Figure, *, metric: str | Sequence[str]) -> None:
         """Save a figure, show it at no more than 60 kB, and name the metrics that say the same in numbers."""
         import matplotlib.pyplot as plt
-        from IPython.display import Image, display
+        from IPython.display import display
 
         self.illustrated[name] = (metric,) if isinstance(metric, str) else tuple(metric)
         _write(self.out("figures", f"{self.name}_{name}.png"), _png(fig, dpi=100))
-        display(Image(data=_small_png(fig), format="png"))
+        picture = b64encode(_small_png(fig)).decode()
+        display({"image/png": picture, "text/plain": f"figure {name}"}, raw=True)
         plt.close(fig)
 
     def table(self, rows: Sequence[Mapping[str, object]]) -> None:
@@ -173,23 +173,22 @@ class Run:
             raise ValueError("a table needs at least one row")
         display({"text/plain": plain_table(rows), "text/markdown": markdown_table(rows)}, raw=True)
 
-    def clip(self, name: str, clip: AV[np.ndarray], clock: Clock | None = None) -> Path:
+    def clip(self, name: str, clip: AV[np.ndarray], clock: Clock | None = None) -> None:
         """Write a clip as mp4 beside the run's files and show a player when it is small enough to store.
 
         Shapes: frames uint8 [F, H, W, 3], samples float32 [N] in [-1, 1].
         """
-        from IPython.display import HTML, display
+        from IPython.display import display
 
         from omniforcing_lib import media
         from omniforcing_lib.layout import Clock
 
         path = self.out("clips", f"{self.name}_{name}.mp4")
         media.write_clip(path, clip, clock or Clock())
+        shown = {"text/plain": f"clip {name}: clips/{path.name}"}
         if path.stat().st_size <= CLIP_BYTES:
-            display(HTML(_player(path)))
-        else:
-            print(f"clip {name}: clips/{path.name}")
-        return path
+            shown["text/html"] = _player(path)
+        display(shown, raw=True)
 
     def finish(self) -> None:
         """Write the measures and the record of the run; print how many checks held."""

@@ -19,8 +19,8 @@ from scipy import ndimage
 
 from omniforcing_lib.world import BACKGROUND, BANK_HZ, CLOCK, COLOURS, RADIUS, TIMBRES, WALL_NOTES, WALLS, Impact, tone
 
-# Brightest channel: the frame stays below 60, every colour reaches 200.
-DARK, BRIGHT = 70, 200
+# Brightest channel: the frame stays below 60, and a ball at two thirds of its light is still a whole ball.
+DARK, BRIGHT = 70, 150
 # Frames on either side of a turn: few to find it, more to date it.
 LOOK, FIT, FEWEST = 5, 8, 3
 # A turn changes the speed along its axis by at least this many pixels a frame (the world's slowest: 1.57) ...

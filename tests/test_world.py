@@ -54,9 +54,7 @@ def test_a_sound_starts_at_the_sample_after_its_impact():
 
 @pytest.mark.parametrize("timbre", world.TIMBRES)
 def test_both_renderers_agree(timbre):
-    scenes = [
-        world.scene(seed, f"a {c} ball, {timbre}") for seed, c in zip(SEEDS, world.COLOURS, strict=False)
-    ]
+    scenes = [world.scene(seed, f"a {c} ball, {timbre}") for seed, c in zip(SEEDS, world.COLOURS, strict=False)]
     batch = world.render_batch(scenes, 2)
     for i, scene in enumerate(scenes):
         clip = world.render(scene, seconds=2)
@@ -81,9 +79,7 @@ def test_prompts_parse_back_in_any_case_and_spacing():
         assert prompt == f"a {colour} ball, {timbre}"
 
 
-@pytest.mark.parametrize(
-    "wrong", ["", "a red ball", "a pink ball, bell", "a red ball, gong", "a red cat, bell"]
-)
+@pytest.mark.parametrize("wrong", ["", "a red ball", "a pink ball, bell", "a red ball, gong", "a red cat, bell"])
 def test_a_prompt_outside_the_grammar_names_the_valid_words(wrong):
     with pytest.raises(ValueError, match=r"red, green, blue.*bell, wood, pluck"):
         world.parse(wrong)

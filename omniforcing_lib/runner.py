@@ -159,7 +159,7 @@ def reproduce(
     try:
         _run_all(plan, target, times)
     finally:
-        _gather(target, profile, times)
+        _gather(target, profile, parameters, times)
     print(f"report: {target / 'index.html'}")
     return target
 
@@ -195,7 +195,7 @@ def _write_html(notebook: Path, path: Path) -> None:
     report.write_text(path, body)
 
 
-def _gather(target: Path, profile: str, times: Mapping[str, float]) -> None:
+def _gather(target: Path, profile: str, parameters: Sequence[str], times: Mapping[str, float]) -> None:
     """Write run.json, REPORT.md and index.html of a run folder."""
     total = round(sum(times.values()), 1)
     wall = {name: round(seconds, 1) for name, seconds in times.items()}
@@ -203,13 +203,15 @@ def _gather(target: Path, profile: str, times: Mapping[str, float]) -> None:
         target / "run.json",
         {
             "profile": profile,
+            "parameters": list(parameters),
             "wall_s": wall,
             "total_s": total,
             "git": report.git_state(),
             "versions": report.versions(),
         },
     )
-    text = claims.markdown(claims.read_metrics(target / "metrics"), f"profile {profile}")
+    title = ", ".join([f"profile {profile}", *parameters])
+    text = claims.markdown(claims.read_metrics(target / "metrics"), title)
     report.write_text(target / "REPORT.md", text)
     report.write_text(target / "index.html", _index(target, text, wall))
 

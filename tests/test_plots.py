@@ -1,0 +1,246 @@
+"""Figures say what the numbers say, fit a page, and leave matplotlib alone; widgets show what their twins show."""
+
+import io
+import threading
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
+
+from omniforcing_lib import canvas, masks, plots, widgets, world
+from omniforcing_lib.layout import AV, LAYOUTS, PAPER
+from omniforcing_lib.media import wav_bytes
+
+RNG = np.random.default_rng(0)
+
+
+class Event(NamedTuple):
+    time_s: float
+
+
+def a_clip(seed=0, seconds=2):
+    return world.render(world.scene(seed), seconds=seconds)
+
+
+def some_masks(layout, latents=7):
+    return {name: mask.numpy() for name, mask in masks.dense(layout, latents, 16).items()}
+
+
+def leaky():
+    matrix = np.triu(RNG.random((4, 4)))
+    matrix[2, 0] = 1e-4
+    return matrix
+
+
+FIGURES = {
+    "rulers": lambda: plots.rulers(LAYOUTS, 4),
+    "strip": lambda: plots.strip(a_clip(), [Event(0.4)], [Event(0.41), Event(1.2)], title="a red ball, bell"),
+    "contact_sheet": lambda: plots.contact_sheet([a_clip(i) for i in range(6)], [f"clip {i}" for i in range(6)]),
+    "mask_grid": lambda: plots.mask_grid(some_masks(PAPER), PAPER, 7, 16, block=1),
+    "leak_heatmap": lambda: plots.leak_heatmap({"video → audio": leaky(), "audio → video": np.triu(leaky())}),
+    "sigma_schedule": lambda: plots.sigma_schedule(
+        {"teacher": np.linspace(1, 0, 41), "student": [1, 0.9, 0.7, 0.4, 0]}
+    ),
+    "curves": lambda: plots.curves({"student": ([1, 2], [3, 4], ([2, 3], [4, 5]))}, xlabel="s", ylabel="F1", log="y"),
+    "bars_with_ci": lambda: plots.bars_with_ci({"F1": {"teacher": (0.8, 0.7, 0.9), "student": (0.7, 0.6, 0.8)}}),
+    "by_sinks": lambda: plots.by_sinks({"norm": {"ours": ([0, 4, 16], [np.nan, 40, 9])}}, log=True),
+    "error_by_block": lambda: plots.error_by_block({"free-running": AV(RNG.random((8, 5)), RNG.random(5))}),
+    "block_times": lambda: plots.block_times({"student": RNG.random(60) * 99 + 300, "teacher": [9000, 9100]}),
+    "roofline": lambda: plots.roofline({"decode": (2, 8)}, peak_gflops=60, bandwidth_gb_s=12),
+}
+
+
+@pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
+def test_a_figure_fits_its_page(draw):
+    fig = draw()
+    data = widgets.png(fig)
+    width, height = fig.get_size_inches()
+    assert Image.open(io.BytesIO(data)).size == (round(width * 100), round(height * 100)) and width <= canvas.WIDTH
+    assert len(data) <= 60_000
+    FigureCanvasAgg(fig).draw()
+    drawn = fig.get_tightbbox()
+    assert min(drawn.x0, drawn.y0, width - drawn.x1, height - drawn.y1) > -0.02
+
+
+def test_every_figure_is_tried():
+    assert set(FIGURES) == set(plots.__all__) - {"Estimate"}
+
+
+def test_drawing_leaves_matplotlib_as_it_was():
+    before = dict(mpl.rcParams)
+    FIGURES["curves"]()
+    assert dict(mpl.rcParams) == before and not plt.get_fignums()
+
+
+def test_the_same_arrays_give_the_same_picture():
+    assert widgets.png(FIGURES["rulers"]()) == widgets.png(FIGURES["rulers"]())
+
+
+def test_streams_sinks_and_teacher_keep_their_colours():
+    names = canvas.colours(["video loss", "audio loss", "teacher", "16 sinks", "student", "stage 2"])
+    assert list(names.values())[:4] == [*canvas.STREAM, canvas.GREY, canvas.SINK]
+    assert len(set(names.values())) == 6
+
+
+def test_a_mask_picture_colours_exactly_what_is_seen():
+    layout = replace(PAPER, sinks=4)
+    dense = some_masks(layout)
+    fig = plots.mask_grid(dense, layout, 7, 16)
+    for axes, mask in zip(fig.axes, dense.values(), strict=True):
+        picture = axes.images[0].get_array()
+        assert np.array_equal((picture < 1).any(axis=2), mask)
+    sinks = fig.axes[1].images[0].get_array()[10, :5]
+    assert (sinks[:4].argmax(axis=1) == 1).all() and sinks[4].argmax() == 0
+
+
+def test_a_leak_is_crossed_and_only_a_leak():
+    for matrix, crossed in ((leaky(), [(0, 2)]), (np.triu(np.ones((4, 4))), [])):
+        crosses = plots.leak_heatmap(matrix).axes[0].lines[-1]
+        assert list(zip(*crosses.get_data(), strict=True)) == crossed
+
+
+def test_a_strip_lays_each_frame_and_click_at_its_time():
+    frames = np.repeat(np.arange(48, dtype=np.uint8)[:, None, None, None], 3, 3).repeat(8, 1).repeat(8, 2)
+    samples = np.zeros(32000, np.float32)
+    samples[24000] = 1
+    axes = plots.strip(AV(frames, samples), pictures=8).axes[0]
+    for image in axes.images:
+        start, stop, *_ = image.get_extent()
+        assert abs(image.get_array()[0, 0, 0] / 24 - (start + stop) / 2) <= 1 / 24
+    outline = axes.collections[0].get_paths()[0].vertices
+    assert outline[outline[:, 1].argmax(), 0] == pytest.approx(1.5, abs=0.01)
+
+
+def test_rulers_show_every_latent_of_the_table():
+    axes = plots.rulers(PAPER, 2).axes[0]
+    assert [t.get_text() for t in axes.texts if "block" in t.get_text()] == [
+        "block 1: 3",
+        "block 1: 25",
+        "block 2: 3",
+        "block 2: 25",
+    ]
+
+
+def test_what_is_not_finite_is_marked_by_name():
+    axes = FIGURES["by_sinks"]().axes[0]
+    assert [t.get_text() for t in axes.texts] == ["NaN"] and len(axes.lines[0].get_xdata()) == 2
+
+
+def test_clips_and_titles_must_match():
+    for draw in (plots.contact_sheet, widgets.clip_browser):
+        with pytest.raises(ValueError, match="found 1 clips and 2 titles"):
+            draw([a_clip()], ["one", "two"])
+
+
+def test_mask_explorer_shows_the_twin_of_what_is_chosen():
+    explorer = widgets.mask_explorer(seconds=2)
+    (name, sinks, block), picture = explorer.children[0].children, explorer.children[1]
+    first = picture.value
+    sinks.value, block.value = 4, 1
+    layout = replace(PAPER, sinks=4)
+    assert picture.value == widgets.png(plots.mask_grid(some_masks(layout), layout, 7, 16, block=1)) != first
+    name.value = "released"
+    assert sinks.value == 0 and block.value is None and len(block.options) == 3
+
+
+def test_clip_browser_shows_and_sounds_the_chosen_clip():
+    clips = [a_clip(0), a_clip(1)]
+    choice, picture, sound = widgets.clip_browser(clips, ["a", "b"]).children
+    choice.value = 1
+    assert picture.value == widgets.png(plots.strip(clips[1], title="b"))
+    assert sound.value == wav_bytes(clips[1].audio)
+
+
+class Piece(NamedTuple):
+    frames: np.ndarray
+    samples: np.ndarray
+    start_s: float
+    prompt: str
+
+
+class FakeStream:
+    """Chunks of 6 frames, each frame of its own grey level."""
+
+    def __init__(self, chunks=3, fail=False):
+        self.prompt, self.chunks, self.fail, self.made = "a red ball, bell", chunks, fail, 0
+
+    def __iter__(self):
+        for k in range(self.chunks):
+            self.made += 1
+            levels = np.arange(6 * k, 6 * k + 6, dtype=np.uint8) * 8
+            yield Piece(
+                np.ones((6, 8, 8, 3), np.uint8) * levels[:, None, None, None], np.zeros(4000), k / 4, self.prompt
+            )
+        if self.fail:
+            raise RuntimeError("out of memory")
+
+    def set_prompt(self, prompt):
+        if "ball" not in prompt:
+            raise ValueError(f"unknown word {prompt!r}")
+        self.prompt = prompt
+
+
+def played(stream):
+    """Play a stream and note every picture shown."""
+    player, shown = widgets.Player(stream), []
+    player.picture.observe(lambda change: shown.append((time.perf_counter(), change.new)), "value")
+    return player, shown
+
+
+def until(condition, seconds=10):
+    end = time.perf_counter() + seconds
+    while not condition() and time.perf_counter() < end:
+        time.sleep(0.005)
+    assert condition()
+
+
+def test_a_player_shows_every_frame_in_order_and_not_too_fast():
+    player, shown = played(FakeStream())
+    player.play()
+    until(lambda: "ended" in player.readout.value)
+    player.stop()
+    levels = [np.asarray(Image.open(io.BytesIO(data))).mean() for _, data in shown]
+    assert np.abs(np.array(levels) - 8 * np.arange(18)).max() < 3
+    assert shown[-1][0] - shown[0][0] > 0.9 * 17 / 24
+    assert "frames a second" in player.readout.value and not player.button.value
+
+
+def test_a_paused_player_holds_still_and_makes_at_most_one_chunk_more():
+    stream = FakeStream(chunks=100)
+    player, shown = played(stream)
+    player.play()
+    until(lambda: len(shown) > 2)
+    player.pause()
+    time.sleep(0.1)
+    held, made = len(shown), stream.made
+    time.sleep(0.3)
+    assert len(shown) == held and stream.made == made <= held // 6 + 2
+    player.button.value = True
+    until(lambda: len(shown) > held)
+    player.stop()
+
+
+def test_a_prompt_reaches_the_stream_and_a_wrong_one_is_told():
+    player, _ = played(FakeStream(chunks=100))
+    player.play()
+    player.prompt.value = "a blue ball, wood"
+    until(lambda: "a blue ball, wood" in player.readout.value)
+    player.prompt.value = "a dog"
+    until(lambda: "unknown word 'a dog'" in player.readout.value)
+    assert player.stream.prompt == "a blue ball, wood"
+    player.stop()
+
+
+def test_a_failing_stream_is_told_and_leaves_no_thread():
+    before = threading.active_count()
+    player, _ = played(FakeStream(chunks=1, fail=True))
+    player.play()
+    until(lambda: player.readout.value == "the stream failed: out of memory")
+    player.stop()
+    assert threading.active_count() == before

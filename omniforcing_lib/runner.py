@@ -186,6 +186,7 @@ def _run_all(plan: Mapping[Path, dict[str, object]], target: Path, times: dict[s
             times[notebook.stem] = execute(notebook, output, values)
             _write_html(output, target / "html" / f"{notebook.stem}.html")
             tqdm.write(f"{notebook.stem:<32} {times[notebook.stem]:7.1f} s", file=sys.stdout)
+            sys.stdout.flush()
 
 
 def _write_html(notebook: Path, path: Path) -> None:

@@ -1,0 +1,387 @@
+"""TinyCodec: the miniature's stand-in for LTX-2's two autoencoders and its vocoder.
+
+It has LTX-2's temporal geometry (spec 2): the first video latent is one frame and every later one eight, the first
+audio latent is one mel hop and every later one four. Both decoders look at one latent at a time, so a stream decodes
+to what the whole clip decodes to. Video is a small convolutional autoencoder. Audio is phase-free, as a mel
+spectrogram with a vocoder is: a latent holds four knots of the amplitudes of a bank of oscillators whose phases
+follow from the absolute sample index alone.
+
+Letters: B batch, F video latents, T audio latents, f frames, n samples, m hops, t frames of a latent, p knots of a
+latent, k oscillators, c channels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omniforcing_lib.layout import AV, Clock
+
+FORMAT = "omniforcing-tinycodec-1"
+WIDTHS = AV(32, 32)
+START = AV(0, 0)
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Hold the shapes of a `TinyCodec`; stored as JSON in its file.
+
+    Attributes:
+        size: side of the square frame in pixels.
+        patch: pixels a side of the square that one token of the latent grid stands on.
+        channels: latent channels of each stream.
+        encoder: convolution widths of the video encoder, fine to coarse.
+        decoder: convolution widths of the video decoder, coarse to fine.
+        hidden: width of the audio networks.
+        base_hz: frequency of the lowest oscillator.
+        oscillators: size of the bank, a semitone apart.
+        windows: lengths in samples of the audio analysis windows, the longest first.
+        quiet: amplitude below which the audio scale is linear, above which it is logarithmic.
+    """
+
+    size: int = 64
+    patch: int = 16
+    channels: AV[int] = WIDTHS
+    encoder: tuple[int, ...] = (48, 64, 96)
+    decoder: tuple[int, ...] = (96, 80, 64, 32)
+    hidden: int = 192
+    base_hz: float = 220.0
+    oscillators: int = 62
+    windows: tuple[int, ...] = (1024, 320, 96)
+    quiet: float = 0.003
+
+    def __post_init__(self) -> None:
+        for name in ("encoder", "decoder", "windows"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "channels", AV(*self.channels))
+        if self.size % self.patch:
+            raise ValueError(f"size {self.size} is not a multiple of patch {self.patch}")
+        if self.patch != 2 ** (len(self.encoder) + 1) or self.patch != 2 ** len(self.decoder):
+            raise ValueError(f"patch {self.patch} does not fit {len(self.encoder)} and {len(self.decoder)} widths")
+
+
+@dataclass
+class EncodeState:
+    """Remember where a streamed encoding stands: latents made of each stream, last samples heard."""
+
+    latents: AV[int] = START
+    heard: Tensor | None = None
+
+
+@dataclass
+class DecodeState:
+    """Remember where a streamed decoding stands: latents decoded of each stream, last amplitudes of the bank."""
+
+    latents: AV[int] = START
+    knots: Tensor | None = None
+
+
+class Residual(nn.Module):
+    """Add a 3x3 and a 1x1 convolution to the input; starts as the identity."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(width, width, 3, padding=1)
+        self.out = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + f(x). Shapes: [N, c, h, w] -> the same."""
+        return x + self.out(F.silu(self.mix(F.silu(x))))
+
+
+class VideoEncoder(nn.Sequential):
+    """Turn the frames of one latent into its tokens. Shapes: [N, 3t, H, W] -> [N, c, h, w]."""
+
+    def __init__(self, config: CodecConfig, frames: int) -> None:
+        fine, *rest = widths = config.encoder
+        layers: list[nn.Module] = [nn.PixelUnshuffle(4), nn.Conv2d(48 * frames, fine, 1), Residual(fine)]
+        for before, width in zip(widths, rest, strict=False):
+            layers += [nn.Conv2d(before, width, 2, stride=2), Residual(width)]
+        super().__init__(*layers, Residual(widths[-1]), nn.Conv2d(widths[-1], config.channels.video, 3, padding=1))
+
+
+class VideoDecoder(nn.Sequential):
+    """Turn the tokens of one latent into its frames. Shapes: [N, c, h, w] -> [N, 3t, H, W]."""
+
+    def __init__(self, config: CodecConfig, frames: int) -> None:
+        coarse, *rest = widths = config.decoder
+        layers: list[nn.Module] = [nn.Conv2d(config.channels.video, coarse, 3, padding=1), Residual(coarse)]
+        for before, width in zip(widths, rest, strict=False):
+            layers += [Residual(before), nn.Conv2d(before, 4 * width, 1), nn.PixelShuffle(2)]
+        pixels = nn.Conv2d(widths[-1], 12 * frames, 3, padding=1)
+        # most of the world is dark: begin there
+        nn.init.constant_(pixels.bias, -0.9)
+        super().__init__(*layers, Residual(widths[-1]), pixels, nn.PixelShuffle(2))
+
+
+class Analysis(nn.Module):
+    """Measure how loud each note of the bank is in windows that end with each hop."""
+
+    def __init__(self, config: CodecConfig, clock: Clock) -> None:
+        super().__init__()
+        self.hop, self.quiet, self.windows = clock.hop, config.quiet, config.windows
+        for length in config.windows:
+            angle = torch.outer(torch.arange(length, dtype=torch.float64), bank_cycles(config, clock)) * 2 * math.pi
+            window = torch.hann_window(length, dtype=torch.float64)[:, None]
+            kernel = torch.cat([angle.cos(), angle.sin()], 1) * window * 2 / window.sum()
+            self.register_buffer(f"kernel{length}", kernel.float(), persistent=False)
+
+    @property
+    def context(self) -> int:
+        """Samples before a hop that its windows reach back to."""
+        return max(self.windows) - self.hop
+
+    @property
+    def features(self) -> int:
+        """Numbers a hop: the notes in each window, and the loudness of four parts of the hop."""
+        return sum(getattr(self, f"kernel{length}").shape[1] // 2 for length in self.windows) + 4
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Return compressed loudness. Shapes: samples [B, context + 160 m] -> [B, m, features]."""
+        frames = samples.unfold(-1, self.context + self.hop, self.hop)
+        notes = [self._notes(frames, length) for length in self.windows]
+        parts = rearrange(frames[..., -self.hop :], "b m (part s) -> b m part s", part=4)
+        return torch.cat([*notes, self._compress(parts.pow(2).mean(-1).add(1e-12).sqrt())], -1)
+
+    def _notes(self, frames: Tensor, length: int) -> Tensor:
+        cos, sin = (frames[..., -length:] @ getattr(self, f"kernel{length}")).chunk(2, -1)
+        return self._compress((cos**2 + sin**2 + 1e-12).sqrt())
+
+    def _compress(self, amplitude: Tensor) -> Tensor:
+        return torch.log1p(amplitude / self.quiet) / 2
+
+
+class AudioEncoder(nn.Module):
+    """Turn the analysis of the hops of one latent into the latent."""
+
+    def __init__(self, config: CodecConfig, features: int, knots: int) -> None:
+        super().__init__()
+        self.knots = knots
+        self.hop = nn.Linear(features, config.hidden // 2)
+        self.join = nn.Linear(config.hidden // 2 * knots, config.hidden)
+        self.out = nn.Linear(config.hidden, config.channels.audio)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return raw latents. Shapes: [B, pT, features] -> [B, T, c]."""
+        hops = rearrange(F.silu(self.hop(features)), "b (t p) c -> b t (p c)", p=self.knots)
+        return self.out(F.silu(self.join(hops)))
+
+
+class AudioDecoder(nn.Module):
+    """Turn each latent into knots: amplitudes of the bank at the end of each of its hops."""
+
+    def __init__(self, config: CodecConfig, knots: int) -> None:
+        super().__init__()
+        self.knots, self.quiet = knots, config.quiet
+        self.layers = nn.Sequential(
+            nn.Linear(config.channels.audio, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.SiLU(),
+            nn.Linear(config.hidden, knots * config.oscillators),
+        )
+        nn.init.constant_(self.layers[-1].bias, -2.0)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return amplitudes in [0, 1]. Shapes: [B, T, c] -> [B, pT, k]."""
+        loudness = rearrange(F.softplus(self.layers(latents)), "b t (p k) -> b (t p) k", p=self.knots)
+        return self.quiet * torch.expm1(loudness.clamp(max=math.log1p(1 / self.quiet)))
+
+
+class OscillatorBank(nn.Module):
+    """Sound fixed notes whose phase depends on the absolute sample index alone."""
+
+    def __init__(self, config: CodecConfig, clock: Clock) -> None:
+        super().__init__()
+        self.hop, self.cycles = clock.hop, bank_cycles(config, clock)
+        angle = torch.outer(self.cycles, torch.arange(self.hop, dtype=torch.float64)) * 2 * math.pi
+        rise = torch.arange(1, self.hop + 1, dtype=torch.float64) / self.hop
+        tables = [wave * ramp for ramp in (1 - rise, rise) for wave in (angle.cos(), angle.sin())]
+        self.register_buffer("table", torch.cat(tables).float(), persistent=False)
+
+    def forward(self, knots: Tensor, first_hop: int) -> Tensor:
+        """Interpolate between knots. Shapes: knots [B, m + 1, k], the first one the carried one -> [B, 160 m].
+
+        sin(a + b) is split over the phase a at the start of a hop, reduced in float64 so that an hour changes
+        nothing, and the phase b inside the hop, which is a table: the whole bank is one matrix product.
+        """
+        hops = (first_hop + torch.arange(max(0, knots.shape[1] - 1), dtype=torch.float64)) * self.hop
+        turn = torch.outer(hops, self.cycles).remainder(1) * 2 * math.pi
+        sin, cos = (part.to(knots) for part in (turn.sin(), turn.cos()))
+        before, after = knots[:, :-1], knots[:, 1:]
+        waves = torch.cat([before * sin, before * cos, after * sin, after * cos], -1) @ self.table
+        return rearrange(waves, "b m s -> b (m s)")
+
+
+class TinyCodec(nn.Module):
+    """Encode clips of the world to latents of about unit variance, and decode them, whole or as a stream (spec 2)."""
+
+    def __init__(self, config: CodecConfig | None = None, clock: Clock | None = None) -> None:
+        super().__init__()
+        self.config, self.clock = config or CodecConfig(), clock or Clock()
+        self.grid = (self.config.size // self.config.patch,) * 2
+        self.channels = self.config.channels
+        self.analysis = Analysis(self.config, self.clock)
+        stride = AV(self.clock.video_stride, self.clock.audio_stride)
+        self.encoders = nn.ModuleList(
+            [VideoEncoder(self.config, stride.video), AudioEncoder(self.config, self.analysis.features, stride.audio)]
+        )
+        self.decoders = nn.ModuleList(
+            [VideoDecoder(self.config, stride.video), AudioDecoder(self.config, stride.audio)]
+        )
+        # Tokens are normalised each for itself: the still background would otherwise be most of the variance.
+        spread = AV(self.grid[0] * self.grid[1] * self.channels.video, self.channels.audio)
+        self.scales = nn.ModuleList(nn.BatchNorm1d(width, affine=False) for width in spread)
+        self.bank = OscillatorBank(self.config, self.clock)
+        self.metrics: dict[str, float] = {}
+
+    def encode(self, clip: AV[Tensor], state: EncodeState | None = None) -> AV[Tensor]:
+        """Encode a clip, or the next piece of one when a state is given.
+
+        Shapes: video [B, f, H, W, 3], audio [B, n], both in [-1, 1] -> AV([B, F, h, w, c], [B, T, c]).
+
+        Raises:
+            ValueError: a piece that is no whole number of latents, or frames of another size.
+        """
+        state = state or EncodeState()
+        latents = AV(self._encode_video(clip.video, state), self._encode_audio(clip.audio, state))
+        state.latents = state.latents.map(lambda seen, new: seen + new.shape[1], latents)
+        return latents
+
+    def decode(self, latents: AV[Tensor], state: DecodeState | None = None) -> AV[Tensor]:
+        """Decode latents, or the next ones of a stream when a state is given (which it moves on).
+
+        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n], both in [-1, 1].
+
+        Raises:
+            ValueError: latents of another grid or width.
+        """
+        state = state or DecodeState()
+        self._check_latents(latents)
+        frames = self.frames(latents.video)[:, self._skip(latents.video, state.latents.video) :]
+        knots = self._carry(self.knots(latents.audio)[:, self._skip(latents.audio, state.latents.audio) :], state)
+        samples = self.bank(knots, self.clock.mels(range(state.latents.audio, state.latents.audio + 1)).start)
+        state.latents = state.latents.map(lambda seen, new: seen + new.shape[1], latents)
+        return AV(frames, samples).map(lambda signal: signal.clamp(-1, 1))
+
+    def tokens(self, frames: Tensor) -> Tensor:
+        """Encode every eight frames to one video latent. Shapes: [B, 8F, H, W, 3] -> [B, F, h, w, c]."""
+        pixels = rearrange(frames, "b (f t) h w c -> (b f) (t c) h w", t=self.clock.video_stride)
+        tokens = self.encoders[0](pixels.contiguous(memory_format=torch.channels_last)).to(frames)
+        return self._normalise(0, rearrange(tokens, "(b f) c h w -> b f h w c", b=len(frames)))
+
+    def frames(self, latents: Tensor) -> Tensor:
+        """Decode every video latent to its eight frames, unclamped. Shapes: [B, F, h, w, c] -> [B, 8F, H, W, 3]."""
+        pixels = self.decoders[0](rearrange(latents, "b f h w c -> (b f) c h w")).to(latents)
+        return rearrange(pixels, "(b f) (t c) h w -> b (f t) h w c", f=latents.shape[1], t=self.clock.video_stride)
+
+    def knots(self, latents: Tensor) -> Tensor:
+        """Decode every audio latent to its four knots of amplitudes. Shapes: [B, T, c] -> [B, 4T, k]."""
+        return self.decoders[1](latents)
+
+    def _encode_video(self, frames: Tensor, state: EncodeState) -> Tensor:
+        size, stride = self.config.size, self.clock.video_stride
+        if frames.shape[2:] != (size, size, 3):
+            raise ValueError(f"frames are {size} x {size} x 3, found {tuple(frames.shape[2:])}: resize them first")
+        if not frames.shape[1]:
+            return frames.new_zeros(len(frames), 0, *self.grid, self.channels.video)
+        missing = stride - 1 if state.latents.video == 0 else 0
+        if (frames.shape[1] + missing) % stride:
+            raise ValueError(f"frames must be {stride}k + {(-missing) % stride}, found {frames.shape[1]}")
+        return self.tokens(torch.cat([frames[:, :1].expand(-1, missing, -1, -1, -1), frames], 1))
+
+    def _encode_audio(self, samples: Tensor, state: EncodeState) -> Tensor:
+        hops, stride = divmod(samples.shape[1], self.clock.hop), self.clock.audio_stride
+        missing = stride - 1 if state.latents.audio == 0 and samples.shape[1] else 0
+        if hops[1] or (hops[0] + missing) % stride:
+            unit, rest = stride * self.clock.hop, self.clock.hop if missing else 0
+            raise ValueError(f"samples must be {unit}k + {rest}, found {samples.shape[1]}")
+        heard = samples.new_zeros(len(samples), self.analysis.context) if state.heard is None else state.heard
+        # the first latent is one hop: silence stands in for the three hops before the clip
+        samples = torch.cat([heard, samples.new_zeros(len(samples), missing * self.clock.hop), samples], 1)
+        state.heard = samples[:, samples.shape[1] - self.analysis.context :]
+        if hops[0] == 0:
+            return samples.new_zeros(len(samples), 0, self.channels.audio)
+        return self._normalise(1, self.encoders[1](self.analysis(samples)))
+
+    def _normalise(self, stream: int, latents: Tensor) -> Tensor:
+        return self.scales[stream](latents.flatten(0, 1).flatten(1)).reshape(latents.shape)
+
+    def _skip(self, latents: Tensor, seen: int) -> int:
+        stride = self.clock.video_stride if latents.ndim == 5 else self.clock.audio_stride
+        return stride - 1 if seen == 0 and latents.shape[1] else 0
+
+    def _carry(self, knots: Tensor, state: DecodeState) -> Tensor:
+        # before the clip the bank sounds as it does at its first knot: starting from silence would be heard as an onset
+        knots = torch.cat([knots[:, :1] if state.knots is None else state.knots, knots], 1)
+        state.knots = knots[:, -1:] if knots.shape[1] else None
+        return knots
+
+    def _check_latents(self, latents: AV[Tensor]) -> None:
+        expected = AV((*self.grid, self.channels.video), (self.channels.audio,))
+        for name, stream, shape in zip(AV._fields, latents, expected, strict=True):
+            if stream.shape[2:] != shape:
+                raise ValueError(f"{name} latents are {shape} each, found {tuple(stream.shape[2:])}")
+
+
+def bank_cycles(config: CodecConfig, clock: Clock) -> Tensor:
+    """Return the cycles a sample of each oscillator, a semitone apart. Shapes: [k] float64."""
+    semitones = torch.arange(config.oscillators, dtype=torch.float64)
+    return config.base_hz * 2 ** (semitones / 12) / clock.sample_rate
+
+
+def save_codec(codec: TinyCodec, path: str | os.PathLike[str], metrics: Mapping[str, float] | None = None) -> Path:
+    """Write weights and the JSON metadata `config` and `metrics` to one safetensors file, atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config = {"format": FORMAT, "codec": asdict(codec.config), "clock": asdict(codec.clock)}
+    config["codec"]["channels"] = list(codec.channels)
+    metadata = {"config": json.dumps(config), "metrics": json.dumps(dict(metrics or codec.metrics))}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: stored(tensor) for name, tensor in codec.state_dict().items()}, partial, metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """Halve the weights: convolutions and matrices go to the file in float16, everything else as it is."""
+    return (tensor.half() if tensor.ndim > 1 else tensor).detach().cpu().contiguous()
+
+
+def load_codec(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> TinyCodec:
+    """Read a codec written by `save_codec`, ready to use: float32, frozen, in evaluation mode.
+
+    Raises:
+        ValueError: not such a file, or its tensors do not fit its config.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}): make it with train_codec") from error
+    config = json.loads(metadata.get("config", "{}"))
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{path}: metadata 'config' is of format {config.get('format')!r}, expected {FORMAT!r}")
+    codec = TinyCodec(CodecConfig(**config["codec"]), Clock(**config["clock"]))
+    try:
+        codec.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: tensors do not fit the config in its metadata: {error}") from error
+    codec.metrics = json.loads(metadata.get("metrics", "{}"))
+    return codec.requires_grad_(False).eval().to(device)

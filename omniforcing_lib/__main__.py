@@ -170,9 +170,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import train
+    from omniforcing_lib import recipes
 
-    train.main([arguments.stage, *arguments.rest])
+    recipes.main([arguments.stage, *arguments.rest])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The networks of the TinyCodec, each of one latent at a time, and the oscillator bank that sounds its knots.
 
-Letters: N latents of any clips, B batch, T audio latents, m hops, t frames of a latent, l layers of paint, p knots of
-a latent, k oscillators, c channels.
+Letters: N latents of any clips, B batch, T audio latents, m hops, t frames of a latent, p knots of a latent,
+k oscillators, c channels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class CodecConfig:
         channels: latent channels of each stream.
         encoder: convolution widths of the video encoder, fine to coarse.
         decoder: convolution widths of the video decoder, coarse to fine.
-        layers: layers of paint over the ground of a picture.
+        per_frame: channels that a frame brings to the mixture of the frames of a latent.
+        mixed: width of that mixture.
         hidden: width of the audio networks.
         base_hz: frequency of the lowest oscillator.
         oscillators: size of the bank, a semitone apart.
@@ -40,9 +41,10 @@ class CodecConfig:
     size: int = 64
     patch: int = 16
     channels: AV[int] = WIDTHS
-    encoder: tuple[int, ...] = (48, 64, 96)
-    decoder: tuple[int, ...] = (96, 80, 64, 32)
-    layers: int = 2
+    encoder: tuple[int, ...] = (32, 48, 64)
+    decoder: tuple[int, ...] = (64, 48, 32, 16)
+    per_frame: int = 24
+    mixed: int = 128
     hidden: int = 192
     base_hz: float = 220.0
     oscillators: int = 62
@@ -74,46 +76,58 @@ class Residual(nn.Module):
         return x + self.out(F.silu(self.mix(F.silu(x))))
 
 
-class VideoEncoder(nn.Sequential):
-    """Turn the frames of one latent into its tokens. Shapes: [N, 3t, H, W] -> [N, c, h, w]."""
+class VideoEncoder(nn.Module):
+    """Turn the frames of one latent into its tokens: every frame alone, then all of them together."""
 
     def __init__(self, config: CodecConfig, frames: int) -> None:
+        super().__init__()
+        self.frames = frames
         fine, *rest = widths = config.encoder
-        layers: list[nn.Module] = [nn.PixelUnshuffle(4), nn.Conv2d(48 * frames, fine, 1), Residual(fine)]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(4), nn.Conv2d(48, fine, 3, padding=1), Residual(fine)]
         for before, width in zip(widths, rest, strict=False):
             layers += [nn.Conv2d(before, width, 2, stride=2), Residual(width)]
-        super().__init__(*layers, Residual(widths[-1]), nn.Conv2d(widths[-1], config.channels.video, 3, padding=1))
+        self.image = nn.Sequential(*layers, Residual(widths[-1]), nn.Conv2d(widths[-1], config.per_frame, 1))
+        self.mix = nn.Sequential(
+            nn.Conv2d(config.per_frame * frames, config.mixed, 1),
+            Residual(config.mixed),
+            Residual(config.mixed),
+            nn.Conv2d(config.mixed, config.channels.video, 3, padding=1),
+        )
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode. Shapes: [N, 3t, H, W] -> [N, c, h, w]."""
+        features = self.image(rearrange(pixels, "n (t c) h w -> (n t) c h w", t=self.frames))
+        return self.mix(rearrange(features, "(n t) c h w -> n (t c) h w", t=self.frames))
 
 
 class VideoDecoder(nn.Module):
-    """Turn the tokens of one latent into its frames: layers of paint, masked anew in every frame.
+    """Turn the tokens of one latent into its frames: split them in time, then draw every frame alone.
 
-    Colours come from coarse features and hold for all frames of the latent, masks from fine ones: a moving thing keeps
-    its colour, and a sigmoid keeps its edge. Channels that mix colour and place freely came out blotched.
+    One network draws all frames, so it learns what a frame is eight times as fast as one that draws eight at once.
     """
 
     def __init__(self, config: CodecConfig, frames: int) -> None:
         super().__init__()
+        self.frames = frames
         coarse, *rest = widths = config.decoder
-        layers: list[nn.Module] = [nn.Conv2d(config.channels.video, coarse, 3, padding=1), Residual(coarse)]
+        self.mix = nn.Sequential(
+            nn.Conv2d(config.channels.video, config.mixed, 3, padding=1),
+            Residual(config.mixed),
+            Residual(config.mixed),
+            nn.Conv2d(config.mixed, coarse * frames, 1),
+        )
+        layers: list[nn.Module] = [Residual(coarse)]
         for before, width in zip(widths, rest, strict=False):
             layers += [Residual(before), nn.Conv2d(before, 4 * width, 1), nn.PixelShuffle(2)]
-        fine, self.layers = widths[-1], config.layers
-        self.trunk = nn.Sequential(*layers[:-2])
-        self.paint = nn.Sequential(nn.Conv2d(widths[-2], 3 * (config.layers + 1), 1), nn.Upsample(scale_factor=4))
-        self.mask = nn.Sequential(
-            *layers[-2:], Residual(fine), nn.Conv2d(fine, 4 * config.layers * frames, 3, padding=1), nn.PixelShuffle(2)
-        )
+        pixels = nn.Conv2d(widths[-1], 12, 3, padding=1)
+        # most of the world is dark: begin there
+        nn.init.constant_(pixels.bias, -0.9)
+        self.image = nn.Sequential(*layers, Residual(widths[-1]), pixels, nn.PixelShuffle(2))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Paint the layers over the ground. Shapes: [N, c, h, w] -> [N, 3t, H, W]."""
-        features = self.trunk(tokens)
-        ground, *paints = self.paint(features).chunk(self.layers + 1, 1)
-        masks = rearrange(self.mask(features).sigmoid(), "n (l t) h w -> l n t 1 h w", l=self.layers)
-        frames = rearrange(ground, "n c h w -> n 1 c h w")
-        for mask, paint in zip(masks, paints, strict=True):
-            frames = frames + mask * rearrange(paint, "n c h w -> n 1 c h w")
-        return rearrange(frames, "n t c h w -> n (t c) h w")
+        """Decode. Shapes: [N, c, h, w] -> [N, 3t, H, W]."""
+        features = rearrange(self.mix(tokens), "n (t c) h w -> (n t) c h w", t=self.frames)
+        return rearrange(self.image(features), "(n t) c h w -> n (t c) h w", t=self.frames)
 
 
 class Analysis(nn.Module):

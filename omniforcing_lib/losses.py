@@ -6,6 +6,8 @@ The losses draw no noise: the caller passes what was drawn, so every number can 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,12 @@ def sample_dmd_sigma(batch: int, generator: torch.Generator) -> Tensor:
     Shapes: float32 [batch], on the generator's device.
     """
     t = torch.randint(0, 1000, (batch,), generator=generator, device=generator.device)
-    return dmd_lut().to(t.device, torch.float32)[t.clamp(MIN_TIMESTEP, MAX_TIMESTEP)]
+    return _lut(t.device)[t.clamp(MIN_TIMESTEP, MAX_TIMESTEP)]
+
+
+@lru_cache
+def _lut(device: torch.device) -> Tensor:
+    return dmd_lut().to(device, torch.float32)
 
 
 def dmd_direction(x_hat: Tensor, fake: Tensor, real: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from omniforcing_lib.cache import KVCache
-from omniforcing_lib.flow import PAPER_STEPS, block_noise, noised, snap, x0_of
+from omniforcing_lib.flow import PAPER_STEPS, block_noise, snap, x0_of
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER, BlockLayout
 from omniforcing_lib.transformer import Transformer
 
@@ -84,9 +84,9 @@ def fresh_noise(generator: torch.Generator, batch: int) -> Noise:
     return draw
 
 
-def predict(model: Transformer, x: AV[Tensor], sigma: float | Tensor, text: AV[Tensor], cache: KVCache) -> AV[Tensor]:
+def predict(model: Transformer, x: AV[Tensor], sigma: float, text: AV[Tensor], cache: KVCache) -> AV[Tensor]:
     """Predict x0 of the open block; sigma is one number for both streams, in fp32 (spec 8.1.7)."""
-    level = torch.as_tensor(sigma, dtype=torch.float32, device=x.video.device).expand(len(x.video))
+    level = torch.full((len(x.video),), sigma, dtype=torch.float32, device=x.video.device)
     levels = AV(level, level)
     return x.map(x0_of, model(x, levels, text, cache=cache), levels)
 
@@ -109,8 +109,13 @@ def denoise_block(
         with torch.set_grad_enabled(exit_step is not None and i == last and torch.is_grad_enabled()):
             x0 = predict(model, x, sigmas[i], text, cache)
         if i < last:
-            x = x0.map(noised, noise(i + 1), AV(*[torch.tensor(sigmas[i + 1])] * 2))
+            x = x0.map(lambda data, eps, i=i: renoised(data, eps, sigmas[i + 1]), noise(i + 1))
     return x0
+
+
+def renoised(x0: Tensor, eps: Tensor, sigma: float) -> Tensor:
+    """Mix data with fresh noise at a level known on the host, (1 - sigma) x0 + sigma eps."""
+    return torch.lerp(x0, eps.to(x0), sigma)
 
 
 @torch.no_grad()
@@ -119,7 +124,7 @@ def remember(
 ) -> None:
     """Write a finished block's keys and values to the cache, clean or at the context noise."""
     if sigma > 0:
-        block = block.map(noised, noise, AV(*[torch.tensor(sigma)] * 2))
+        block = block.map(lambda data, eps: renoised(data, eps, sigma), noise)
     predict(model, block.map(Tensor.detach), sigma, text, cache)
 
 

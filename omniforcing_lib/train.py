@@ -6,6 +6,7 @@ randomness of step i comes from (seed, i), so a killed run that resumes ends whe
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from omniforcing_lib import losses, masks
@@ -73,33 +74,41 @@ class Player:
         others = [p for p in model.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
         on_gpu = model.proj_out.weight.is_cuda
-        self.optimiser = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=on_gpu)
-        average = get_ema_multi_avg_fn(recipe.ema)
-        self.average = AveragedModel(model, multi_avg_fn=average) if recipe.ema else None
+        # a tensor on the GPU, so that a recorded step follows the schedule
+        rate = torch.tensor(recipe.lr, device=model.proj_out.weight.device) if on_gpu else recipe.lr
+        self.optimiser = torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, fused=on_gpu, capturable=on_gpu)
+        self.average = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else None
+        self._blend = get_ema_multi_avg_fn(recipe.ema)
         self.skipped = 0
 
     @property
     def best(self) -> Transformer:
         """The average where there is one, the model otherwise."""
-        return self.average.module if self.average else self.model
+        return self.average or self.model
 
     def autocast(self) -> torch.autocast:
         """Compute in bfloat16 if the recipe says so."""
         return torch.autocast(self.model.proj_out.weight.device.type, torch.bfloat16, enabled=self.recipe.amp)
 
-    def update(self, loss: Tensor, step: int) -> Tensor:
-        """Take one step down the loss; return the gradient norm. A norm that is not finite is skipped and counted."""
+    def tune(self, step: int) -> None:
+        """Set the learning rate of a step."""
         for group in self.optimiser.param_groups:
-            group["lr"] = self.recipe.rate(step)
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(self.recipe.rate(step))
+            else:
+                group["lr"] = self.recipe.rate(step)
+
+    def update(self, loss: Tensor) -> Tensor:
+        """Take one step down the loss; return the gradient norm. On the CPU, one that is not finite is skipped."""
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
-        if not self.model.proj_out.weight.is_cuda and not torch.isfinite(norm):
+        if not norm.is_cuda and not torch.isfinite(norm):
             self.skipped += 1
             return norm
         self.optimiser.step()
         if self.average:
-            self.average.update_parameters(self.model)
+            self._blend([*self.average.parameters()], [*self.model.parameters()], None)
         return norm
 
     def state(self) -> dict[str, Tensor]:
@@ -161,13 +170,15 @@ def fit(
 
     Returns the history of the steps that ran now.
     """
-    device = next(iter(players.values())).model.proj_out.weight.device
+    generator = torch.Generator(next(iter(players.values())).model.proj_out.weight.device)
     saved = Path(folder) / "state.safetensors" if folder else None
     start = _resume(saved, players, seed) if saved and saved.exists() else 0
     history = History()
     bar = tqdm(range(start, steps), desc=label, initial=start, total=steps, disable=not progress, mininterval=1.0)
     for i in bar:
-        history.add(step(i, stepwise(seed, i, device)))
+        for player in players.values():
+            player.tune(i)
+        history.add(step(i, generator.manual_seed(mixed(seed, i))))
         if i % 20 == 0:
             bar.set_postfix({k: f"{history.mean(k, 20):.3f}" for k in history.numbers})
         ended = stop()
@@ -178,9 +189,55 @@ def fit(
     return history
 
 
-def stepwise(seed: int, step: int, device: torch.device) -> torch.Generator:
-    """Make the generator of one step from (seed, step)."""
-    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
+def mixed(seed: int, step: int) -> int:
+    """Mix seed and step number into the seed of one step."""
+    return (seed * 1_000_003 + step) * 2_654_435_761 % 2**63
+
+
+class Recorded:
+    """Record a piece of a step as CUDA graphs, one a key, and replay them; on the CPU just call it.
+
+    A small model keeps a GPU waiting for launches: replayed, the miniature trains several times faster. The piece may
+    use no random numbers but the generator's, and may not ask the GPU for a value.
+    """
+
+    def __init__(self, piece: Callable[..., Numbers], warm: int = 3) -> None:
+        self._piece, self._warm = piece, warm
+        self._calls: dict[object, int] = {}
+        self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, Numbers]] = {}
+        self._own: torch.Generator | None = None
+
+    def __call__(self, generator: torch.Generator, *key: int) -> Numbers:
+        """Run with the generator as it was last seeded."""
+        if generator.device.type != "cuda":
+            return self._piece(generator, *key)
+        # a graph stays bound to the generator that it was recorded with
+        self._own = self._own or torch.Generator(generator.device)
+        generator = self._own.manual_seed(generator.initial_seed())
+        self._calls[key] = self._calls.get(key, 0) + 1
+        if self._calls[key] <= self._warm:
+            return self._warm_up(generator, key)
+        if key not in self._graphs:
+            self._graphs[key] = self._record(generator, key)
+        graph, numbers = self._graphs[key]
+        graph.replay()
+        return {name: value.clone() for name, value in numbers.items()}
+
+    def _warm_up(self, generator: torch.Generator, key: tuple[int, ...]) -> Numbers:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            numbers = self._piece(generator, *key)
+        torch.cuda.current_stream().wait_stream(side)
+        return numbers
+
+    def _record(self, generator: torch.Generator, key: tuple[int, ...]) -> tuple[torch.cuda.CUDAGraph, Numbers]:
+        graph, seed = torch.cuda.CUDAGraph(), generator.initial_seed()
+        graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            numbers = self._piece(generator, *key)
+        generator.manual_seed(seed)
+        return graph, numbers
 
 
 def _store(path: Path, players: Mapping[str, Player], seed: int, step: int) -> None:
@@ -206,7 +263,7 @@ def pick(count: int, batch: int, generator: torch.Generator) -> Tensor:
     return torch.randint(count, (batch,), generator=generator, device=generator.device)
 
 
-def training_sigma(batch: int, generator: torch.Generator, shifts: tuple[float, ...] = (2.0, 7.8)) -> Tensor:
+def training_sigma(batch: int, generator: torch.Generator, shifts: tuple[float, float] = (2.0, 7.8)) -> Tensor:
     """Draw noise levels: uniform, then shifted towards noise as LTX-2's schedule is (spec 1.10).
 
     Half of a batch takes a mild shift (details), half LTX-2's own e^2.05 (the course of a whole clip).
@@ -214,7 +271,7 @@ def training_sigma(batch: int, generator: torch.Generator, shifts: tuple[float, 
     Shapes: float32 [batch].
     """
     even = torch.rand(batch, generator=generator, device=generator.device).clamp_min(1e-3)
-    shift = torch.tensor(shifts, device=even.device).repeat(-(-batch // len(shifts)))[:batch]
+    shift = torch.where(torch.arange(batch, device=even.device) % 2 == 0, *shifts)
     return shift * even / (1 + (shift - 1) * even)
 
 
@@ -223,7 +280,7 @@ def flow_stage(
 ) -> Step:
     """Train the bidirectional teacher by flow matching; prompts are dropped for CFG."""
 
-    def step(i: int, generator: torch.Generator) -> Numbers:
+    def piece(generator: torch.Generator) -> Numbers:
         index = pick(len(clips), batch, generator)
         x0 = clips.latents.map(lambda x: x[index].float())
         dropped = torch.rand(batch, generator=generator, device=generator.device) < drop
@@ -233,10 +290,11 @@ def flow_stage(
         with player.autocast():
             velocity = player.model(x0.map(noised, eps, sigma), sigma, text)
         loss = losses.flow_matching(velocity, x0, eps)
-        norm = player.update(losses.total(loss, weights), i)
+        norm = player.update(losses.total(loss, weights))
         return {"video": loss.video.detach(), "audio": loss.audio.detach(), "norm": norm}
 
-    return step
+    recorded = Recorded(piece)
+    return lambda i, generator: recorded(generator)
 
 
 def ode_stage(
@@ -255,23 +313,25 @@ def ode_stage(
     frames, height, width = pairs.states.video.shape[2:5]
     causal.layout.check(AV(frames, pairs.states.audio.shape[2]))
     kind = masks.build(causal.layout, frames, height * width, window=causal.window)
-    table = causal.layout.block_index(frames)
-    count = causal.layout.count(frames)
+    device, count = pairs.prompt.device, causal.layout.count(frames)
+    table = causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
+    sigmas = pairs.sigmas.to(device)
 
-    def step(i: int, generator: torch.Generator) -> Numbers:
+    def piece(generator: torch.Generator) -> Numbers:
         index = pick(len(pairs), batch, generator)
         level = torch.randint(len(pairs.sigmas), (batch, count), generator=generator, device=generator.device)
         chosen = table.map(lambda blocks: level[:, blocks])
         states = pairs.states.map(lambda s: s[index])
         x = states.map(take_level, chosen)
-        sigma = chosen.map(lambda c: pairs.sigmas.to(c.device)[c])
+        sigma = chosen.map(lambda c: sigmas[c])
         with player.autocast():
             velocity = player.model(x, sigma, prompts.take(pairs.prompt[index]), masks=kind)
         loss = losses.ode_regression(x.map(x0_of, velocity, sigma), states.map(lambda s: s[:, -1]), sigma)
-        norm = player.update(losses.total(loss, weights), i)
+        norm = player.update(losses.total(loss, weights))
         return {"video": loss.video.detach(), "audio": loss.audio.detach(), "norm": norm}
 
-    return step
+    recorded = Recorded(piece)
+    return lambda i, generator: recorded(generator)
 
 
 def take_level(states: Tensor, level: Tensor) -> Tensor:
@@ -301,30 +361,38 @@ def self_forcing_stage(
     """
     levels = len(causal.steps) - 1
 
-    def sample(text: AV[Tensor], generator: torch.Generator) -> AV[Tensor]:
-        exit_step = int(torch.randint(levels, (), generator=generator, device=generator.device))
-        noise = fresh_noise(generator, batch)
-        return join(list(rollout(student.model, causal, text, noise, grid, video_latents, exit_step=exit_step)))
-
-    def step(i: int, generator: torch.Generator) -> Numbers:
+    def sample(generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
         text = prompts.take(pick(len(prompts.names), batch, generator))
-        numbers: Numbers = {}
+        noise = fresh_noise(generator, batch)
+        with student.autocast():
+            blocks = rollout(student.model, causal, text, noise, grid, video_latents, exit_step=exit_step)
+            return text, join(list(blocks))
+
+    def generate(generator: torch.Generator, exit_step: int) -> Numbers:
+        text, x_hat = sample(generator, exit_step)
+        sigma, eps = losses.sample_dmd_sigma(batch, generator), noise_like(x_hat, generator)
         fake = guided_denoiser(critic.model, text)
-        if i % ratio == 0:
-            with student.autocast():
-                x_hat = sample(text, generator)
-            sigma, eps = losses.sample_dmd_sigma(batch, generator), noise_like(x_hat, generator)
-            real = guided_denoiser(teacher, text, prompts.negative, guidance)
-            with student.autocast():
-                loss = losses.dmd(x_hat, fake, real, sigma, eps)
-            norm = student.update(losses.total(loss, weights), i // ratio)
-            numbers |= {"dmd_video": loss.video.detach(), "dmd_audio": loss.audio.detach(), "norm": norm}
-        with torch.no_grad(), student.autocast():
-            x_hat = sample(text, generator)
+        real = guided_denoiser(teacher, text, prompts.negative, guidance)
+        with student.autocast():
+            loss = losses.dmd(x_hat, fake, real, sigma, eps)
+        norm = student.update(losses.total(loss, weights))
+        return {"dmd_video": loss.video.detach(), "dmd_audio": loss.audio.detach(), "norm": norm}
+
+    def judge(generator: torch.Generator, exit_step: int) -> Numbers:
+        with torch.no_grad():
+            text, x_hat = sample(generator, exit_step)
         sigma, eps = losses.sample_dmd_sigma(batch, generator), noise_like(x_hat, generator)
         with critic.autocast():
-            loss = losses.critic(x_hat, fake, sigma, eps)
-        numbers["critic_norm"] = critic.update(losses.total(loss, weights), i)
-        return numbers | {"critic_video": loss.video.detach(), "critic_audio": loss.audio.detach()}
+            loss = losses.critic(x_hat, guided_denoiser(critic.model, text), sigma, eps)
+        norm = critic.update(losses.total(loss, weights))
+        return {"critic_video": loss.video.detach(), "critic_audio": loss.audio.detach(), "critic_norm": norm}
+
+    parts = Recorded(generate), Recorded(judge)
+
+    def step(i: int, generator: torch.Generator) -> Numbers:
+        dice = torch.Generator().manual_seed(generator.initial_seed())
+        exits = torch.randint(levels, (2,), generator=dice).tolist()
+        made = parts[0](generator, exits[0]) if i % ratio == 0 else {}
+        return made | parts[1](generator, exits[1])
 
     return step

@@ -1,0 +1,172 @@
+"""Stream a student: blocks become frames and samples as they come, for as long as anyone watches (paper Sec. 3.4).
+
+The `Streamer` is the only stateful object a user meets. Its noise comes from (seed, block), so the same seed gives the
+same stream, whole or cut.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniforcing_lib import checkpoints
+from omniforcing_lib.codecs import DecodeState, TinyCodec, load_codec
+from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
+from omniforcing_lib.layout import AV
+from omniforcing_lib.rollout import Causal, denoise_block, new_cache, remember
+from omniforcing_lib.text import TextEncoder, TinyText
+from omniforcing_lib.transformer import Transformer
+
+
+class Chunk(NamedTuple):
+    """One block as a viewer gets it.
+
+    Shapes: frames uint8 [F, H, W, 3], samples float32 [N] mono.
+    """
+
+    frames: np.ndarray
+    samples: np.ndarray
+    start_s: float
+    prompt: str
+
+
+@dataclass
+class Streamer:
+    """Yield one chunk a block, without end; `with` frees its caches at the end.
+
+    Args:
+        model: a causal student.
+        causal: its blocks, steps and window.
+        codec: decodes both streams with carried state.
+        text: encodes prompts.
+        prompt: what to show; change it with `set_prompt`.
+        seed: of all noise.
+    """
+
+    model: Transformer
+    causal: Causal
+    codec: TinyCodec
+    text: TextEncoder
+    prompt: str
+    seed: int = 0
+    block: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._cache = new_cache(self.model, self.causal, self.codec.grid, batch=1)
+        self._decoder = DecodeState()
+        self._sigmas = self.causal.sigmas.tolist()
+        self._last: AV[Tensor] | None = None
+        self.set_prompt(self.prompt)
+
+    def __enter__(self) -> Streamer:
+        if self._cache is None:
+            raise RuntimeError("this Streamer was closed; make a new one")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._cache = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while self._cache is not None:
+            yield self.step()
+
+    def set_prompt(self, prompt: str) -> None:
+        """Follow another prompt from the next block on; unknown words raise ValueError."""
+        device = self.model.proj_out.weight.device
+        self._context = self.text.encode([prompt], device, self.model.proj_out.weight.dtype)
+        self._cache.forget_text()
+        self.prompt = prompt
+
+    @torch.inference_mode()
+    def step(self) -> Chunk:
+        """Generate and decode the next block."""
+        k, latents = self.block, self.causal.layout.block(self.block)
+        if self._last is not None:
+            self._remember(k - 1)
+        self._cache.open(k)
+        self._last = denoise_block(self.model, self._cache, self._context, self._sigmas, lambda i: self._noise(k, i))
+        clip = to_arrays(self.codec.decode(self._last, self._decoder))
+        self.block += 1
+        start_s = float(self.codec.clock.seconds(latents).video[0])
+        return Chunk(clip.video, clip.audio, start_s, self.prompt)
+
+    def _remember(self, k: int) -> None:
+        level = self.causal.context_noise
+        noise = self._noise(k, len(self._sigmas)) if level else None
+        remember(self.model, self._cache, self._context, self._last, level, noise)
+
+    def _noise(self, k: int, draw: int) -> AV[Tensor]:
+        config, block = self.model.config, self.causal.layout.block(k)
+        shapes = AV(
+            (len(block.video), *self.codec.grid, config.in_channels), (len(block.audio), config.audio_in_channels)
+        )
+        return block_noise([self.seed], k, shapes, draw).map(lambda x: x.to(self.model.proj_out.weight))
+
+
+def to_arrays(clip: AV[Tensor]) -> AV[np.ndarray]:
+    """Turn the first decoded clip of a batch into frames and samples.
+
+    Shapes: AV([B, F, H, W, 3], [B, N]) in [-1, 1] to AV(uint8 [F, H, W, 3], float32 [N]).
+    """
+    frames = ((clip.video[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return AV(frames.cpu().numpy(), clip.audio[0].float().cpu().numpy())
+
+
+def to_clips(clip: AV[Tensor]) -> list[AV[np.ndarray]]:
+    """Turn a decoded batch into clips."""
+    return [to_arrays(clip.map(lambda x, i=i: x[i : i + 1])) for i in range(len(clip.video))]
+
+
+def shipped_codec(device: str | torch.device = "cpu") -> TinyCodec:
+    """Load the codec of the miniature."""
+    return load_codec(checkpoints.DATA / "codec.safetensors", device)
+
+
+MINIATURE_GUIDANCE = Guidance(cfg=AV(3.0, 3.0))
+"""Guidance of the miniature teacher (LOG.md says how it was chosen)."""
+
+
+@torch.inference_mode()
+def teacher_clips(
+    model: Transformer,
+    codec: TinyCodec,
+    prompts: list[str],
+    seeds: list[int],
+    seconds: int,
+    *,
+    steps: int = 40,
+    guidance: Guidance = MINIATURE_GUIDANCE,
+) -> list[AV[np.ndarray]]:
+    """Sample clips with the guided bidirectional teacher, one a prompt and seed, as one batch."""
+    weight, latents = model.proj_out.weight, codec.clock.latents(seconds)
+    shapes = AV((latents.video, *codec.grid, model.config.in_channels), (latents.audio, model.config.audio_in_channels))
+    text = TinyText().encode([*prompts, ""], weight.device, weight.dtype)
+    negative = text.map(lambda t: t[-1:])
+    noise = block_noise(seeds, 0, shapes).map(lambda x: x.to(weight.device))
+    denoise = guided_denoiser(model, text.map(lambda t: t[:-1]), negative, guidance)
+    return to_clips(codec.decode(euler(denoise, noise, ltx2_sigmas(steps))))
+
+
+def generate(prompt: str, seconds: int, seed: int, model: str | os.PathLike[str] = "student") -> AV[np.ndarray]:
+    """Make one clip: streamed by a causal student, sampled whole by a bidirectional teacher.
+
+    Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [16000K + 160]).
+    """
+    if seconds < 1:
+        raise ValueError(f"a clip lasts 1 second or more, found {seconds}")
+    causal, codec = checkpoints.read(model).causal, shipped_codec()
+    loaded = checkpoints.load(model)
+    if causal is None:
+        return teacher_clips(loaded, codec, [prompt], [seed], seconds)[0]
+    wanted = codec.clock.latents(seconds)
+    with Streamer(loaded, causal, codec, TinyText(), prompt, seed) as stream:
+        chunks = [stream.step() for _ in range(causal.layout.count(wanted.video))]
+    frames, samples = (np.concatenate(part) for part in zip(*((c.frames, c.samples) for c in chunks), strict=True))
+    ends = codec.clock.frames(range(wanted.video)).stop, codec.clock.samples(range(wanted.audio)).stop
+    return AV(frames[: ends[0]], samples[: ends[1]])

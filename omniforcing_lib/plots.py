@@ -229,18 +229,23 @@ def _tint(colour: str, strength: float) -> np.ndarray:
 def leak_heatmap(matrices: np.ndarray | Mapping[str, np.ndarray]) -> Figure:
     """Draw how far each perturbed block reaches: left of the stairs is the past, where white means to the bit.
 
-    Shapes: each [K, K], row = block perturbed, column = block of the output, value = largest change.
+    Shapes: each [K, K], row = block perturbed, column = block of the output, value = largest change; four in a row.
     """
     named = matrices if isinstance(matrices, Mapping) else {"": matrices}
-    fig = figure(2.5, width=min(WIDTH, 2.2 * len(named) + 1.2))
-    panels = fig.subplots(1, len(named), sharey=True, squeeze=False)[0]
+    columns = min(4, len(named))
+    rows = -(-len(named) // columns)
+    fig = figure(0.4 + 2.1 * rows, width=min(WIDTH, 2.2 * columns + 1.2))
+    panels = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     largest = max(float(np.max(m)) for m in named.values()) or 1.0
     norm = LogNorm(largest * 1e-4, largest)
-    for axes, (name, matrix) in zip(panels, named.items(), strict=True):
+    for axes, (name, matrix) in zip(panels.flat, named.items(), strict=False):
         _reach(axes, np.asarray(matrix, float), norm)
-        axes.set(title=name, xlabel="block of the output")
-    panels[0].set_ylabel("block perturbed")
-    fig.colorbar(ScalarMappable(norm, "Purples"), ax=list(panels), shrink=0.85, label="largest change")
+        axes.set(title=name)
+    for axes in panels[-1]:
+        axes.set_xlabel("block of the output")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("block perturbed")
+    fig.colorbar(ScalarMappable(norm, "Purples"), ax=list(panels.flat), shrink=0.85, label="largest change")
     return fig
 
 

@@ -26,6 +26,7 @@ class Profile:
         long_seconds: length of the long roll-out whose drift is measured.
         bench_seconds: length of the stream that notebook 05 times.
         seeds: training seeds of a comparison.
+        mask_seconds: clip lengths at which notebook 02 times attention.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Profile:
     long_seconds: int
     bench_seconds: int
     seeds: int
+    mask_seconds: tuple[int, ...]
 
     def override(self, changes: Mapping[str, object]) -> Profile:
         """Replace fields by name; a None keeps the profile's own value."""
@@ -69,6 +71,7 @@ SMOKE = Profile(
     long_seconds=8,
     bench_seconds=8,
     seeds=1,
+    mask_seconds=(5, 10, 20, 40, 80),
 )
 CPU = replace(
     SMOKE,
@@ -83,6 +86,7 @@ CPU = replace(
     long_seconds=60,
     bench_seconds=60,
     seeds=2,
+    mask_seconds=(5, 10, 20, 40, 80, 160),
 )
 FULL = replace(
     CPU,

@@ -234,7 +234,7 @@ def leak_heatmap(matrices: np.ndarray | Mapping[str, np.ndarray]) -> Figure:
     named = matrices if isinstance(matrices, Mapping) else {"": matrices}
     columns = min(4, len(named))
     rows = -(-len(named) // columns)
-    fig = figure(0.4 + 2.1 * rows, width=min(WIDTH, 2.2 * columns + 1.2))
+    fig = figure(0.4 + 1.95 * rows, width=min(WIDTH, 2.2 * columns + 1.2))
     panels = fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     largest = max(float(np.max(m)) for m in named.values()) or 1.0
     norm = LogNorm(largest * 1e-4, largest)
@@ -255,6 +255,6 @@ def _reach(axes: Axes, matrix: np.ndarray, norm: LogNorm) -> None:
     edges = np.arange(len(matrix) + 1) - 0.5
     axes.step(edges, edges, where="pre", color=INK, linewidth=1.3)
     rows, columns = np.nonzero(np.tril(matrix, -1))
-    axes.plot(columns, rows, "x", color="#d0021b", markersize=12, markeredgewidth=3)
+    axes.plot(columns, rows, "x", color="#d0021b", markersize=8, markeredgewidth=2)
     axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
     bare(axes)

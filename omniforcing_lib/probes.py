@@ -233,7 +233,7 @@ def attention_cost(
     tokens_per_frame: int = 16,
     heads: int = 4,
     dim: int = 40,
-    repeats: int = 5,
+    repeats: int = 9,
     device: str | torch.device = "cpu",
 ) -> dict[int, Cost]:
     """Time video self-attention by clip length: all pairs, under a dense mask, and one call a block.

@@ -230,7 +230,6 @@ def inspect(model: str | os.PathLike[str]) -> str:
         f"keys: {checkpoint.report()}",
     ]
     if causal:
-        lines.append(
-            f"causal student: first block {tuple(causal.layout.first)}, then {tuple(causal.layout.step)}, steps {causal.steps}"
-        )
+        first, step = tuple(causal.layout.first), tuple(causal.layout.step)
+        lines.append(f"causal student: first block {first}, then {step}, steps {causal.steps}")
     return "\n".join(lines)

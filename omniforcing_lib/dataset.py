@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from omniforcing_lib import world
 from omniforcing_lib.checkpoints import write_atomically

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from omniforcing_lib import losses, masks
 from omniforcing_lib.checkpoints import write_atomically

@@ -26,6 +26,7 @@ class Profile:
         long_seconds: length of the long roll-out whose drift is measured.
         bench_seconds: length of the stream that notebook 05 times.
         seeds: training seeds of a comparison.
+        teacher_clips: clips that notebook 01 samples from the teacher and scores.
         mask_seconds: clip lengths at which notebook 02 times attention.
     """
 
@@ -44,6 +45,7 @@ class Profile:
     long_seconds: int
     bench_seconds: int
     seeds: int
+    teacher_clips: int
     mask_seconds: tuple[int, ...]
 
     def override(self, changes: Mapping[str, object]) -> Profile:
@@ -71,6 +73,7 @@ SMOKE = Profile(
     long_seconds=8,
     bench_seconds=8,
     seeds=1,
+    teacher_clips=4,
     mask_seconds=(5, 10, 20, 40, 80),
 )
 CPU = replace(
@@ -86,6 +89,7 @@ CPU = replace(
     long_seconds=60,
     bench_seconds=60,
     seeds=2,
+    teacher_clips=16,
     mask_seconds=(5, 10, 20, 40, 80, 160),
 )
 FULL = replace(

@@ -1,0 +1,228 @@
+"""Take a checkpoint and its codec apart: what the tensors are for, what a latent holds, what the settings are worth.
+
+Notebook 01 asks; nothing in the method needs these answers.
+
+Shapes: N clips, F video and T audio latents.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omniforcing_lib import detect, evaluate, world
+from omniforcing_lib.codecs import TinyCodec
+from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.flow import Model, noise_like, noised
+from omniforcing_lib.layout import AV
+from omniforcing_lib.recipes import HELD_OUT
+from omniforcing_lib.stream import to_clips
+from omniforcing_lib.text import TinyText
+from omniforcing_lib.transformer import Transformer
+
+PARTS = {
+    "cross-modal": ("to_video_attn", "to_audio_attn", "av_ca", "a2v_ca"),
+    "sinks": ("sink_tokens",),
+    "text": ("attn2", "caption_projection", "prompt"),
+    "self-attention": ("attn1",),
+    "feed-forward": ("ff.",),
+    "modulation by sigma": ("adaln", "scale_shift_table"),
+    "in and out": ("patchify_proj", "proj_out"),
+}
+"""What a tensor is for, by words in its name; the first part that fits takes it."""
+
+RELEASED_CODE = {
+    "rope_type": "interleaved",
+    "frequencies_precision": "float32",
+    "av_ca_timestep_scale_multiplier": 1,
+}
+"""What OmniForcing's released code runs LTX-2's weights with, whatever the file says (spec 1.9)."""
+
+SETTINGS = {
+    "as the file says": {},
+    **{f"{name} = {value}": {name: value} for name, value in RELEASED_CODE.items()},
+    "all three, the released code": RELEASED_CODE,
+}
+SIGMAS = (0.2, 0.4, 0.6, 0.8)
+
+
+class HeldOut(NamedTuple):
+    """Clips of the world that training never drew, with their prompts."""
+
+    clips: list[AV[np.ndarray]]
+    prompts: list[str]
+
+
+def held_out(count: int, seed: int, seconds: int) -> HeldOut:
+    """Render clips of the world's evaluation seeds; another `seed` gives others."""
+    scenes = [world.scene(HELD_OUT + 1_000 * seed + i) for i in range(count)]
+    return HeldOut([world.render(scene, seconds=seconds) for scene in scenes], [scene.prompt for scene in scenes])
+
+
+def purpose(name: str) -> tuple[str, str]:
+    """Say which stream a transformer tensor serves and what it is for."""
+    part = next((part for part, words in PARTS.items() if any(word in name for word in words)), None)
+    if part is None:
+        raise ValueError(f"{name} belongs to no part; add it to PARTS")
+    return ("both" if part == "cross-modal" else "audio" if "audio" in name else "video"), part
+
+
+def parameters(shapes: Mapping[str, Sequence[int]]) -> Counter[tuple[str, str]]:
+    """Count parameters by (stream, part); `both` is cross-modal attention and its modulation."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for name, shape in shapes.items():
+        counts[purpose(name)] += math.prod(shape)
+    return counts
+
+
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Give the names and shapes of a model's tensors; on the meta device, nothing is allocated."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+
+
+def patterns(names: Iterable[str]) -> set[str]:
+    """Replace the numbers of layers in tensor names, to compare models of different depths."""
+    return {re.sub(r"transformer_blocks\.\d+", "transformer_blocks.N", name) for name in names}
+
+
+def stream_shares(counts: Mapping[tuple[str, str], int]) -> dict[str, float]:
+    """Give the share of all parameters that serves each stream, and both."""
+    total = sum(counts.values())
+    return {
+        stream: sum(n for (owner, _), n in counts.items() if owner == stream) / total
+        for stream in ("video", "audio", "both")
+    }
+
+
+def parameter_rows(
+    counts: Mapping[tuple[str, str], int], reference: Mapping[tuple[str, str], int]
+) -> list[dict[str, object]]:
+    """Table parameters by stream and part, beside the same parts' shares of a reference model."""
+    totals = sum(counts.values()), sum(reference.values())
+    order = sorted(counts, key=lambda key: (("video", "audio", "both").index(key[0]), -counts[key]))
+    return [
+        {
+            "stream": stream,
+            "part": part,
+            "tensors hold": f"{counts[stream, part]:,}",
+            "share here": f"{counts[stream, part] / totals[0]:.1%}",
+            "share of the 19B": f"{reference[stream, part] / totals[1]:.1%}",
+        }
+        for stream, part in order
+    ]
+
+
+def settings_rows(config: ModelConfig, names: Sequence[str]) -> list[dict[str, object]]:
+    """Table fields of a config beside those of the 19B model (spec 1.2)."""
+    reference = ModelConfig()
+    return [{"field": n, "this file": getattr(config, n), "the 19B": getattr(reference, n)} for n in names]
+
+
+@torch.no_grad()
+def decoded_by(codec: TinyCodec, latents: AV[Tensor], stream: int, index: int) -> range:
+    """Find which frames (stream 0) or samples (1) one latent decides: change it, decode, see what moves.
+
+    Shapes: latents AV([1, F, h, w, C], [1, T, C]).
+    """
+    changed = latents.map(Tensor.clone)
+    changed[stream][:, index] += 1
+    before, after = codec.decode(latents)[stream], codec.decode(changed)[stream]
+    moved = (before != after)[0].flatten(1).any(1) if stream == 0 else (before != after)[0]
+    places = moved.nonzero().flatten().tolist()
+    return range(places[0], places[-1] + 1)
+
+
+@torch.no_grad()
+def encoded(codec: TinyCodec, clips: Sequence[AV[np.ndarray]]) -> AV[Tensor]:
+    """Encode clips of one length.
+
+    Shapes: N clips AV(uint8 [24K + 1, H, W, 3], float32 [16000K + 160]) to AV([N, F, h, w, C], [N, T, C]).
+    """
+    arrays = AV(*(np.stack(part) for part in zip(*clips, strict=True)))
+    device = next(codec.parameters()).device
+    video, audio = arrays.map(lambda array: torch.from_numpy(array).to(device))
+    return codec.encode(AV(video.float() / 127.5 - 1, audio))
+
+
+@torch.no_grad()
+def round_trip(codec: TinyCodec, clips: Sequence[AV[np.ndarray]]) -> list[AV[np.ndarray]]:
+    """Send clips through the codec and back: the best that any model of its latents can look and sound."""
+    return to_clips(codec.decode(encoded(codec, clips)))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Compare frames: peak signal-to-noise ratio in dB, infinite for equal ones.
+
+    Shapes: two uint8 [F, H, W, 3].
+    """
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else math.inf
+
+
+class Shift(NamedTuple):
+    """Compare the onsets of two sounds: how many there are, how many find a partner, how far they moved."""
+
+    onsets: int
+    paired: int
+    largest_ms: float
+
+
+def onset_shift(before: np.ndarray, after: np.ndarray) -> Shift:
+    """Listen for the same onsets in two sounds and measure how far apart they lie.
+
+    Shapes: two float [N].
+    """
+    first, second = (detect.heard_onsets(samples) for samples in (before, after))
+    moves = [abs(pair.seen.time_s - pair.heard.time_s) for pair in evaluate.match(first, second)]
+    return Shift(len(first), len(moves), 1000 * max(moves, default=math.nan))
+
+
+def score_rows(table: evaluate.Table) -> list[dict[str, object]]:
+    """Turn a table of scores into rows, a measure each, mean and 95 % interval."""
+    measures = next(iter(table.rows.values()))
+    return [{"measure": m} | {system: str(row[m]) for system, row in table.rows.items()} for m in measures]
+
+
+@torch.no_grad()
+def velocity_loss(
+    model: Model,
+    latents: AV[Tensor],
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    sigmas: Sequence[float] = SIGMAS,
+) -> AV[Tensor]:
+    """Measure how far a model's velocity is from eps - x0, clip by clip, on average over noise levels.
+
+    Shapes: latents AV([N, F, h, w, C], [N, T, C]) to AV [N].
+    """
+    generator, device = torch.Generator().manual_seed(seed), latents.video.device
+    text, losses = TinyText().encode(prompts, device), []
+    for sigma in sigmas:
+        level = torch.full((len(prompts),), sigma, device=device)
+        eps = noise_like(latents, generator)
+        velocity = model(latents.map(noised, eps, AV(level, level)), AV(level, level), text)
+        losses.append(velocity.map(lambda v, x0, e: (v - (e - x0)).square().flatten(1).mean(1), latents, eps))
+    return AV(*(torch.stack(stream).mean(0) for stream in zip(*losses, strict=True)))
+
+
+def silent(x: AV[Tensor], sigma: AV[Tensor], text: AV[Tensor]) -> AV[Tensor]:
+    """Predict no velocity at all: what a model that knows nothing may as well say."""
+    return x.map(torch.zeros_like)
+
+
+def mean_interval(values: Tensor) -> evaluate.Estimate:
+    """Average over clips, with a normal 95 % interval.
+
+    Shapes: [N].
+    """
+    half = 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return evaluate.Estimate(values.mean().item(), values.mean().item() - half, values.mean().item() + half)

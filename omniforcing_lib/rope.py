@@ -70,7 +70,9 @@ def rotation(angle: Tensor, heads: int, sinks: int = 0) -> Rotation:
     return Rotation(by_head.cos(), by_head.sin())
 
 
+# A table first asked for while sampling must serve training too.
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def tables(
     config: ModelConfig,
     clock: Clock,

@@ -24,9 +24,6 @@ from omniforcing_lib.rollout import Causal
 from omniforcing_lib.text import TinyText
 from omniforcing_lib.transformer import Transformer, initialise
 
-HELD_OUT = 10_000_000
-"""World seeds from here on are for evaluation; training never draws them."""
-
 CODEC = str(checkpoints.DATA / "codec.safetensors")
 
 

@@ -25,8 +25,7 @@ from omniforcing_lib import world
 from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.layout import AV, Clock
 
-HELD_OUT = 1_000_000
-NOISE = AV(0.25, 0.25)
+NOISE = AV(0.2, 0.25)
 
 
 class Batch(NamedTuple):
@@ -76,7 +75,7 @@ def batches(
     pool: deque[Batch] = deque(maxlen=max(1, kept // size))
     for step in count():
         if len(pool) < pool.maxlen or step % 8 == 0:
-            pool.append(render(codec, rng.integers(HELD_OUT, size=size).tolist(), seconds, device))
+            pool.append(render(codec, rng.integers(world.HELD_OUT, size=size).tolist(), seconds, device))
             yield pool[-1]
             continue
         rows = [(int(rng.integers(len(pool))), int(rng.integers(size))) for _ in range(size)]
@@ -101,7 +100,7 @@ def train_codec(
     batch: int = 16,
     seconds: int = 2,
     noise: AV[float] = NOISE,
-    rate: float = 4e-3,
+    rate: float = 2.5e-3,
     kept: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -139,8 +138,8 @@ def train_codec(
         adam.step()
         cycle.step()
         bar.set_postfix(losses.map(lambda loss: f"{loss.item():.4f}")._asdict(), refresh=False)
-    settle(codec, range(HELD_OUT - 96, HELD_OUT), device)
-    codec.metrics = measure(codec, range(HELD_OUT, HELD_OUT + 16), device) | {"steps": steps}
+    settle(codec, range(world.HELD_OUT - 96, world.HELD_OUT), device)
+    codec.metrics = measure(codec, range(world.HELD_OUT, world.HELD_OUT + 16), device) | {"steps": steps}
     return codec
 
 
@@ -176,9 +175,9 @@ def _shaken(latents: Tensor, most: float, dice: torch.Generator) -> Tensor:
 
 def video_loss(made: Tensor, true: Tensor) -> Tensor:
     """Mix absolute and squared error, the bright pixels (the ball) weighing most. Shapes: [B, f, H, W, 3] -> []."""
-    weight = 1 + 6 * (true.amax(-1, keepdim=True) + 1) / 2
+    weight = 1 + 3 * (true.amax(-1, keepdim=True) + 1) / 2
     error = made - true
-    return (weight * (error.abs() + 2 * error**2)).mean()
+    return (weight * (error.abs() / 2 + 4 * error**2)).mean()
 
 
 def knot_loss(codec: TinyCodec, latents: Tensor, true: Tensor) -> Tensor:

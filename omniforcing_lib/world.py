@@ -25,6 +25,8 @@ from omniforcing_lib.layout import AV, Clock
 Device = torch.device | str
 CLOCK = Clock()
 SIZE = 64
+# Seeds from here on are for evaluation: training never draws them.
+HELD_OUT = 10_000_000
 RADIUS = 7.0
 BORDER = 1.0
 LOW, HIGH = BORDER + RADIUS, SIZE - BORDER - RADIUS

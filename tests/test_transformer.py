@@ -47,7 +47,10 @@ def inputs(
 ):
     """Draw latents, one sigma a block, and text for a clip."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
     audio_latents = layout.audio_latents(video_latents)
     x = AV(draw(batch, video_latents, *GRID, 3), draw(batch, audio_latents, 5))
     level = torch.rand(batch, layout.count(video_latents), generator=generator, dtype=dtype)

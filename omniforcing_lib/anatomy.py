@@ -21,12 +21,14 @@ from omniforcing_lib import detect, evaluate, world
 from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Model, noise_like, noised
-from omniforcing_lib.layout import AV
-from omniforcing_lib.recipes import HELD_OUT
+from omniforcing_lib.layout import AV, Clock
+from omniforcing_lib.probes import steps
 from omniforcing_lib.stream import to_clips
 from omniforcing_lib.text import TinyText
 from omniforcing_lib.transformer import Transformer
+from omniforcing_lib.world import HELD_OUT
 
+CLOCK = Clock()
 PARTS = {
     "cross-modal": ("to_video_attn", "to_audio_attn", "av_ca", "a2v_ca"),
     "sinks": ("sink_tokens",),
@@ -112,7 +114,7 @@ def parameter_rows(
         {
             "stream": stream,
             "part": part,
-            "tensors hold": f"{counts[stream, part]:,}",
+            "parameters": f"{counts[stream, part]:,}",
             "share here": f"{counts[stream, part] / totals[0]:.1%}",
             "share of the 19B": f"{reference[stream, part] / totals[1]:.1%}",
         }
@@ -138,6 +140,19 @@ def decoded_by(codec: TinyCodec, latents: AV[Tensor], stream: int, index: int) -
     moved = (before != after)[0].flatten(1).any(1) if stream == 0 else (before != after)[0]
     places = moved.nonzero().flatten().tolist()
     return range(places[0], places[-1] + 1)
+
+
+def latent_rows(moved: Mapping[int, AV[range]], clock: Clock = CLOCK) -> list[dict[str, object]]:
+    """Table what single latents were seen to decide beside what the clock says of them."""
+    return [
+        {
+            "latent": i,
+            "frames moved": steps(spans.video),
+            "its frames by the clock": steps(clock.frames(range(i, i + 1))),
+        }
+        | {"samples moved": steps(spans.audio), "its samples by the clock": steps(clock.samples(range(i, i + 1)))}
+        for i, spans in moved.items()
+    ]
 
 
 @torch.no_grad()
@@ -168,21 +183,33 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Shift(NamedTuple):
-    """Compare the onsets of two sounds: how many there are, how many find a partner, how far they moved."""
+    """Compare the onsets of sounds before and after something: how many come back, how far they moved.
+
+    Attributes:
+        onsets: number before.
+        moves_ms: of those that have a partner after.
+    """
 
     onsets: int
-    paired: int
-    largest_ms: float
+    moves_ms: np.ndarray
+
+    @property
+    def kept(self) -> float:
+        """Share of the onsets that are heard again."""
+        return len(self.moves_ms) / self.onsets if self.onsets else math.nan
 
 
-def onset_shift(before: np.ndarray, after: np.ndarray) -> Shift:
-    """Listen for the same onsets in two sounds and measure how far apart they lie.
+def onset_shift(before: Sequence[AV[np.ndarray]], after: Sequence[AV[np.ndarray]]) -> Shift:
+    """Listen for the same onsets in two versions of some clips and measure how far apart they lie.
 
-    Shapes: two float [N].
+    Shapes: clips AV(_, float [N]).
     """
-    first, second = (detect.heard_onsets(samples) for samples in (before, after))
-    moves = [abs(pair.seen.time_s - pair.heard.time_s) for pair in evaluate.match(first, second)]
-    return Shift(len(first), len(moves), 1000 * max(moves, default=math.nan))
+    count, moves = 0, []
+    for one, other in zip(before, after, strict=True):
+        first, second = (detect.heard_onsets(clip.audio) for clip in (one, other))
+        count += len(first)
+        moves += [1000 * abs(pair.seen.time_s - pair.heard.time_s) for pair in evaluate.match(first, second)]
+    return Shift(count, np.array(moves))
 
 
 def score_rows(table: evaluate.Table) -> list[dict[str, object]]:

@@ -67,15 +67,16 @@ def block_rows(layout: BlockLayout, seconds: int, clock: Clock = CLOCK) -> list[
         ends = clock.seconds(block).map(lambda span: f"{float(span[1]):.4f}")
         rows.append(
             {"block": k}
-            | {f"{name} latents": _span(latents) for name, latents in zip(AV._fields, block, strict=True)}
-            | {"pixel frames": _span(frames), "samples": _span(samples)}
+            | {f"{name} latents": steps(latents) for name, latents in zip(AV._fields, block, strict=True)}
+            | {"pixel frames": steps(frames), "samples": steps(samples)}
             | {f"{name} ends, s": end for name, end in zip(AV._fields, ends, strict=True)}
         )
     return rows
 
 
-def _span(steps: range) -> str:
-    return f"{steps.start}" if len(steps) == 1 else f"{steps.start} – {steps.stop - 1}"
+def steps(span: range) -> str:
+    """Write a range for a reader, the last step included."""
+    return f"{span.start}" if len(span) == 1 else f"{span.start} – {span.stop - 1}"
 
 
 def leftovers(layout: BlockLayout, seconds: Iterable[int], clock: Clock = CLOCK) -> AV[int]:

@@ -58,12 +58,13 @@ def test_psnr_is_that_of_the_textbook():
 
 
 def test_a_shift_of_the_sound_is_measured():
-    sound = world.render(world.scene(5), seconds=4).audio
-    late = np.concatenate([np.zeros(320, np.float32), sound[:-320]])
-    shift = anatomy.onset_shift(sound, late)
-    assert shift.onsets == shift.paired > 2
-    assert shift.largest_ms == pytest.approx(20, abs=4)
-    assert anatomy.onset_shift(sound, 0 * sound).paired == 0
+    clip = world.render(world.scene(5), seconds=4)
+    late = AV(clip.video, np.concatenate([np.zeros(320, np.float32), clip.audio[:-320]]))
+    shift = anatomy.onset_shift([clip, clip], [late, clip])
+    assert shift.onsets > 4 and shift.kept == 1
+    assert np.median(shift.moves_ms[: shift.onsets // 2]) == pytest.approx(20, abs=2)
+    assert (shift.moves_ms[shift.onsets // 2 :] == 0).all()
+    assert anatomy.onset_shift([clip], [AV(clip.video, 0 * clip.audio)]).kept == 0
 
 
 def test_a_model_that_says_nothing_loses_the_variance_of_data_and_noise():

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.layout import AV, BlockLayout
+from omniforcing_lib.layout import AV, BlockLayout, Clock
+from omniforcing_lib.rope import Rotation, rotate, turns
 
 
 class Span(NamedTuple):
@@ -44,6 +45,13 @@ class Ring:
     def __init__(self, shape: tuple[int, ...], cache: KVCache, stream: int, **kind: object) -> None:
         self.keys, self.values = torch.zeros(shape, **kind), torch.zeros(shape, **kind)
         self._cache, self._stream = cache, stream
+        self._anchor: Tensor | None = None
+
+    def turn_anchor(self, by: Rotation, pinned: int, rope_type: str) -> None:
+        """Rotate the pinned keys so that they look later than they were; the window stays as it is."""
+        if self._anchor is None:
+            self._anchor = self.keys[:, :, :pinned].clone()
+        self.keys[:, :, :pinned] = rotate(self._anchor, by, rope_type)
 
     def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Write the open block's keys and values in place; return all that it sees.
@@ -102,6 +110,9 @@ class KVCache:
         grid: tokens of a video frame (h, w).
         batch: B.
         window: past blocks kept besides block 0; a clip of at most window + 2 blocks is not windowed.
+        reanchor: past the window, sinks and block 0 follow it at the distance that they had when it first filled, so
+            that no query ever sees a distance that a short clip does not have; False keeps absolute positions.
+        clock: seconds of the blocks.
         device: where the rings live.
         dtype: of keys and values.
     """
@@ -111,6 +122,8 @@ class KVCache:
     grid: tuple[int, int]
     batch: int = 1
     window: int = 20
+    reanchor: bool = False
+    clock: Clock = field(default_factory=Clock)
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
     latents: AV[range] | None = field(default=None, init=False)
@@ -148,6 +161,18 @@ class KVCache:
         sizes = block.map(lambda span, tokens: len(span) * tokens, self._per_latent)
         partial = block.map(len) != whole
         self.span = AV(*(self._span(stream, k, sizes[stream], partial) for stream in (0, 1)))
+        if self.reanchor and k > self.window + 1:
+            self._follow(k)
+
+    def _follow(self, k: int) -> None:
+        """Turn the pinned keys by the time that the window has moved since it first filled."""
+        starts = (self.clock.seconds(self.layout.block(i)) for i in (k - self.window, 1))
+        moved = AV(*zip(*starts, strict=True)).map(lambda ends: float(ends[0][0] - ends[1][0]))
+        by = turns(self.config, moved, torch.device(self.device))
+        for slots in self._layers:
+            for slot, own, cross, pinned in zip(slots, by.own, by.cross, self._pinned, strict=True):
+                slot.own.turn_anchor(own, pinned, self.config.rope_type)
+                slot.cross.turn_anchor(cross, pinned, self.config.rope_type)
 
     def _span(self, stream: int, k: int, size: int, partial: bool) -> Span:
         pinned, step = self._pinned[stream], self._step[stream]

@@ -30,13 +30,15 @@ class Causal:
     Attributes:
         layout: blocks and sinks.
         steps: noise levels x 1000 of a block, ending in 0; snapped to the 40-step schedule (spec 5.0).
-        window: past blocks that a block sees besides block 0.
+        window: past blocks that a block sees besides block 0; 4 is all of a 5-second clip.
+        reanchor: past the window, let sinks and block 0 follow it (see `KVCache`).
         context_noise: sigma at which a finished block is remembered; 0 is clean.
     """
 
     layout: BlockLayout = PAPER
     steps: tuple[int, ...] = PAPER_STEPS
-    window: int = 20
+    window: int = 4
+    reanchor: bool = True
     context_noise: float = 0.0
 
     @property
@@ -51,6 +53,7 @@ class Causal:
             "layout": layout,
             "steps": list(self.steps),
             "window": self.window,
+            "reanchor": self.reanchor,
             "context_noise": self.context_noise,
         }
 
@@ -59,7 +62,8 @@ class Causal:
         """Read the `omniforcing` part of a checkpoint's `config`."""
         layout = config["layout"]
         shape = BlockLayout(AV(*layout["first"]), AV(*layout["step"]), layout["sinks"])
-        return cls(shape, tuple(config["steps"]), config["window"], config["context_noise"])
+        rest = {k: v for k, v in config.items() if k not in ("layout", "steps")}
+        return cls(shape, tuple(config["steps"]), **rest)
 
     @classmethod
     def from_layout(cls, name: str, sinks: int | None = None, **changes: object) -> Causal:
@@ -137,7 +141,17 @@ def new_cache(
     dtype = (
         torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
     )
-    return KVCache(model.config, causal.layout, grid, batch, window, weight.device, dtype)
+    return KVCache(
+        model.config,
+        causal.layout,
+        grid,
+        batch,
+        window,
+        causal.reanchor,
+        model.clock,
+        weight.device,
+        dtype,
+    )
 
 
 def rollout(

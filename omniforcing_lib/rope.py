@@ -33,14 +33,16 @@ class Ropes(NamedTuple):
     cross: AV[Rotation]
 
 
-def positions(clock: Clock, latents: AV[range], grid: tuple[int, int]) -> AV[Tensor]:
-    """Give the middle of each cell in seconds and nominal pixels (spec 1.8), in the reference's fp32 arithmetic.
+def positions(
+    clock: Clock, latents: AV[range], grid: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> AV[Tensor]:
+    """Give the middle of each cell in seconds and nominal pixels (spec 1.8); float32 is the reference's arithmetic.
 
     Shapes: video [3, F h w] (t, y, x), audio [1, T].
     """
-    bounds = clock.bounds(latents).map(lambda b: torch.tensor(b, dtype=torch.float32).reshape(-1, 2))
+    bounds = clock.bounds(latents).map(lambda b: torch.tensor(b, dtype=dtype).reshape(-1, 2))
     seconds = bounds.map(lambda b, rate: (b / rate).sum(1) / 2, AV(clock.fps, clock.mel_rate))
-    rows, columns = ((torch.arange(n, dtype=torch.float32) + 0.5) * SPATIAL_STRIDE for n in grid)
+    rows, columns = ((torch.arange(n, dtype=dtype) + 0.5) * SPATIAL_STRIDE for n in grid)
     cells = torch.meshgrid(seconds.video, rows, columns, indexing="ij")
     return AV(torch.stack([axis.flatten() for axis in cells]), seconds.audio[None])
 
@@ -50,12 +52,24 @@ def angles(position: Tensor, max_pos: tuple[int, ...], dim: int, theta: float, p
 
     Shapes: position [n, T] to [T, dim / 2]; the first dim/2 - n floor(dim/2n) angles are zero (padding).
     """
-    n = position.shape[0]
-    per_axis = dim // (2 * n)
-    steps = torch.linspace(0, 1, per_axis, dtype=getattr(torch, precision))
+    scale = torch.tensor(max_pos[: len(position)], dtype=position.dtype)
+    return _spread((position.T / scale) * 2 - 1, dim, theta, precision)
+
+
+def turning(seconds: float, axes: int, max_pos: tuple[int, ...], dim: int, theta: float, precision: str) -> Tensor:
+    """Give the angles by which `seconds` later turns a key: RoPE is a group, so only time enters, from anywhere.
+
+    Shapes: float64 [1, dim / 2]; `axes` is the number of position dims n of the attention.
+    """
+    fraction = torch.zeros(1, axes, dtype=torch.float64)
+    fraction[0, 0] = 2 * seconds / max_pos[0]
+    return _spread(fraction, dim, theta, precision)
+
+
+def _spread(fraction: Tensor, dim: int, theta: float, precision: str) -> Tensor:
+    """Multiply fractional positions with the frequency grid and pad in front. Shapes: [T, n] to [T, dim / 2]."""
+    steps = torch.linspace(0, 1, dim // (2 * fraction.shape[1]), dtype=getattr(torch, precision))
     frequency = (torch.pow(theta, steps) * torch.pi / 2).to(torch.float32)
-    scale = torch.tensor(max_pos[:n], dtype=position.dtype)
-    fraction = (position.T / scale) * 2 - 1
     angle = (fraction[:, None, :] * frequency[:, None]).flatten(1)
     return torch.nn.functional.pad(angle, (dim // 2 - angle.shape[1], 0))
 
@@ -67,7 +81,7 @@ def rotation(angle: Tensor, heads: int, sinks: int = 0) -> Rotation:
     """
     by_head = angle.unflatten(1, (heads, -1)).transpose(0, 1)
     by_head = torch.nn.functional.pad(by_head, (0, 0, sinks, 0))
-    return Rotation(by_head.cos(), by_head.sin())
+    return Rotation(by_head.cos().float(), by_head.sin().float())
 
 
 # A table first asked for while sampling must serve training too.
@@ -83,22 +97,46 @@ def tables(
 ) -> Ropes:
     """Give the rotations of a stretch of latents for every attention of the model.
 
-    `sinks` identity rows stand in front of the audio; the real audio keeps its own positions.
+    `sinks` identity rows stand in front of the audio; the real audio keeps its own positions. Past `max_pos`, where
+    the reference has nothing to agree with, angles are made in float64: an hour in they are as exact as at the start.
     """
-    where = positions(clock, latents, grid)
-    dims, heads = AV(config.video_dim, config.audio_dim), config.num_attention_heads
-    lengths = AV(config.positional_embedding_max_pos, config.audio_positional_embedding_max_pos)
-    cross_length = (max(lengths.video[0], lengths.audio[0]),)
+    lengths, cross_length = _lengths(config)
+    beyond = latents.video.stop * clock.video_stride > cross_length[0] * clock.fps
+    where = positions(clock, latents, grid, torch.float64 if beyond else torch.float32)
 
     def table(position: Tensor, max_pos: tuple[int, ...], dim: int, sinks: int) -> Rotation:
         angle = angles(position, max_pos, dim, config.positional_embedding_theta, config.frequencies_precision)
-        return Rotation(*(t.to(device) for t in rotation(angle, heads, sinks)))
+        return _on(device, rotation(angle, config.num_attention_heads, sinks))
 
     in_front = AV(0, sinks)
     return Ropes(
-        own=where.map(table, lengths, dims, in_front),
-        cross=where.map(lambda p, s: table(p[:1], cross_length, dims.audio, s), in_front),
+        own=where.map(table, lengths, AV(config.video_dim, config.audio_dim), in_front),
+        cross=where.map(lambda p, s: table(p[:1], cross_length, config.audio_dim, s), in_front),
     )
+
+
+def turns(config: ModelConfig, seconds: AV[float], device: torch.device) -> Ropes:
+    """Give the rotations that make keys look `seconds` later, for every attention; T is 1, the same for all keys."""
+    lengths, cross_length = _lengths(config)
+
+    def turn(seconds: float, axes: int, max_pos: tuple[int, ...], dim: int) -> Rotation:
+        grid = config.positional_embedding_theta, config.frequencies_precision
+        return _on(device, rotation(turning(seconds, axes, max_pos, dim, *grid), config.num_attention_heads))
+
+    return Ropes(
+        own=seconds.map(turn, AV(3, 1), lengths, AV(config.video_dim, config.audio_dim)),
+        cross=seconds.map(lambda s: turn(s, 1, cross_length, config.audio_dim)),
+    )
+
+
+def _lengths(config: ModelConfig) -> tuple[AV[tuple[int, ...]], tuple[int]]:
+    """Extents of self-attention of each stream, and of cross-modal attention."""
+    own = AV(config.positional_embedding_max_pos, config.audio_positional_embedding_max_pos)
+    return own, (max(own.video[0], own.audio[0]),)
+
+
+def _on(device: torch.device, by: Rotation) -> Rotation:
+    return Rotation(by.cos.to(device), by.sin.to(device))
 
 
 def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:

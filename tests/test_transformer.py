@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from omniforcing_lib import masks
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.config import MINIATURE, ModelConfig
+from omniforcing_lib.flow import Skip
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
 from omniforcing_lib.transformer import Transformer
 
@@ -69,14 +70,16 @@ def layouts() -> st.SearchStrategy[BlockLayout]:
     )
 
 
-def run_cached(model: Transformer, layout: BlockLayout, x: AV, sigma: AV, text: AV, window: int) -> AV:
+def run_cached(
+    model: Transformer, layout: BlockLayout, x: AV, sigma: AV, text: AV, window: int, reanchor: bool = False, skip=None
+) -> AV:
     """Run a clip block by block through the cache, each block's own pass filling it."""
-    cache = KVCache(model.config, layout, GRID, len(x.video), window, dtype=x.video.dtype)
+    cache = KVCache(model.config, layout, GRID, len(x.video), window, reanchor, dtype=x.video.dtype)
     out = []
     for k, block in enumerate(layout.blocks(x.video.shape[1])):
         cache.open(k, block)
         own, level = (pair.map(lambda t, span: t[:, span.start : span.stop], block) for pair in (x, sigma))
-        out.append(model(own, level, text, cache=cache))
+        out.append(model(own, level, text, cache=cache, skip=skip))
     return AV(*zip(*out, strict=True)).map(lambda parts: torch.cat(parts, dim=1))
 
 
@@ -154,6 +157,32 @@ def test_a_rolling_cache_equals_a_windowed_mask(layout, window, more):
     x, sigma, text = inputs(layout, video_latents)
     whole = model(x, sigma, text, masks=masks.build(layout, video_latents, 4, window=window))
     assert distance(run_cached(model, layout, x, sigma, text, window), whole) <= 1e-10
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+@pytest.mark.parametrize("skip", [Skip(cross_modal=True), Skip(frozenset({0}))], ids=["own keys", "cross keys"])
+def test_a_reanchored_stream_is_a_short_clip_for_ever(rope_type, skip):
+    """Past the window, block k is what the last block of a clip [block 0, last window, k] would be.
+
+    One layer and one attention at a time, so that a block's keys depend on nothing but the block.
+    """
+    layout, window, k = BlockLayout(AV(1, 1), AV(3, 25), sinks=4), 2, 9
+    model = tiny(replace(TINY, num_layers=1, rope_type=rope_type).with_sinks(4))
+    x, sigma, text = inputs(layout, 1 + 3 * k)
+    kept = AV(*zip(*(layout.block(i) for i in (0, *range(k - window, k + 1))), strict=True))
+    short, level = (
+        pair.map(lambda t, spans: torch.cat([t[:, s.start : s.stop] for s in spans], 1), kept) for pair in (x, sigma)
+    )
+    whole = model(short, level, text, masks=masks.build(layout, short.video.shape[1], 4), skip=skip)
+    expected = whole.map(lambda t, s: t[:, s.start : s.stop], layout.block(window + 1))
+    streamed, absolute = (
+        run_cached(model, layout, x, sigma, text, window, reanchor, skip).map(
+            lambda t, s: t[:, s.start : s.stop], layout.block(k)
+        )
+        for reanchor in (True, False)
+    )
+    assert distance(streamed, expected) <= 1e-4 < 1e-3 < distance(absolute, expected)
 
 
 @torch.no_grad()

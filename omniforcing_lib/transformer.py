@@ -22,7 +22,7 @@ from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Skip
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.masks import Masks, Visibility
-from omniforcing_lib.rope import Rotation, tables
+from omniforcing_lib.rope import Ropes, Rotation, tables
 
 if TYPE_CHECKING:
     from omniforcing_lib.cache import KVCache, Slots
@@ -336,6 +336,10 @@ class Transformer(nn.Module):
         audio = self._project(hidden.audio[:, sinks:], kept, self.audio_scale_shift_table, self.audio_proj_out)
         return AV(rearrange(video, "b (f h w) c -> b f h w c", h=grid[0], w=grid[1]), audio)
 
+    def rotations(self, latents: AV[range], grid: tuple[int, int], sinks: int) -> Ropes:
+        """Give the rotations of a stretch of latents; the `sinks` in front of the audio are not rotated."""
+        return tables(self.config, self.clock, latents, grid, sinks, self.proj_out.weight.device)
+
     def _sinks(self, masks: Masks | None, cache: KVCache | None) -> int:
         """Count the sinks in front of this call's audio, and check that masks and cache agree with the model."""
         if masks is None and cache is None:
@@ -353,8 +357,7 @@ class Transformer(nn.Module):
         """Make what every layer needs of sigma, text, time and causality."""
         if sigma.video.dim() == 2 and self.config.modulates_prompt_by_sigma and masks is not None:
             raise ValueError("LTX-2.3 modulates the text by one sigma a sample; found a sigma a latent under masks")
-        device = self.proj_out.weight.device
-        ropes = tables(self.config, self.clock, latents, grid, sinks, device)
+        ropes = self.rotations(latents, grid, sinks)
         steps = sigma.map(lambda s: s.reshape(len(s), -1) * self.config.timestep_scale_multiplier)
         if sinks and steps.audio.shape[1] > 1:
             first = steps.audio[:, :1].expand(-1, sinks)

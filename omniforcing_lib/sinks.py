@@ -1,0 +1,240 @@
+"""What audio sinks do for a teacher that is made causal: short Stage 2 runs with one thing changed at a time.
+
+The paper reports that causal distillation without sinks explodes, because early audio rows see very few keys, and that
+learnable sinks with identity RoPE cure it (paper Sec. 3.2; spec 4). A `variants.Variant` is one recipe, `train` runs it
+and records every step; what single rows of attention do is in `rows`.
+
+Shapes: B batch, F video and T audio latents, S sinks, D width of the audio stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from omniforcing_lib import checkpoints, dataset, flow, losses, masks, rows, world
+from omniforcing_lib import train as training
+from omniforcing_lib.codecs import TinyCodec
+from omniforcing_lib.dataset import Pairs, Prompts
+from omniforcing_lib.layout import AV
+from omniforcing_lib.rollout import Causal
+from omniforcing_lib.text import TinyText
+from omniforcing_lib.transformer import Transformer
+from omniforcing_lib.variants import Variant, build
+
+STORED_PAIRS = checkpoints.DATA / "ode_pairs.safetensors"
+CLIP_SECONDS = 5
+
+
+class Reported(NamedTuple):
+    """What the paper reports of one variant; NaN stands for a run that broke."""
+
+    norm: float
+    loss: float
+
+
+PAPER = {
+    0: Reported(math.inf, math.nan),
+    1: Reported(math.inf, math.nan),
+    2: Reported(math.inf, math.nan),
+    4: Reported(49.71, 0.141),
+    8: Reported(21.95, 0.129),
+    16: Reported(9.23, 0.081),
+    24: Reported(9.15, 0.110),
+}
+"""Largest gradient norm and one-step loss at sigma 0.5 by number of sinks (spec 4.4)."""
+PAPER_STABILISERS = {"counted": 0.402, "qk_norm": 0.232, "tanh_gate": 1.258}
+"""One-step loss of S = 16 with counted positions, and of S = 0 with another stabiliser (spec 4.4)."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Hold what every variant learns from and is judged by.
+
+    Attributes:
+        teacher: the checkpoint.
+        prompts: text of the trajectories.
+        pairs: guided teacher trajectories to train on, cut to the first seconds: a causal student's early blocks do
+            not depend on what follows.
+        held: trajectories that nothing trains on.
+    """
+
+    teacher: str
+    prompts: Prompts
+    pairs: Pairs
+    held: Pairs
+
+    @property
+    def device(self) -> str:
+        """Where the trajectories are."""
+        return str(self.pairs.prompt.device)
+
+    def half_noisy(self) -> tuple[AV[Tensor], AV[Tensor], AV[Tensor], AV[Tensor]]:
+        """Give the held-out states nearest to sigma 0.5, that sigma, their text and their clean ends."""
+        level = int((self.held.sigmas - 0.5).abs().argmin())
+        states = self.held.states.map(lambda s: s[:, level])
+        sigma = torch.full((len(self.held),), float(self.held.sigmas[level]), device=self.device)
+        clean = self.held.states.map(lambda s: s[:, -1])
+        return states, AV(sigma, sigma), self.prompts.take(self.held.prompt), clean
+
+
+def prepare(
+    teacher: str, codec: TinyCodec, *, pairs: int, held: int, seconds: int, steps: int = 40, device: str = "cpu"
+) -> Study:
+    """Take the stored trajectories of the shipped teacher, or sample another teacher's; keep the first `seconds`.
+
+    Trajectories last 5 seconds, as in training; the last `held` of them are kept for judging.
+    """
+    prompts = Prompts.of(TinyText(), world.prompts(), device)
+    if teacher == "teacher" and STORED_PAIRS.exists():
+        found = Pairs.load(STORED_PAIRS, device)
+    else:
+        model, guidance = checkpoints.load(teacher, device=device), flow.Guidance(cfg=AV(3.0, 3.0))
+        shape, seeds = (codec.clock.latents(CLIP_SECONDS), codec.grid), range(pairs + held)
+        found = dataset.ode_pairs(model, prompts, guidance, Causal().steps, seeds, *shape, steps=steps, progress=False)
+    if len(found) < pairs + held:
+        raise ValueError(f"{pairs} + {held} trajectories wanted, found {len(found)} in {STORED_PAIRS.name}")
+    first, last = range(pairs), range(len(found) - held, len(found))
+    return Study(teacher, prompts, *(_cut(found, span, codec.clock.latents(seconds)) for span in (first, last)))
+
+
+def _cut(pairs: Pairs, span: range, latents: AV[int]) -> Pairs:
+    part = slice(span.start, span.stop)
+    states = pairs.states.map(lambda s, n: s[part, :, :n].contiguous(), latents)
+    return Pairs(states, pairs.sigmas, pairs.prompt[part])
+
+
+@torch.no_grad()
+def one_step(model: Transformer, study: Study, causal: Causal | None, *, autocast: bool = False) -> AV[float]:
+    """Predict the held-out ends in one step from sigma 0.5: mean squared error, the paper's measure (spec 4.4).
+
+    Without `causal` every token sees every token, as in the teacher.
+    """
+    x, sigma, text, clean = study.half_noisy()
+    with torch.autocast(torch.device(study.device).type, torch.bfloat16, enabled=autocast):
+        velocity = model(x, sigma, text, masks=causal and _masks(causal, x.video))
+    return losses.ode_regression(x.map(flow.x0_of, velocity, sigma), clean, sigma).map(float)
+
+
+def look(study: Study, variant: Variant | None) -> rows.Rows:
+    """Measure the audio rows of an untrained variant, or of the teacher itself, on the held-out states at sigma 0.5."""
+    x, sigma, text, _ = study.half_noisy()
+    if variant is None:
+        return rows.probe(checkpoints.load(study.teacher, device=study.device), x, sigma, text)
+    model = build(variant, study.teacher, study.device)
+    return rows.probe(model, x, sigma, text, _masks(variant.causal, x.video))
+
+
+def _masks(causal: Causal, video: Tensor) -> masks.Masks:
+    frames, height, width = video.shape[1:4]
+    return masks.build(causal.layout, frames, height * width)
+
+
+@dataclass
+class Trace:
+    """Record one training.
+
+    Attributes:
+        norm: gradient norm of every step, before clipping.
+        sink_norm: the part of it that belongs to the sink tokens.
+        loss: training loss of every step, both streams added.
+        one_step: held-out one-step loss by number of steps done.
+    """
+
+    norm: list[float] = field(default_factory=list)
+    sink_norm: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    one_step: dict[int, AV[float]] = field(default_factory=dict)
+
+    @property
+    def diverged(self) -> bool:
+        """Tell whether a gradient, or a loss, was not finite."""
+        last = [value for pair in self.one_step.values() for value in pair]
+        return not all(map(math.isfinite, (*self.norm, *self.loss, *last)))
+
+    @property
+    def max_norm(self) -> float:
+        """Largest gradient norm; infinite where the run broke."""
+        return math.inf if self.diverged else max(self.norm)
+
+    @property
+    def start(self) -> float:
+        """One-step loss before the first step, both streams added."""
+        return sum(self.one_step[0])
+
+    @property
+    def final(self) -> float:
+        """One-step loss at the end, both streams added; NaN where the run broke."""
+        return math.nan if self.diverged else sum(self.one_step[max(self.one_step)])
+
+
+def train(variant: Variant, study: Study, *, steps: int, batch: int = 4, seed: int = 0, every: int = 20) -> Trace:
+    """Run Stage 2 for a few steps (spec 5.4) and record each of them; `every` so many the held-out loss."""
+    player = training.Player(build(variant, study.teacher, study.device), variant.recipe)
+    stage = training.ode_stage(player, study.pairs, study.prompts, variant.causal, batch)
+    trace = Trace()
+
+    def judge(done: int) -> None:
+        if done % every == 0 or done == steps:
+            trace.one_step[done] = one_step(player.model, study, variant.causal, autocast=variant.recipe.amp)
+
+    def step(i: int, generator: torch.Generator) -> training.Numbers:
+        judge(i)
+        numbers = stage(i, generator)
+        norm = float(numbers["norm"])
+        trace.norm.append(norm)
+        trace.sink_norm.append(_sink_norm(player.model, norm, variant.clip))
+        trace.loss.append(float(numbers["video"] + numbers["audio"]))
+        return numbers
+
+    training.fit(step, {"student": player}, steps, seed=seed, progress=False)
+    judge(steps)
+    return trace
+
+
+def _sink_norm(model: Transformer, norm: float, clip: float) -> float:
+    """Norm of the sinks' gradient, with the clipping undone."""
+    if not model.config.num_audio_sink_tokens:
+        return 0.0
+    return float(model.audio_sink_tokens.grad.float().norm()) * max(1.0, norm / clip)
+
+
+def compare(
+    variants: Mapping[str, Variant], study: Study, seeds: Sequence[int], *, steps: int, batch: int = 4
+) -> dict[str, list[Trace]]:
+    """Train every variant once a seed; the same seed draws the same batches for all of them."""
+    jobs = [(name, seed) for name in variants for seed in seeds]
+    traces: dict[str, list[Trace]] = {name: [] for name in variants}
+    for name, seed in tqdm(jobs, desc="short stage 2 runs", unit="run", leave=False, disable=None):
+        traces[name].append(train(variants[name], study, steps=steps, batch=batch, seed=seed))
+    return traces
+
+
+class Summary(NamedTuple):
+    """One variant over its seeds: largest gradient norm of all, means of the losses, runs that broke."""
+
+    norm: float
+    sink_norm: float
+    start: float
+    final: float
+    spread: float
+    diverged: int
+
+
+def summarise(traces: Sequence[Trace]) -> Summary:
+    """Sum up the seeds of a variant; `spread` is half the range of the final loss."""
+    finals = [trace.final for trace in traces]
+    return Summary(
+        norm=max(trace.max_norm for trace in traces),
+        sink_norm=max(max(trace.sink_norm) for trace in traces),
+        start=sum(trace.start for trace in traces) / len(traces),
+        final=sum(finals) / len(finals),
+        spread=(max(finals) - min(finals)) / 2,
+        diverged=sum(trace.diverged for trace in traces),
+    )

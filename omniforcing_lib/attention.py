@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -138,10 +137,10 @@ class Attention(nn.Module):
         return self._out(x, self._heads(self.to_v(x)))
 
     def _heads(self, x: Tensor) -> Tensor:
-        return rearrange(x, "b t (h d) -> b h t d", h=self.heads)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def _out(self, x: Tensor, attended: Tensor) -> Tensor:
         if self.to_gate_logits is not None:
             gate = 2 * torch.sigmoid(self.to_gate_logits(x))
-            attended = attended * rearrange(gate, "b t h -> b h t 1")
-        return self.to_out[0](rearrange(attended, "b h t d -> b t (h d)"))
+            attended = attended * gate.transpose(1, 2).unsqueeze(-1)
+        return self.to_out[0](attended.transpose(1, 2).flatten(2))

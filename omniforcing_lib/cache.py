@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,19 +21,22 @@ from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, BlockLayout, Clock
 from omniforcing_lib.rope import Rotation, rotate, turns
 
+T = TypeVar("T")
+
 
 class Span(NamedTuple):
-    """Places of the open block and of the history it sees, in one stream."""
+    """Places of the open block and of the history it sees, in one stream; `all` as one slice if they are neighbours."""
 
     write: slice
     history: tuple[slice, ...]
+    all: slice | None
 
-    @property
-    def all(self) -> slice | None:
-        """Give history and write place as one slice if they are neighbours, or None."""
-        pieces = sorted([*self.history, self.write], key=lambda s: s.start)
-        joined = all(a.stop == b.start for a, b in pairwise(pieces))
-        return slice(pieces[0].start, pieces[-1].stop) if joined else None
+
+def _spanned(write: slice, *history: slice) -> Span:
+    kept = tuple(s for s in history if s.start < s.stop)
+    pieces = sorted([*kept, write], key=lambda s: s.start)
+    joined = all(a.stop == b.start for a, b in pairwise(pieces))
+    return Span(write, kept, slice(pieces[0].start, pieces[-1].stop) if joined else None)
 
 
 class Ring:
@@ -92,12 +95,28 @@ class TextSlot:
         return self.held
 
 
+class Memo:
+    """What follows from the noise level alone, made once a level; again at every call where gradients flow."""
+
+    def __init__(self) -> None:
+        self.held: dict[float, object] = {}
+
+    def get(self, level: float | None, make: Callable[[], T]) -> T:
+        """Reuse what is held for a level known on the host, or make and hold it."""
+        if level is None or torch.is_grad_enabled():
+            return make()
+        if level not in self.held:
+            self.held[level] = make()
+        return self.held[level]
+
+
 class Slots(NamedTuple):
-    """What one stream caches in one layer: its own keys, the prompt's, and its keys for the other stream."""
+    """What one stream caches in one layer: its own keys, the prompt's, its keys for the other stream, modulation."""
 
     own: Ring
     text: TextSlot
     cross: Ring
+    rows: Memo
 
 
 @dataclass
@@ -145,8 +164,9 @@ class KVCache:
             shape = (self.batch, heads, places[stream])
             own = Ring((*shape, dims[stream]), self, stream, **kind)
             cross = Ring((*shape, dims.audio), self, stream, **kind)
-            return Slots(own, TextSlot(), cross)
+            return Slots(own, TextSlot(), cross, Memo())
 
+        self.levels = Memo()
         self._layers = [AV(slots(0), slots(1)) for _ in range(self.config.num_layers)]
 
     def layer(self, index: int) -> AV[Slots]:
@@ -157,10 +177,8 @@ class KVCache:
         """Make block `k` the one that is written; `block` gives its latents where it is partial."""
         block = block or self.layout.block(k)
         self.latents, self._k = block, k
-        whole = self.layout.block(k).map(len)
         sizes = block.map(lambda span, tokens: len(span) * tokens, self._per_latent)
-        partial = block.map(len) != whole
-        self.span = AV(*(self._span(stream, k, sizes[stream], partial) for stream in (0, 1)))
+        self.span = AV(*(self._span(stream, k, sizes[stream]) for stream in (0, 1)))
         if self.reanchor and k > self.window + 1:
             self._follow(k)
 
@@ -174,15 +192,13 @@ class KVCache:
                 slot.own.turn_anchor(own, pinned, self.config.rope_type)
                 slot.cross.turn_anchor(cross, pinned, self.config.rope_type)
 
-    def _span(self, stream: int, k: int, size: int, partial: bool) -> Span:
+    def _span(self, stream: int, k: int, size: int) -> Span:
         pinned, step = self._pinned[stream], self._step[stream]
         if k == 0:
-            return Span(slice(0, pinned), ())
+            return _spanned(slice(0, pinned))
         start = pinned + (k - 1) % (self.window + 1) * step
-        history = [slice(0, start)]
-        if k > self.window + 1:
-            history.append(slice(start + step, pinned + (self.window + 1) * step))
-        return Span(slice(start, start + size), tuple(s for s in history if s.start < s.stop))
+        stop = pinned + min(k, self.window + 1) * step
+        return _spanned(slice(start, start + size), slice(0, start), slice(start + step, stop))
 
     @property
     def sinks(self) -> int:

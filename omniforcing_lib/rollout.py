@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from omniforcing_lib.cache import KVCache
-from omniforcing_lib.flow import PAPER_STEPS, block_noise, snap, x0_of
+from omniforcing_lib.flow import PAPER_STEPS, block_noise, precise, snap
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER, BlockLayout
 from omniforcing_lib.transformer import Transformer
 
@@ -90,9 +90,8 @@ def fresh_noise(generator: torch.Generator, batch: int) -> Noise:
 
 def predict(model: Transformer, x: AV[Tensor], sigma: float, text: AV[Tensor], cache: KVCache) -> AV[Tensor]:
     """Predict x0 of the open block; sigma is one number for both streams, in fp32 (spec 8.1.7)."""
-    level = torch.full((len(x.video),), sigma, dtype=torch.float32, device=x.video.device)
-    levels = AV(level, level)
-    return x.map(x0_of, model(x, levels, text, cache=cache), levels)
+    velocity = model(x, AV(sigma, sigma), text, cache=cache)
+    return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
 
 
 def denoise_block(

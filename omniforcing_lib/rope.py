@@ -146,9 +146,7 @@ def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:
     """
     cos, sin = by
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if rope_type == "split":
-        first, second = wide.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-    first, second = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    split = rope_type == "split"
+    first, second = wide.chunk(2, dim=-1) if split else wide.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return (torch.cat(turned, dim=-1) if split else torch.stack(turned, dim=-1).flatten(-2)).to(x.dtype)

@@ -114,7 +114,8 @@ def to_arrays(clip: AV[Tensor]) -> AV[np.ndarray]:
 
     Shapes: AV([B, F, H, W, 3], [B, N]) in [-1, 1] to AV(uint8 [F, H, W, 3], float32 [N]).
     """
-    frames = ((clip.video[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    # one half more, and the cast to whole numbers rounds; a decoder has clamped already
+    frames = (clip.video[0] * 127.5).add_(128).to(torch.uint8)
     return AV(frames.cpu().numpy(), clip.audio[0].float().cpu().numpy())
 
 

@@ -10,6 +10,7 @@ G groups that share one sigma (1, F or T), S sinks.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -93,19 +94,34 @@ class FeedForward(nn.Module):
         return self.net[2](gelu(self.net[0]["proj"](x), approximate="tanh"))
 
 
-class Condition(NamedTuple):
-    """What one stream gets from sigma, text, time and causality, the same for every layer."""
+class Level(NamedTuple):
+    """What one stream gets from sigma, the same for every layer; batch 1 where one number is given for sigma."""
 
     own: Tensor  # [B, G, 6 or 9, D]: shift, scale, gate of self-attention, of the MLP (LTX-2.3: of text attention)
     cross: Tensor  # [B, G, 4, D]: scale, shift of A2V, then of V2A
     gate: Tensor  # [B, G, 1, D]: gate into this stream
     embedded: Tensor  # [B, G, D]
-    text: Tensor | None  # [B, L, D]; None where the cache already holds its keys
     prompt: Tensor | None  # [B, 1, 2, D]: shift, scale of the text (LTX-2.3)
+
+
+class Condition(NamedTuple):
+    """What one stream gets from sigma, text, time and causality, the same for every layer."""
+
+    level: Level
+    sigma: float | None  # the key of what is held for a level
+    text: Tensor | None  # [B, L, D]; None where the cache already holds its keys
     rope: Rotation
     cross_rope: Rotation
     sees_own: Visibility | None
     sees_other: Visibility | None
+
+
+class Rows(NamedTuple):
+    """Modulation of one stream in one layer, each row [B, G, D]; every scale has its 1 added."""
+
+    own: tuple[Tensor, ...]
+    cross: tuple[Tensor, ...]
+    gate: Tensor
 
 
 class Stream(NamedTuple):
@@ -120,17 +136,21 @@ class Stream(NamedTuple):
     prompt_table: Tensor | None
 
 
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Scale and shift groups of tokens: x (1 + scale) + shift.
+def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift groups of tokens: x gain + shift, where gain is 1 + scale.
 
-    Shapes: x [B, T, D], scale and shift [B, G, D] with G a divisor of T.
+    Shapes: x [B, T, D], gain and shift [B, G, D] with G a divisor of T.
     """
-    grouped = x.unflatten(1, (scale.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], grouped, 1 + scale[:, :, None]).flatten(1, 2)
+    if gain.shape[1] == 1:
+        return torch.addcmul(shift, x, gain)
+    grouped = x.unflatten(1, (gain.shape[1], -1))
+    return torch.addcmul(shift[:, :, None], grouped, gain[:, :, None]).flatten(1, 2)
 
 
 def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
     """Add a gated update: x + gate * update, groups as in `modulate`."""
+    if gate.shape[1] == 1:
+        return torch.addcmul(x, gate, update)
     groups = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, groups), gate[:, :, None], update.unflatten(1, groups)).flatten(1, 2)
 
@@ -200,54 +220,78 @@ class Block(nn.Module):
         Shapes: video [B, F h w, Dv], audio [B, (S +) T, Da] to the same.
         """
         streams, slots = self.streams, slots or AV(None, None)
-        rows = streams.map(lambda s, c: (s.table + c.own).unbind(2), condition)
+        rows = streams.map(self._rows, condition, slots)
         attend = self._perturbed if skip_self else self._attend
         x = x.map(attend, streams, condition, rows, slots)
         x = x.map(self._read, streams, condition, rows, slots)
         if not skip_cross:
-            x = self._exchange(x, streams, condition, slots)
-        return x.map(lambda x, s, r: gated(x, r[5], s.feed_forward(modulate(self._norm(x), r[4], r[3]))), streams, rows)
+            x = self._exchange(x, streams, condition, rows, slots)
+        return x.map(self._widen, streams, rows)
+
+    def _rows(self, s: Stream, c: Condition, slots: Slots | None) -> Rows:
+        """Add this layer's tables to what sigma says, or take what the cache holds for that sigma."""
+
+        def make() -> Rows:
+            own, cross = (s.table + c.level.own).unbind(2), (s.cross_table[:4] + c.level.cross).unbind(2)
+            return Rows(
+                tuple(1 + row if i % 3 == 1 else row for i, row in enumerate(own)),
+                tuple(1 + row if i % 2 == 0 else row for i, row in enumerate(cross)),
+                (s.cross_table[4:] + c.level.gate).squeeze(2),
+            )
+
+        return slots.rows.get(c.sigma, make) if slots else make()
 
     def _norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, x.shape[-1:], eps=self.eps)
 
-    def _attend(self, x: Tensor, s: Stream, c: Condition, rows: tuple[Tensor, ...], slots: Slots | None) -> Tensor:
+    def _widen(self, x: Tensor, s: Stream, rows: Rows) -> Tensor:
+        """Run the MLP (steps 6 and 7)."""
+        _, _, _, shift, gain, gate, *_ = rows.own
+        return gated(x, gate, s.feed_forward(modulate(self._norm(x), gain, shift)))
+
+    def _attend(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
         """Attend within the stream (steps 1 and 3)."""
+        shift, gain, gate, *_ = rows.own
         update = s.attention(
-            modulate(self._norm(x), rows[1], rows[0]),
+            modulate(self._norm(x), gain, shift),
             rotations=(c.rope, c.rope),
             visibility=c.sees_own,
             slot=slots and slots.own,
         )
-        return gated(x, rows[2], update)
+        return gated(x, gate, update)
 
-    def _perturbed(self, x: Tensor, s: Stream, c: Condition, rows: tuple[Tensor, ...], slots: Slots | None) -> Tensor:
+    def _perturbed(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
         """Drop the self-attention branch (LTX-2.0) or pass its values through (2.3): STG (spec 1.11)."""
         if s.attention.to_gate_logits is None:
             return x
-        return gated(x, rows[2], s.attention.pass_values(modulate(self._norm(x), rows[1], rows[0])))
+        shift, gain, gate, *_ = rows.own
+        return gated(x, gate, s.attention.pass_values(modulate(self._norm(x), gain, shift)))
 
-    def _read(self, x: Tensor, s: Stream, c: Condition, rows: tuple[Tensor, ...], slots: Slots | None) -> Tensor:
+    def _read(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
         """Attend to the text (steps 2 and 4); modulated and gated in LTX-2.3 only."""
         slot = slots and slots.text
         if s.prompt_table is None:
             return x + s.text_attention(self._norm(x), c.text, slot=slot)
-        prompt = s.prompt_table if c.prompt is None else s.prompt_table + c.prompt
-        shift, scale = prompt.unbind(-2)
-        query = modulate(self._norm(x), rows[7], rows[6])
-        text = None if c.text is None else c.text * (1 + scale) + shift
-        return gated(x, rows[8], s.text_attention(query, text, slot=slot))
+        prompt = s.prompt_table if c.level.prompt is None else s.prompt_table + c.level.prompt
+        text_shift, text_scale = prompt.unbind(-2)
+        shift, gain, gate = rows.own[6:]
+        text = None if c.text is None else c.text * (1 + text_scale) + text_shift
+        return gated(x, gate, s.text_attention(modulate(self._norm(x), gain, shift), text, slot=slot))
 
     def _exchange(
-        self, x: AV[Tensor], streams: AV[Stream], condition: AV[Condition], slots: AV[Slots | None]
+        self,
+        x: AV[Tensor],
+        streams: AV[Stream],
+        condition: AV[Condition],
+        rows: AV[Rows],
+        slots: AV[Slots | None],
     ) -> AV[Tensor]:
-        """Let each stream attend to the other, both from one snapshot (step 5); rows 0-1 are A2V, 2-3 V2A."""
+        """Let each stream attend to the other, both from one snapshot (step 5); cross rows 0-1 are A2V, 2-3 V2A."""
         normed = x.map(self._norm)
-        rows = streams.map(lambda s, c: (s.cross_table[:4] + c.cross).unbind(2), condition)
 
         def receive(x: Tensor, to: int, first: int) -> Tensor:
             own, other = condition[to], 1 - to
-            query, context = (modulate(normed[i], rows[i][first], rows[i][first + 1]) for i in (to, other))
+            query, context = (modulate(normed[i], *rows[i].cross[first : first + 2]) for i in (to, other))
             update = streams[to].from_other(
                 query,
                 context,
@@ -255,7 +299,7 @@ class Block(nn.Module):
                 visibility=own.sees_other,
                 slot=slots[other] and slots[other].cross,
             )
-            return gated(x, (streams[to].cross_table[4:] + own.gate).squeeze(2), update)
+            return gated(x, rows[to].gate, update)
 
         return x.map(receive, AV(0, 1), AV(0, 2))
 
@@ -299,7 +343,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: AV[Tensor],
-        sigma: AV[Tensor],
+        sigma: AV[Tensor] | AV[float],
         text: AV[Tensor],
         *,
         skip: Skip | None = None,
@@ -311,14 +355,16 @@ class Transformer(nn.Module):
         Without `masks` and `cache` every token sees every token (the teacher; sinks are not used). With `masks` the
         clip is block-causal. With `cache` the latents are those of the block that the cache has open.
 
-        Shapes: x video [B, F, h, w, C], audio [B, T, C]; sigma [B], or video [B, F] and audio [B, T]; text
-        [B, L, caption channels] for each stream; to the shapes of x.
+        Shapes: x video [B, F, h, w, C], audio [B, T, C]; sigma [B], or video [B, F] and audio [B, T], or the same
+        number for both, whose modulation the cache then holds; text [B, L, caption channels] for each stream; to the
+        shapes of x.
         """
         skip = skip or Skip()
         sinks = self._sinks(masks, cache)
         grid = tuple(x.video.shape[2:4])
         latents = cache.latents if cache else AV(range(x.video.shape[1]), range(x.audio.shape[1]))
         condition = self._conditions(sigma, text, latents, grid, sinks, masks, cache)
+        x = x.map(lambda part: part.to(self.proj_out.weight.dtype))
         hidden = AV(
             self.patchify_proj(rearrange(x.video, "b f h w c -> b (f h w) c")), self._with_sinks(x.audio, sinks)
         )
@@ -330,9 +376,9 @@ class Transformer(nn.Module):
                 skip_self=index in skip.self_attention,
                 skip_cross=skip.cross_modal,
             )
-        video = self._project(hidden.video, condition.video.embedded, self.scale_shift_table, self.proj_out)
-        condition_audio = condition.audio.embedded
-        kept = condition_audio[:, sinks:] if condition_audio.shape[1] > 1 else condition_audio
+        embedded = condition.map(lambda c: c.level.embedded)
+        video = self._project(hidden.video, embedded.video, self.scale_shift_table, self.proj_out)
+        kept = embedded.audio[:, sinks:] if embedded.audio.shape[1] > 1 else embedded.audio
         audio = self._project(hidden.audio[:, sinks:], kept, self.audio_scale_shift_table, self.audio_proj_out)
         return AV(rearrange(video, "b (f h w) c -> b f h w c", h=grid[0], w=grid[1]), audio)
 
@@ -355,36 +401,42 @@ class Transformer(nn.Module):
 
     def _conditions(self, sigma, text, latents, grid, sinks, masks, cache) -> AV[Condition]:
         """Make what every layer needs of sigma, text, time and causality."""
-        if sigma.video.dim() == 2 and self.config.modulates_prompt_by_sigma and masks is not None:
-            raise ValueError("LTX-2.3 modulates the text by one sigma a sample; found a sigma a latent under masks")
         ropes = self.rotations(latents, grid, sinks)
-        steps = sigma.map(lambda s: s.reshape(len(s), -1) * self.config.timestep_scale_multiplier)
+        sees = AV((None, None), (None, None))
+        if masks is not None:
+            sees = AV((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a))
+        number = sigma.video if isinstance(sigma.video, float) else None
+        make = partial(self._levels, sigma, sinks, masks)
+        level = cache.levels.get(number, make) if cache else make()
+        text = text.map(lambda t, m: self._text(t, m["caption"], cache), self._modulators)
+        return level.map(
+            lambda level, text, own, cross, sees: Condition(level, number, text, own, cross, *sees),
+            text,
+            ropes.own,
+            ropes.cross,
+            sees,
+        )
+
+    def _levels(self, sigma: AV[Tensor] | AV[float], sinks: int, masks: Masks | None) -> AV[Level]:
+        """Make what every layer needs of sigma."""
+        sigma = sigma.map(lambda s: torch.as_tensor(s, dtype=None if isinstance(s, Tensor) else torch.float32))
+        sigma = sigma.map(lambda s: s.to(self.proj_out.weight.device).reshape(len(s) if s.dim() else 1, -1))
+        if sigma.video.shape[1] > 1 and self.config.modulates_prompt_by_sigma and masks is not None:
+            raise ValueError("LTX-2.3 modulates the text by one sigma a sample; found a sigma a latent under masks")
+        steps = sigma.map(lambda s: s * self.config.timestep_scale_multiplier)
         if sinks and steps.audio.shape[1] > 1:
             first = steps.audio[:, :1].expand(-1, sinks)
             steps = AV(steps.video, torch.cat([first, steps.audio], dim=1))
         level = steps.map(lambda s: s.amax(1, keepdim=True))
         across = AV(level.audio, level.video) if self.config.cross_attention_adaln else steps
         ratio = self.config.av_ca_timestep_scale_multiplier / self.config.timestep_scale_multiplier
-        sees = AV((None, None), (None, None))
-        if masks is not None:
-            sees = AV((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a))
 
-        def make(stream, steps, level, across, text, own_rope, cross_rope, sees) -> Condition:
+        def make(stream: dict[str, nn.Module | None], steps: Tensor, level: Tensor, across: Tensor) -> Level:
             own, embedded = stream["own"](steps)
             prompt = stream["prompt"](level)[0] if stream["prompt"] else None
-            return Condition(
-                own,
-                stream["cross"](across)[0],
-                stream["gate"](across * ratio)[0],
-                embedded,
-                self._text(text, stream["caption"], cache),
-                prompt,
-                own_rope,
-                cross_rope,
-                *sees,
-            )
+            return Level(own, stream["cross"](across)[0], stream["gate"](across * ratio)[0], embedded, prompt)
 
-        return self._modulators.map(make, steps, level, across, text, ropes.own, ropes.cross, sees)
+        return self._modulators.map(make, steps, level, across)
 
     @property
     def _modulators(self) -> AV[dict[str, nn.Module | None]]:
@@ -413,7 +465,7 @@ class Transformer(nn.Module):
 
     def _project(self, x: Tensor, embedded: Tensor, table: Tensor, out: nn.Linear) -> Tensor:
         shift, scale = (table + embedded[:, :, None]).unbind(2)
-        return out(modulate(layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), scale, shift))
+        return out(modulate(layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), 1 + scale, shift))
 
 
 def initialise(model: Transformer, generator: torch.Generator) -> Transformer:

@@ -79,6 +79,14 @@ def _parser() -> Parser:
     render.add_argument("--seed", type=int, default=0)
     render.add_argument("--out", type=Path, required=True)
 
+    score = command("score", _score, "measure models by the protocol of the reports: held-out seeds, through an mp4")
+    score.add_argument("--models", nargs="+", default=["teacher", "stage2", "student"])
+    score.add_argument("--clips", type=int, default=64, help="clips a seed (default 64)")
+    score.add_argument("--seeds", type=int, default=3)
+    score.add_argument("--seconds", type=int, default=5)
+    score.add_argument("--steps", type=int, nargs="+", default=[40], help="teacher steps; a column each")
+    score.add_argument("--out", type=Path, default=Path("reports/scores"))
+
     inspect = command("inspect", _inspect, "print a checkpoint's configuration, size and keys")
     inspect.add_argument("checkpoint", type=Path)
 
@@ -159,6 +167,18 @@ def _check_clip(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--out is an .mp4 file, found {arguments.out}")
     if not arguments.out.resolve().parent.is_dir():
         raise ValueError(f"--out {arguments.out}: there is no such folder")
+
+
+def _score(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import checkpoints, protocol
+
+    systems = {}
+    for model in arguments.models:
+        taught = checkpoints.read(model).causal is None
+        for steps in arguments.steps if taught else arguments.steps[:1]:
+            systems[f"{Path(model).stem}, {steps} steps" if taught else Path(model).stem] = (model, steps)
+    trial = protocol.Trial(arguments.clips, arguments.seeds, arguments.seconds)
+    print(protocol.run(systems, trial, arguments.out))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -88,7 +88,7 @@ def _parser() -> Parser:
     score.add_argument("--out", type=Path, default=Path("reports/scores"))
 
     inspect = command("inspect", _inspect, "print a checkpoint's configuration, size and keys")
-    inspect.add_argument("checkpoint", type=Path)
+    inspect.add_argument("checkpoint", help="teacher, stage2, student, or a file")
 
     train = command("train", _train, "train one stage of the miniature")
     train.add_argument("stage", choices=("codec", "teacher", "stage2", "stage3"))
@@ -182,8 +182,6 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    if not arguments.checkpoint.exists():
-        raise ValueError(f"{arguments.checkpoint}: no such file")
     from omniforcing_lib import checkpoints
 
     print(checkpoints.inspect(arguments.checkpoint))

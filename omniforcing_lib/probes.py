@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
+from bisect import bisect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -100,10 +101,14 @@ def lags(layout: BlockLayout, blocks: int, clock: Clock = CLOCK) -> set[Fraction
 
 
 def misplaced_by_ratio(layout: BlockLayout, seconds: int, clock: Clock = CLOCK) -> int:
-    """Count audio latents that land in another block if T / F replaces the block table (design 6)."""
+    """Count audio latents that the released code gives the sigma of another block (spec 5.4, 8.1.2).
+
+    It lets video latent f own the audio latents from round(f T / F) on, in place of the block table.
+    """
     latents = clock.latents(seconds)
     table = layout.block_index(latents.video)
-    by_ratio = [table.video[t * latents.video // latents.audio] for t in range(latents.audio)]
+    starts = [round(f * latents.audio / latents.video) for f in range(latents.video)]
+    by_ratio = [table.video[bisect(starts, t) - 1] for t in range(latents.audio)]
     return sum(a != b for a, b in zip(table.audio, by_ratio, strict=True))
 
 

@@ -84,8 +84,8 @@ def rotation(angle: Tensor, heads: int, sinks: int = 0) -> Rotation:
     return Rotation(by_head.cos().float(), by_head.sin().float())
 
 
-# A table first asked for while sampling must serve training too.
-@lru_cache(maxsize=256)
+# A table first asked for while sampling must serve training too. Few are kept: a stream needs each block's once.
+@lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def tables(
     config: ModelConfig,

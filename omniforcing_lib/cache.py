@@ -9,7 +9,7 @@ Shapes: B batch, H heads, N places, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -22,6 +22,7 @@ from omniforcing_lib.layout import AV, BlockLayout, Clock
 from omniforcing_lib.rope import Rotation, rotate, turns
 
 T = TypeVar("T")
+_PARTS = ("keys", "values", "anchor")
 
 
 class Span(NamedTuple):
@@ -47,14 +48,14 @@ class Ring:
 
     def __init__(self, shape: tuple[int, ...], cache: KVCache, stream: int, **kind: object) -> None:
         self.keys, self.values = torch.zeros(shape, **kind), torch.zeros(shape, **kind)
+        self.anchor: Tensor | None = None
         self._cache, self._stream = cache, stream
-        self._anchor: Tensor | None = None
 
     def turn_anchor(self, by: Rotation, pinned: int, rope_type: str) -> None:
         """Rotate the pinned keys so that they look later than they were; the window stays as it is."""
-        if self._anchor is None:
-            self._anchor = self.keys[:, :, :pinned].clone()
-        self.keys[:, :, :pinned] = rotate(self._anchor, by, rope_type)
+        if self.anchor is None:
+            self.anchor = self.keys[:, :, :pinned].clone()
+        self.keys[:, :, :pinned] = rotate(self.anchor, by, rope_type)
 
     def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Write the open block's keys and values in place; return all that it sees.
@@ -226,5 +227,31 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes held by the rings."""
-        rings = (ring for slots in self._layers for slot in slots for ring in (slot.own, slot.cross))
-        return sum(2 * ring.keys.nbytes for ring in rings)
+        return sum(2 * ring.keys.nbytes for ring in self._rings().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Name what the rings hold, so that a stream can be stored and go on."""
+        parts = {f"{at}.{part}": getattr(ring, part) for at, ring in self._rings().items() for part in _PARTS}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` of an equal cache gave; ValueError where it was another."""
+        for at, ring in self._rings().items():
+            stored = tensors.get(f"{at}.keys")
+            expected, found = tuple(ring.keys.shape), None if stored is None else tuple(stored.shape)
+            if expected != found:
+                raise ValueError(
+                    f"keys of {at} are {expected} here, {found} there; use the same model, grid and window"
+                )
+            ring.keys.copy_(tensors[f"{at}.keys"])
+            ring.values.copy_(tensors[f"{at}.values"])
+            anchor = tensors.get(f"{at}.anchor")
+            ring.anchor = None if anchor is None else anchor.to(ring.keys)
+
+    def _rings(self) -> dict[str, Ring]:
+        return {
+            f"{layer}.{stream}.{name}": getattr(slot, name)
+            for layer, slots in enumerate(self._layers)
+            for stream, slot in zip(AV._fields, slots, strict=True)
+            for name in ("own", "cross")
+        }

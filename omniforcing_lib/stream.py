@@ -6,13 +6,17 @@ same stream, whole or cut.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from omniforcing_lib import checkpoints
@@ -85,7 +89,9 @@ class Streamer:
 
     @torch.inference_mode()
     def step(self) -> Chunk:
-        """Generate and decode the next block."""
+        """Generate and decode the next block; RuntimeError once the stream is closed."""
+        if self._cache is None:
+            raise RuntimeError("this Streamer was closed; make a new one")
         k, latents = self.block, self.causal.layout.block(self.block)
         if self._last is not None:
             self._remember(k - 1)
@@ -95,6 +101,32 @@ class Streamer:
         self.block += 1
         start_s = float(self.codec.clock.seconds(latents).video[0])
         return Chunk(clip.video, clip.audio, start_s, self.prompt)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Store where the stream stands, atomically: `resume` goes on with the same bits."""
+        if self._last is None:
+            raise ValueError("nothing to save before the first block; step once")
+        path = Path(path)
+        tensors = {**self._cache.tensors(), "knots": self._decoder.knots, "video": self._last.video}
+        tensors["audio"] = self._last.audio
+        said = {"prompt": self.prompt, "seed": self.seed, "block": self.block}
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, {"stream": json.dumps(said)})
+        os.replace(partial, path)
+        return path
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """Go on where `save` left a stream of the same model, blocks and window; seed and prompt come with it."""
+        with safe_open(path, "pt") as file:
+            said, tensors = json.loads(file.metadata()["stream"]), {n: file.get_tensor(n) for n in file.keys()}
+        weight = self.model.proj_out.weight
+        self._last = AV(tensors["video"], tensors["audio"]).map(lambda t: t.to(weight.device))
+        self.seed, self.block = said["seed"], said["block"]
+        self._cache.fill(tensors)
+        self._cache.open(self.block - 1)
+        done = self.causal.layout.block(self.block - 1).map(lambda latents: latents.stop)
+        self._decoder = DecodeState(done, tensors["knots"].to(weight.device))
+        self.set_prompt(said["prompt"])
 
     def _remember(self, k: int) -> None:
         level = self.causal.context_noise

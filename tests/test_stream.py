@@ -1,0 +1,200 @@
+"""Invariants 4, 5, 7 and 8: streamed = offline, one clock, constant cost, same seed same bits."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from fractions import Fraction
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from test_transformer import TINY, tiny
+
+from omniforcing_lib import attention, rope
+from omniforcing_lib.codec_parts import CodecConfig
+from omniforcing_lib.codecs import TinyCodec
+from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
+from omniforcing_lib.rollout import Causal, join, rollout, seeded_noise
+from omniforcing_lib.stream import Chunk, Streamer, to_arrays
+from omniforcing_lib.text import TinyText
+
+CLOCK = Clock()
+HOUR = 3600
+PROMPT, OTHER = "a red ball, bell", "a blue ball, wood"
+SMALL = {"hidden": 8, "oscillators": 5, "windows": (160,), "per_frame": 4, "mixed": 8}
+
+
+@pytest.fixture(scope="module")
+def codec() -> TinyCodec:
+    """A codec of 8 x 8 pixels and the widths of the tiny model, with random weights."""
+    generator = torch.Generator().manual_seed(3)
+    made = TinyCodec(CodecConfig(size=8, patch=4, channels=AV(3, 5), encoder=(4,), decoder=(4, 4), **SMALL))
+    for parameter in made.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return made.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def stream(codec):
+    """Make a streamer of a tiny random student; every argument of `Causal` and `Streamer` can be changed."""
+
+    def make(layout=PAPER, *, seed: int = 5, prompt: str = PROMPT, **changes) -> Streamer:
+        causal = Causal(layout, **{"steps": (1000, 500, 0), "window": 2} | changes)
+        text = TinyText(channels=8)
+        model = tiny(replace(TINY, caption_channels=8).with_sinks(layout.sinks), dtype=torch.float32)
+        return Streamer(model, causal, codec, text, prompt, seed)
+
+    return make
+
+
+def take(stream: Streamer, blocks: int) -> list[Chunk]:
+    return list(islice(stream, blocks))
+
+
+def joined(chunks: list[Chunk]) -> AV[np.ndarray]:
+    return AV(np.concatenate([c.frames for c in chunks]), np.concatenate([c.samples for c in chunks]))
+
+
+def same(a: list[Chunk], b: list[Chunk]) -> bool:
+    """Tell whether two stretches of stream are equal to the bit."""
+    return all(np.array_equal(x, y) for x, y in zip(joined(a), joined(b), strict=True))
+
+
+@pytest.mark.parametrize("layout", [PAPER, RELEASED], ids=["paper", "released"])
+@pytest.mark.parametrize("level", [0.0, 0.1], ids=["clean context", "noisy context"])
+def test_streamed_equals_offline(stream, codec, layout, level):
+    """What comes out block by block is the offline decode of the offline roll-out, past the window too."""
+    streamer = stream(layout, context_noise=level)
+    clip = joined(take(streamer, 6))
+    with torch.inference_mode():
+        text = streamer.text.encode([PROMPT])
+        noise = seeded_noise([streamer.seed], text.video)
+        latents = layout.block(5).video.stop
+        blocks = rollout(streamer.model, streamer.causal, text, noise, codec.grid, latents)
+        offline = to_arrays(codec.decode(join(list(blocks))))
+    assert clip.video.shape == offline.video.shape and clip.audio.shape == offline.audio.shape
+    assert np.array_equal(clip.video, offline.video)
+    assert np.abs(clip.audio - offline.audio).max() <= 1e-6
+    assert clip.video.std() > 1 and clip.audio.std() > 1e-4
+
+
+@pytest.mark.parametrize("layout", [PAPER, RELEASED], ids=["paper", "released"])
+def test_an_hour_of_blocks_keeps_one_clock(layout):
+    """Block k lasts the same second on both clocks, for every block of an hour: exact fractions, no drift."""
+    starts = [CLOCK.seconds(layout.block(k)) for k in range(1, HOUR + 1)]
+    for k, (video, audio) in enumerate(starts):
+        assert video[1] - video[0] == audio[1] - audio[0] == 1
+        assert video[0] - starts[0].video[0] == audio[0] - starts[0].audio[0] == k
+    assert abs(starts[-1].video[0] - starts[-1].audio[0]) == Fraction(1, CLOCK.fps) - Fraction(1, CLOCK.mel_rate)
+
+
+def test_a_stream_an_hour_in_is_on_both_clocks(stream):
+    """A real stream whose clocks stand at an hour: every chunk is 24 frames and 16000 samples, at its second."""
+    streamer = stream()
+    chunks = take(streamer, 4)
+    assert [c.start_s for c in chunks[1:]] == [k - 1 + 1 / 24 for k in (1, 2, 3)]
+    frames, samples = joined(chunks).map(len)
+    assert (frames, samples) == (24 * 3 + 1, 16_000 * 3 + 160)
+    streamer.block = HOUR
+    streamer._decoder.latents = PAPER.block(HOUR - 1).map(lambda latents: latents.stop)
+    late = take(streamer, 3)
+    assert [c.start_s for c in late] == [HOUR - 1 + k + 1 / 24 for k in range(3)]
+    assert [(len(c.frames), len(c.samples)) for c in late] == [(24, 16_000)] * 3
+    assert all(np.isfinite(c.samples).all() for c in late)
+
+
+@pytest.mark.parametrize("window", [0, 2], ids=["no past", "window 2"])
+def test_work_and_memory_stop_growing_when_the_window_is_full(stream, monkeypatch, window):
+    """From block window + 2 on, every block attends to as many keys, in the same storage, with as many bytes held."""
+    keys: list[tuple[int, int]] = []
+    attend = attention.scaled_dot_product_attention
+
+    def counted(q, k, v, **rest):
+        keys.append((q.shape[2], k.shape[2]))
+        return attend(q, k, v, **rest)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    streamer, work, held, places = stream(window=window), [], [], []
+    full, kept = window + 2, rope.tables.cache_parameters()["maxsize"]
+    for _ in range(kept + 5):
+        keys.clear()
+        streamer.step()
+        work.append(tuple(keys))
+        held.append(sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor))
+        places.append({name: t.data_ptr() for name, t in streamer._cache.tensors().items()})
+    assert len(set(work[full:])) == 1 and len(set(work)) == full + 1
+    assert len({sum(k for _, k in seen) for seen in work}) == full + 1
+    assert len(set(held[kept + 1 :])) == 1
+    assert places[full] == places[-1]
+    assert streamer._cache.nbytes == stream(window=window)._cache.nbytes
+
+
+def test_same_seed_same_bits(stream):
+    assert same(take(stream(seed=1), 4), take(stream(seed=1), 4))
+    assert not same(take(stream(seed=1), 4), take(stream(seed=2), 4))
+
+
+@pytest.mark.parametrize("cut", [1, 3, 6], ids=lambda k: f"after {k} blocks")
+def test_a_stream_cut_and_resumed_is_the_uncut_stream(stream, tmp_path, cut):
+    """Stored to a file, taken up by a new object: the same bits as never cut, before and after the window fills."""
+    whole = take(stream(context_noise=0.1), cut + 3)
+    take(first := stream(context_noise=0.1), cut)
+    path = first.save(tmp_path / "stream.safetensors")
+    second = stream(context_noise=0.1, seed=99, prompt=OTHER)
+    second.resume(path)
+    assert same(take(second, 3), whole[cut:]) and second.prompt == PROMPT
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stream.safetensors"]
+
+
+def test_a_stream_of_another_window_cannot_be_resumed(stream, tmp_path):
+    take(first := stream(), 2)
+    path = first.save(tmp_path / "stream.safetensors")
+    with pytest.raises(ValueError, match="window"):
+        stream(window=3).resume(path)
+    with pytest.raises(ValueError, match="first block"):
+        stream().save(path)
+
+
+def test_a_prompt_takes_effect_at_the_next_block(stream):
+    """Blocks before the change are untouched, to the bit; the same prompt again changes nothing."""
+    unchanged, switched, told_again = stream(), stream(), stream()
+    reference = take(unchanged, 6)
+    before = take(switched, 3)
+    switched.set_prompt(OTHER)
+    after = take(switched, 3)
+    assert same(before, reference[:3])
+    assert not any(same([a], [b]) for a, b in zip(after, reference[3:], strict=True))
+    assert [c.prompt for c in before + after] == [PROMPT] * 3 + [OTHER] * 3
+    first = take(told_again, 3)
+    told_again.set_prompt(PROMPT)
+    assert same(first + take(told_again, 3), reference)
+
+
+def test_a_prompt_that_is_not_understood_changes_nothing(stream):
+    streamer = stream()
+    first = take(streamer, 2)
+    with pytest.raises(ValueError, match="red"):
+        streamer.set_prompt("a purple cube, drum")
+    assert streamer.prompt == PROMPT
+    assert same(first + take(streamer, 2), take(stream(), 4))
+
+
+def test_a_closed_stream_holds_no_cache_and_says_so(stream):
+    with stream() as streamer:
+        assert len(take(streamer, 2)) == 2
+    assert streamer._cache is None and not take(streamer, 1)
+    with pytest.raises(RuntimeError, match="closed"):
+        streamer.step()
+    with pytest.raises(RuntimeError, match="closed"), streamer:
+        pass
+
+
+def test_a_half_precision_student_streams(stream):
+    streamer = stream()
+    streamer.model.to(torch.bfloat16)
+    half = Streamer(streamer.model, streamer.causal, streamer.codec, streamer.text, PROMPT)
+    clip = joined(take(half, 3))
+    assert clip.video.shape == (49, 8, 8, 3) and np.isfinite(clip.audio).all()
+    assert half._cache.nbytes * 2 == streamer._cache.nbytes

@@ -33,9 +33,9 @@ CLIP_SECONDS = 5
 
 
 class Reported(NamedTuple):
-    """What the paper reports of one variant; NaN stands for a run that broke."""
+    """What the paper reports of one variant: infinite and NaN for a run that broke, None where it is silent."""
 
-    norm: float
+    norm: float | None
     loss: float
 
 
@@ -49,8 +49,12 @@ PAPER = {
     24: Reported(9.15, 0.110),
 }
 """Largest gradient norm and one-step loss at sigma 0.5 by number of sinks (spec 4.4)."""
-PAPER_STABILISERS = {"counted": 0.402, "qk_norm": 0.232, "tanh_gate": 1.258}
-"""One-step loss of S = 16 with counted positions, and of S = 0 with another stabiliser (spec 4.4)."""
+PAPER_OTHERS = {
+    "counted": Reported(None, 0.402),
+    "qk_norm": Reported(None, 0.232),
+    "tanh_gate": Reported(None, 1.258),
+}
+"""The same for S = 16 with counted positions and for other stabilisers without sinks (spec 4.4)."""
 
 
 @dataclass(frozen=True)
@@ -205,17 +209,6 @@ def _sink_norm(model: Transformer, norm: float, clip: float) -> float:
     return float(model.audio_sink_tokens.grad.float().norm()) * max(1.0, norm / clip)
 
 
-def compare(
-    variants: Mapping[str, Variant], study: Study, seeds: Sequence[int], *, steps: int, batch: int = 4
-) -> dict[str, list[Trace]]:
-    """Train every variant once a seed; the same seed draws the same batches for all of them."""
-    jobs = [(name, seed) for name in variants for seed in seeds]
-    traces: dict[str, list[Trace]] = {name: [] for name in variants}
-    for name, seed in tqdm(jobs, desc="short stage 2 runs", unit="run", leave=False, disable=None):
-        traces[name].append(train(variants[name], study, steps=steps, batch=batch, seed=seed))
-    return traces
-
-
 class Summary(NamedTuple):
     """One variant over its seeds: largest gradient norm of all, means of the losses, runs that broke."""
 
@@ -224,7 +217,18 @@ class Summary(NamedTuple):
     start: float
     final: float
     spread: float
-    diverged: int
+    broken: int
+
+
+def compare(
+    variants: Mapping[str, Variant], study: Study, seeds: Sequence[int], *, steps: int, batch: int = 4
+) -> dict[str, Summary]:
+    """Train every variant once a seed and sum up; the same seed draws the same batches for all of them."""
+    jobs = [(name, seed) for name in variants for seed in seeds]
+    traces: dict[str, list[Trace]] = {name: [] for name in variants}
+    for name, seed in tqdm(jobs, desc="short stage 2 runs", unit="run", leave=False, disable=None):
+        traces[name].append(train(variants[name], study, steps=steps, batch=batch, seed=seed))
+    return {name: summarise(runs) for name, runs in traces.items()}
 
 
 def summarise(traces: Sequence[Trace]) -> Summary:
@@ -236,5 +240,56 @@ def summarise(traces: Sequence[Trace]) -> Summary:
         start=sum(trace.start for trace in traces) / len(traces),
         final=sum(finals) / len(finals),
         spread=(max(finals) - min(finals)) / 2,
-        diverged=sum(trace.diverged for trace in traces),
+        broken=sum(trace.diverged for trace in traces),
     )
+
+
+def table(summaries: Mapping[str, Summary], paper: Mapping[str, Reported] | None = None) -> list[dict[str, object]]:
+    """Give summaries as rows of a table, beside what the paper reports."""
+    lines = []
+    for name, s in summaries.items():
+        line = {"variant": name, "loss before": s.start, "loss after": f"{s.final:.4f} ± {s.spread:.4f}"}
+        line |= {"largest gradient norm": s.norm, "the sinks' own": s.sink_norm, "broke": s.broken}
+        if paper:
+            found = paper.get(name)
+            line |= {
+                "paper: norm": _or_dash(found and found.norm),
+                "paper: loss": _or_dash(found and found.loss),
+            }
+        lines.append(line)
+    return lines
+
+
+def _or_dash(value: float | None) -> object:
+    return "—" if value is None else value if math.isfinite(value) else "NaN"
+
+
+EARLY = {"audio row 0": slice(0, 1), "rows of block 1": slice(1, 26), "rows of block 2": slice(26, 51)}
+
+
+def early_rows(looks: Mapping[int, rows.Rows], measures: Sequence[str]) -> dict[str, dict[str, tuple]]:
+    """Average measures of `rows.Rows` over layers and early rows of the paper's layout, by number of sinks.
+
+    Gives measure -> rows -> (sinks, values), what `plots.by_sinks` draws.
+    """
+
+    def value(sinks: int, measure: str, span: slice) -> float:
+        return float(getattr(looks[sinks], measure)[:, sinks:][:, span].mean())
+
+    return {
+        measure: {name: (list(looks), [value(s, measure, span) for s in looks]) for name, span in EARLY.items()}
+        for measure in measures
+    }
+
+
+def by_sinks(summaries: Mapping[int, Summary]) -> dict[str, dict[str, tuple]]:
+    """Give gradient norm and loss by number of sinks, ours and the paper's: what `plots.by_sinks` draws."""
+    counts = list(summaries)
+    known = [s for s in counts if s in PAPER]
+    ours = {name: (counts, [getattr(summaries[s], name) for s in counts]) for name in Summary._fields}
+    own = ([s for s in counts if s], [summaries[s].sink_norm for s in counts if s])
+    paper = {name: (known, [getattr(PAPER[s], name) for s in known]) for name in Reported._fields}
+    return {
+        "largest gradient norm": {"ours": ours["norm"], "the sinks' own": own, "paper": paper["norm"]},
+        "one-step loss at sigma 0.5": {"ours": ours["final"], "paper": paper["loss"]},
+    }

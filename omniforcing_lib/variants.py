@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from omniforcing_lib import checkpoints, rope
 from omniforcing_lib import train as training
 from omniforcing_lib.attention import Attention
 from omniforcing_lib.layout import AV
+from omniforcing_lib.masks import Masks, Run, Visibility
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.transformer import Transformer
 
@@ -103,6 +105,19 @@ STABILISERS = {"none": lambda attention: None, "qk_norm": _norm_heads, "tanh_gat
 second norm; the tanh gate starts shut."""
 
 
+@lru_cache
+def row_causal(kind: Masks) -> Masks:
+    """Let audio row i see the sinks and the audio up to itself, in place of its whole block."""
+    block, first = kind.audio_self, kind.sinks + 1
+    rest = (Run(range(row, row + 1), (range(row + 1),)) for row in range(first, block.rows))
+    runs = (Run(range(first), (range(first),)), *rest)
+    return kind._replace(audio_self=Visibility(runs, block.columns, "dense"))
+
+
+def _row_by_row(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return args, {**kwargs, "masks": row_causal(kwargs["masks"])}
+
+
 @dataclass(frozen=True)
 class Variant:
     """Say how a teacher is made causal; the defaults are the paper's recipe on our miniature.
@@ -114,6 +129,7 @@ class Variant:
         settings: RoPE and gate multiplier of the student: `right` or `released`.
         precision: `fp32`, `autocast` (bf16 arithmetic, fp32 weights) or `bf16` (weights too, as released).
         stabiliser: `none`, `qk_norm` or `tanh_gate`.
+        audio_rows: `block`, or `row`: audio row i sees the sinks and i + 1 latents, the paper's own count of keys.
         sharpen: factor on the logits of audio self-attention.
         sink_std: spread of fresh sinks.
         lr: learning rate.
@@ -126,13 +142,20 @@ class Variant:
     settings: str = "right"
     precision: str = "fp32"
     stabiliser: str = "none"
+    audio_rows: str = "block"
     sharpen: float = 1.0
     sink_std: float = 0.02
     lr: float = 5e-4
     clip: float = 10.0
 
     def __post_init__(self) -> None:
-        known = {"positions": POSITIONS, "settings": SETTINGS, "precision": PRECISIONS, "stabiliser": STABILISERS}
+        known = {
+            "positions": POSITIONS,
+            "settings": SETTINGS,
+            "precision": PRECISIONS,
+            "stabiliser": STABILISERS,
+            "audio_rows": ("block", "row"),
+        }
         for name, words in known.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} is one of {', '.join(words)}; found {getattr(self, name)!r}")
@@ -160,4 +183,6 @@ def build(variant: Variant, teacher: str = "teacher", device: str = "cpu") -> Tr
     for block in model.transformer_blocks:
         block.audio_attn1.q_norm.weight.data.mul_(variant.sharpen)
         STABILISERS[variant.stabiliser](block.audio_attn1)
+    if variant.audio_rows == "row":
+        model.register_forward_pre_hook(_row_by_row, with_kwargs=True)
     return model

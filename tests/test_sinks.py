@@ -80,6 +80,14 @@ def test_keys_of_rows_are_the_sinks_plus_the_blocks_so_far():
     assert probed(RELEASED).keys.tolist() == 26 * [26] + 25 * [51]
 
 
+def test_row_causal_audio_sees_the_sinks_and_what_it_has_heard():
+    kind = masks.build(replace(PAPER, sinks=2), 7, 4)
+    by_row = variants.row_causal(kind)
+    seen = by_row.audio_self.dense
+    assert seen.sum(1).tolist() == [3, 3, *range(3, 54)] and not (seen & ~kind.audio_self.dense).any()
+    assert by_row.a2v == kind.a2v
+
+
 def test_flat_logits_spread_attention_evenly():
     found = probed(replace(PAPER, sinks=2), sharpen=0.0)
     assert torch.allclose(found.entropy, torch.ones_like(found.entropy), atol=1e-5)
@@ -146,7 +154,9 @@ def test_a_gradient_that_is_not_finite_is_a_broken_run():
     assert broken.diverged and found.diverged == 1 and found.norm == math.inf and math.isnan(found.final)
 
 
-@pytest.mark.parametrize("change", [{"precision": "bf16"}, {"settings": "released"}, {"positions": "counted"}])
+@pytest.mark.parametrize(
+    "change", [{"precision": "bf16"}, {"settings": "released"}, {"positions": "counted"}, {"audio_rows": "row"}]
+)
 def test_every_switch_reaches_the_student(study, change):
     plain, changed = (sinks.train(v, study, steps=1, batch=2) for v in (Variant(), Variant(**change)))
     assert plain.norm != changed.norm and not changed.diverged

@@ -419,8 +419,13 @@ class Transformer(nn.Module):
 
     def _levels(self, sigma: AV[Tensor] | AV[float], sinks: int, masks: Masks | None) -> AV[Level]:
         """Make what every layer needs of sigma."""
-        sigma = sigma.map(lambda s: torch.as_tensor(s, dtype=None if isinstance(s, Tensor) else torch.float32))
-        sigma = sigma.map(lambda s: s.to(self.proj_out.weight.device).reshape(len(s) if s.dim() else 1, -1))
+        device = self.proj_out.weight.device
+        # filled on the device: a copy from the host could not be recorded in a CUDA graph
+        sigma = sigma.map(
+            lambda s: (
+                s.to(device).reshape(len(s), -1) if isinstance(s, Tensor) else torch.full((1, 1), s, device=device)
+            )
+        )
         if sigma.video.shape[1] > 1 and self.config.modulates_prompt_by_sigma and masks is not None:
             raise ValueError("LTX-2.3 modulates the text by one sigma a sample; found a sigma a latent under masks")
         steps = sigma.map(lambda s: s * self.config.timestep_scale_multiplier)

@@ -80,6 +80,11 @@ class Streamer:
         while self._cache is not None:
             yield self.step()
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values held."""
+        return self._cache.nbytes if self._cache else 0
+
     def set_prompt(self, prompt: str) -> None:
         """Follow another prompt from the next block on; unknown words raise ValueError."""
         device = self.model.proj_out.weight.device

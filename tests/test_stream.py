@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import attention, rope
+from omniforcing_lib import attention, bench, rope
 from omniforcing_lib.codec_parts import CodecConfig
 from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
@@ -198,3 +198,23 @@ def test_a_half_precision_student_streams(stream):
     clip = joined(take(half, 3))
     assert clip.video.shape == (49, 8, 8, 3) and np.isfinite(clip.audio).all()
     assert half._cache.nbytes * 2 == streamer._cache.nbytes
+
+
+def test_watching_a_stream_changes_nothing(stream):
+    watched = bench.watch(stream(), 5, keep=2)
+    assert same(watched.chunks, [take(stream(), 5)[k] for k in (0, 1, 4)])
+    assert len(watched.seconds) == len(watched.resident) == 5 and len(set(watched.cache_bytes)) == 1
+    assert watched.first_chunk_s == sum(watched.seconds[:2]) and watched.frames_a_second > 0
+    assert len(bench.first_chunks(stream, 2)) == 2
+
+
+def test_the_offline_twin_is_the_stream(stream):
+    whole = bench.offline(stream(context_noise=0.0), 4)
+    assert bench.equal(bench.joined(take(stream(), 4)), whole, 1e-6)
+    assert not bench.equal(bench.joined(take(stream(seed=6), 4)), whole, 1e-6)
+
+
+def test_a_switched_stream_follows_from_that_block_on(stream):
+    chunks = bench.switched(stream(), OTHER, 2, 4)
+    assert [c.prompt for c in chunks] == [PROMPT] * 2 + [OTHER] * 2
+    assert same(chunks[:2], take(stream(), 2))

@@ -1,0 +1,305 @@
+"""Time a stream against its teacher, find where the time goes, and measure what this machine could do at best.
+
+A machine shared with others is fast one second and slow the next. So everything that is compared is timed in turn,
+round after round, and told by medians; a speed is a ratio of two such medians of one run.
+
+Shapes: K blocks, F video latents.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from omniforcing_lib.config import MINIATURE, ModelConfig
+from omniforcing_lib.cost import Work, pass_work, seen
+from omniforcing_lib.flow import Guidance, Skip, guided_denoiser
+from omniforcing_lib.layout import AV, Clock
+from omniforcing_lib.rollout import Causal, join, new_cache, rollout, seeded_noise
+from omniforcing_lib.stream import MINIATURE_GUIDANCE, Chunk, Streamer, to_arrays
+from omniforcing_lib.transformer import Transformer
+
+BENCH = replace(
+    MINIATURE,
+    num_layers=4,
+    attention_head_dim=64,
+    audio_attention_head_dim=32,
+    cross_attention_dim=256,
+    audio_cross_attention_dim=128,
+    in_channels=128,
+    out_channels=128,
+    audio_in_channels=128,
+    audio_out_channels=128,
+)
+"""The 19B's latents at a sixteenth of its width and a twelfth of its depth."""
+REAL_GRID = (16, 24)
+"""Tokens of a frame of 512 x 768 pixels."""
+TEXT_TOKENS = 6
+KINDS = {"attention": ("scaled_dot_product",), "linear layers": ("addmm", "aten::mm"), "convolutions": ("conv",)}
+OTHER_KERNELS = "norms, rotation, modulation, copies"
+
+
+class Percentiles(NamedTuple):
+    """Median and slow end of some times, in the unit of the times."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+def percentiles(times: Sequence[float]) -> Percentiles:
+    """Give the 50th, 95th and 99th percentile."""
+    return Percentiles(*(float(p) for p in np.percentile(times, (50, 95, 99))))
+
+
+def synchronise() -> None:
+    """Wait for the accelerator, if there is one: it works on while Python has moved on."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Time one call."""
+    synchronise()
+    began = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - began
+
+
+def alternate(calls: Mapping[str, Callable[[], object]], turns: int, warm: int = 1) -> dict[str, list[float]]:
+    """Time calls in turn, so that a slow moment of the machine falls on all of them; in seconds."""
+    for _ in range(warm):
+        for call in calls.values():
+            call()
+    rounds = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(turns)]
+    return {name: [times[name] for times in rounds] for name in calls}
+
+
+def resident_bytes() -> int:
+    """Memory of this process: of the accelerator if there is one, else what the system says is resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Machine(NamedTuple):
+    """What this machine does at best: GFLOP/s of matrix products by dtype, of attention, GB/s of copies."""
+
+    gemm: dict[str, float]
+    attention: float
+    bandwidth: float
+
+
+@torch.inference_mode()
+def machine(device: str = "cpu", turns: int = 5, size: int = 1024) -> Machine:
+    """Measure the roofs: square products in fp32 and bf16, attention of 1152 on 6144 tokens, copies; best of turns."""
+    flops, length = 2 * size**3, 8 * size
+    square = {kind: torch.randn(size, size, device=device, dtype=kind) for kind in (torch.float32, torch.bfloat16)}
+    query, key = (torch.randn(1, 4, n, 64, device=device) for n in (1152, 6 * size))
+    source, target = (torch.zeros(length, size, device=device) for _ in range(2))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    calls = {str(kind).removeprefix("torch."): (lambda x=x: x @ x) for kind, x in square.items()}
+    calls |= {"attention": lambda: attend(query, key, key), "copy": lambda: target.copy_(source)}
+    best = {name: min(times) for name, times in alternate(calls, turns).items()}
+    products = {name: flops / best[name] / 1e9 for name in ("float32", "bfloat16")}
+    attended = 4 * query.shape[2] * key.shape[2] * 256
+    return Machine(products, attended / best["attention"] / 1e9, 2 * source.nbytes / best["copy"] / 1e9)
+
+
+class Watched(NamedTuple):
+    """A stretch of stream as it was made: chunks, and of every block seconds, keys' bytes and resident bytes."""
+
+    chunks: list[Chunk]
+    seconds: list[float]
+    cache_bytes: list[int]
+    resident: list[int]
+
+    @property
+    def frames_a_second(self) -> float:
+        """Frames a second of a median block after the first, decoding included."""
+        return len(self.chunks[-1].frames) / statistics.median(self.seconds[1:])
+
+    @property
+    def first_chunk_s(self) -> float:
+        """Seconds until block 0 and block 1 are made and decoded (spec 6.5)."""
+        return sum(self.seconds[:2])
+
+
+def watch(streamer: Streamer, blocks: int, keep: int | None = None) -> Watched:
+    """Run a stream and time every block, decoding included; only `keep` chunks and the last are held."""
+    seen = Watched([], [], [], [])
+    for k in range(blocks):
+        made: list[Chunk] = []
+        seen.seconds.append(seconds_of(lambda made=made: made.append(streamer.step())))
+        seen.cache_bytes.append(streamer.cache_bytes)
+        seen.resident.append(resident_bytes())
+        if keep is None or k < keep or k == blocks - 1:
+            seen.chunks.extend(made)
+    return seen
+
+
+def first_chunks(make: Callable[[], Streamer], turns: int) -> list[float]:
+    """Time the first chunk of `turns` new streams, set-up included."""
+
+    def first() -> None:
+        with make() as streamer:
+            for _ in range(2):
+                streamer.step()
+
+    return alternate({"first": first}, turns)["first"]
+
+
+def random_model(config: ModelConfig, sinks: int, seed: int, device: str = "cpu") -> Transformer:
+    """Build a model of random weights: for time, not for pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(config.with_sinks(sinks))
+    for parameter in model.parameters():
+        spread = parameter.shape[-1] ** -0.5
+        parameter.data = torch.randn(parameter.shape, generator=generator) * spread
+    return model.requires_grad_(False).eval().to(device)
+
+
+def random_text(config: ModelConfig, device: torch.device, batch: int = 1) -> AV[torch.Tensor]:
+    """Draw the context of a prompt. Shapes: AV [B, L, caption channels]."""
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(batch, TEXT_TOKENS, config.caption_channels, generator=generator).to(device)
+    return AV(context, context)
+
+
+@torch.inference_mode()
+def block_seconds(
+    model: Transformer, causal: Causal, grid: tuple[int, int], blocks: int
+) -> Iterator[tuple[float, int]]:
+    """Yield seconds of each block of a roll-out, its being remembered included, and the bytes of its cache."""
+    weight = model.proj_out.weight
+    text, noise = random_text(model.config, weight.device), seeded_noise([0], weight)
+    cache = new_cache(model, causal, grid, 1, blocks)
+    made = rollout(model, causal, text, noise, grid, causal.layout.block(blocks - 1).video.stop)
+    for _ in range(blocks):
+        yield seconds_of(lambda: next(made)), cache.nbytes
+
+
+@torch.inference_mode()
+def teacher_step(
+    model: Transformer, grid: tuple[int, int], seconds: int, guidance: Guidance = MINIATURE_GUIDANCE
+) -> Callable[[], object]:
+    """Prepare one guided step of the bidirectional teacher on a clip: calling it runs the step."""
+    device, latents = model.proj_out.weight.device, Clock().latents(seconds)
+    text = random_text(model.config, device)
+    x = AV(
+        torch.randn(1, latents.video, *grid, model.config.in_channels, device=device),
+        torch.randn(1, latents.audio, model.config.audio_in_channels, device=device),
+    )
+    denoise, level = guided_denoiser(model, text, text, guidance), torch.tensor(0.7, device=device)
+    return torch.inference_mode()(lambda: denoise(x, level))
+
+
+def open_block(model: Transformer, causal: Causal, grid: tuple[int, int], k: int) -> Callable[[], object]:
+    """Prepare one pass over block `k` against a cache full of noise: calling it costs what mid-stream costs."""
+    weight, block = model.proj_out.weight, causal.layout.block(k)
+    text, cache = random_text(model.config, weight.device), new_cache(model, causal, grid, 1)
+    x = AV(
+        torch.randn(1, len(block.video), *grid, model.config.in_channels, device=weight.device),
+        torch.randn(1, len(block.audio), model.config.audio_in_channels, device=weight.device),
+    )
+    for tensor in cache.tensors().values():
+        tensor.normal_()
+    cache.open(k)
+    return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), text, cache=cache))
+
+
+def pass_times(
+    model: Transformer, causal: Causal, grids: Sequence[tuple[int, int]], turns: int
+) -> list[tuple[Work, float]]:
+    """Time one pass in mid-stream at several sizes of the frame, in turn; the median with the work it did."""
+    k, works = causal.window + 2, []
+    for rows, columns in grids:
+        queries = causal.layout.step.map(lambda n, per: n * per, AV(rows * columns, 1))
+        works.append(pass_work(model.config, queries, seen(causal, rows * columns, k), TEXT_TOKENS))
+    timed = alternate({str(grid): open_block(model, causal, grid, k) for grid in grids}, turns)
+    return [(work, statistics.median(times)) for work, times in zip(works, timed.values(), strict=True)]
+
+
+def where_time_goes(call: Callable[[], object], turns: int = 3) -> dict[str, float]:
+    """Split the seconds of a call on the CPU into kinds of kernels and the rest: Python, dispatch, the profiler."""
+    call()
+    with torch.autograd.profiler.profile(use_kineto=False) as profiler:
+        whole = sum(seconds_of(call) for _ in range(turns))
+    spent = dict.fromkeys((*KINDS, OTHER_KERNELS), 0.0)
+    for event in profiler.key_averages():
+        kind = next((name for name, marks in KINDS.items() if any(m in event.key for m in marks)), OTHER_KERNELS)
+        spent[kind] += event.self_cpu_time_total / 1e6
+    spent["Python and dispatch"] = max(0.0, whole - sum(spent.values()))
+    return {name: seconds / turns for name, seconds in spent.items()}
+
+
+def sizes(grid: tuple[int, int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Give frame sizes up to `grid` to fit a cost model on, and others between them to test it on."""
+
+    def scaled(*shares: tuple[float, float]) -> list[tuple[int, int]]:
+        return [(int(grid[0] * rows), int(grid[1] * columns)) for rows, columns in shares]
+
+    return scaled((0.25, 0.25), (0.5, 0.5), (1, 1)), scaled((0.25, 0.5), (0.5, 0.75), (0.75, 0.75))
+
+
+def offline(streamer: Streamer, blocks: int) -> AV[np.ndarray]:
+    """Make what a new streamer's first blocks should be, in one piece: roll out, join, decode the whole.
+
+    Shapes: AV(uint8 [F, H, W, 3], float32 [N]).
+    """
+    model, causal, codec = streamer.model, streamer.causal, streamer.codec
+    weight = model.proj_out.weight
+    with torch.inference_mode():
+        text = streamer.text.encode([streamer.prompt], weight.device, weight.dtype)
+        latents = causal.layout.block(blocks - 1).video.stop
+        made = rollout(model, causal, text, seeded_noise([streamer.seed], weight), codec.grid, latents)
+        return to_arrays(codec.decode(join(list(made))))
+
+
+def joined(chunks: Sequence[Chunk]) -> AV[np.ndarray]:
+    """Join chunks to a clip. Shapes: AV(uint8 [F, H, W, 3], float32 [N])."""
+    return AV(*(np.concatenate(part) for part in zip(*((c.frames, c.samples) for c in chunks), strict=True)))
+
+
+def equal(a: AV[np.ndarray], b: AV[np.ndarray], tolerance: float = 0.0) -> bool:
+    """Tell whether two clips have the same frames, and samples within a tolerance."""
+    close = a.audio.shape == b.audio.shape and np.abs(a.audio - b.audio).max(initial=0) <= tolerance
+    return bool(close) and np.array_equal(a.video, b.video)
+
+
+def switched(streamer: Streamer, prompt: str, at: int, blocks: int) -> list[Chunk]:
+    """Run a new stream for `blocks` blocks and ask for another prompt before block `at`."""
+    chunks = [streamer.step() for _ in range(at)]
+    streamer.set_prompt(prompt)
+    return chunks + [streamer.step() for _ in range(blocks - at)]
+
+
+@torch.inference_mode()
+def moved_by_the_other(model: Transformer, grid: tuple[int, int], skip: Skip | None) -> AV[float]:
+    """Change all latents of one stream and tell how far the other stream's output moves.
+
+    With cross-modal attention skipped it must not move at all: then the streams may run side by side.
+    """
+    weight, latents = model.proj_out.weight, Clock().latents(1)
+    shapes = AV((1, latents.video, *grid, model.config.in_channels), (1, latents.audio, model.config.audio_in_channels))
+    x, level = shapes.map(lambda shape: torch.ones(shape, device=weight.device)), weight.new_full((1,), 0.7)
+    text, run = random_text(model.config, weight.device), partial(model, skip=skip)
+    before = run(x, AV(level, level), text)
+    moved = AV(AV(x.video, -x.audio), AV(-x.video, x.audio))
+    after = AV(*(run(other, AV(level, level), text)[i] for i, other in enumerate(moved)))
+    return before.map(lambda a, b: (a - b).abs().max().item(), after)

@@ -1,0 +1,150 @@
+"""What a block costs: matrix products counted from token numbers, rates fitted to timings, carried to other machines.
+
+Only matrix products are counted, in the two kinds that run at different rates: *linear* layers, whose work grows with
+the tokens of the open block, and *attention*, whose work grows with what the block sees. Everything else a pass does
+is a constant in the fit. `torch.utils.flop_counter` agrees to the last operation (tests/test_bench.py).
+
+Shapes: FLOPs count a multiplication and an addition as two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+
+from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.layout import AV
+from omniforcing_lib.rollout import Causal
+
+GPUS = {"H100": (989.0, 3.35), "H200": (989.0, 4.8), "B200": (2250.0, 8.0)}
+"""Dense bf16 TFLOP/s and memory TB/s that NVIDIA states for the SXM boards."""
+
+PUBLISHED = (
+    {"who": "paper, one GPU", "frames a second": "about 25", "first chunk": "0.7 s", "steps": "3"},
+    {"who": "paper, 5-second clip in 5.7 s", "frames a second": "21.2", "first chunk": "", "steps": "3"},
+    {"who": "authors later, H200", "frames a second": "about 20", "first chunk": "", "steps": "4"},
+    {"who": "third party, H200", "frames a second": "12.1", "first chunk": "", "steps": "4"},
+)
+"""What others measured on the 19B (spec 6.5)."""
+
+
+class Work(NamedTuple):
+    """FLOPs of a piece of work, and the network passes in it."""
+
+    linear: float
+    attention: float
+    passes: int = 1
+
+    @property
+    def flops(self) -> float:
+        """All FLOPs."""
+        return self.linear + self.attention
+
+    def times(self, passes: int) -> Work:
+        """Give the work of `passes` such passes."""
+        return Work(passes * self.linear, passes * self.attention, passes * self.passes)
+
+
+def plus(*works: Work) -> Work:
+    """Add pieces of work."""
+    return Work(*(sum(part) for part in zip(*works, strict=True)))
+
+
+def pass_work(config: ModelConfig, queries: AV[int], keys: AV[int], text: int) -> Work:
+    """Count one pass whose modulation and text keys are at hand: a streamed block's steady state (spec 1.5).
+
+    Args:
+        config: widths and layers.
+        queries: tokens that run, of each stream, sinks among them.
+        keys: tokens that they see.
+        text: tokens of the prompt.
+    """
+    wide, narrow = config.video_dim, config.audio_dim
+    a2v, v2a = (wide + wide) * narrow, (narrow + narrow) * narrow
+    video = 4 * wide**2 + 2 * wide**2 + a2v + 2 * wide * narrow + 8 * wide**2
+    audio = 4 * narrow**2 + 2 * narrow**2 + v2a + 2 * narrow**2 + 8 * narrow**2
+    ends = AV(config.in_channels + config.out_channels, config.audio_in_channels + config.audio_out_channels)
+    linear = config.num_layers * (video * queries.video + audio * queries.audio)
+    linear += queries.video * wide * ends.video + queries.audio * narrow * ends.audio
+    own = queries.video * (keys.video + text) * wide + queries.audio * (keys.audio + text) * narrow
+    cross = (queries.video * keys.audio + queries.audio * keys.video) * narrow
+    return Work(2.0 * linear, 4.0 * config.num_layers * (own + cross))
+
+
+def seen(causal: Causal, tokens: int, k: int) -> AV[int]:
+    """Count the tokens that block `k` sees, itself among them: no more than the window allows, for ever.
+
+    `tokens` is that of a video frame.
+    """
+    layout, past = causal.layout, min(k, causal.window + 1)
+    return AV(
+        tokens * (layout.first.video + past * layout.step.video),
+        layout.sinks + layout.first.audio + past * layout.step.audio,
+    )
+
+
+def block_work(config: ModelConfig, causal: Causal, tokens: int, k: int, text: int) -> Work:
+    """Count a streamed block: its denoising steps and the pass that remembers it."""
+    video, audio = causal.layout.block(k).map(len)
+    queries = AV(tokens * video, audio + (causal.layout.sinks if k == 0 else 0))
+    return pass_work(config, queries, seen(causal, tokens, k), text).times(len(causal.steps))
+
+
+def clip_work(config: ModelConfig, latents: AV[int], tokens: int, text: int, passes: int) -> Work:
+    """Count a clip by the bidirectional teacher, where every pass runs all tokens and every token sees all."""
+    whole = AV(tokens * latents.video, latents.audio)
+    return pass_work(config, whole, whole, text).times(passes)
+
+
+class Rates(NamedTuple):
+    """How fast a machine works off FLOPs, and what a pass costs besides."""
+
+    linear: float
+    attention: float
+    pass_s: float
+
+    def seconds(self, work: Work) -> float:
+        """Predict the time of a piece of work."""
+        return work.linear / self.linear + work.attention / self.attention + work.passes * self.pass_s
+
+
+def fit(works: Sequence[Work], seconds: Sequence[float]) -> Rates:
+    """Fit the three rates to timings, none of them negative, by least relative squares.
+
+    Raises:
+        ValueError: fewer than three timings.
+    """
+    if len(works) < 3:
+        raise ValueError(f"three rates need at least 3 timings, found {len(works)}")
+    rows = np.array(works, float) / np.array(seconds, float)[:, None]
+    scale = rows.max(0)
+    slow, _ = nnls(rows / scale, np.ones(len(rows)))
+    slow = np.maximum(slow / scale, 1e-30)
+    return Rates(1 / slow[0], 1 / slow[1], slow[2])
+
+
+def carried(config: ModelConfig, causal: Causal, tokens: int, text: int, share: float) -> list[dict[str, object]]:
+    """Predict the steady state of a large model on named GPUs that reach `share` of their stated peak.
+
+    Decoding is left out. A block lasts a second, so FLOPs a block are FLOP/s for real time. The first chunk is
+    block 0 and block 1 (spec 6.5).
+    """
+    steady = block_work(config, causal, tokens, causal.window + 2, text)
+    first = plus(*(block_work(config, causal, tokens, k, text) for k in (0, 1)))
+    rows = []
+    for name, (teraflops, _) in GPUS.items():
+        rate = share * teraflops * 1e12
+        rows.append(
+            {
+                "GPU": name,
+                "stated peak, TFLOP/s": f"{teraflops:.0f}",
+                "TFLOP a block": f"{steady.flops / 1e12:.0f}",
+                "share of peak for real time": f"{steady.flops / (teraflops * 1e12):.0%}",
+                f"frames a second at {share:.0%} of peak": f"{24 * rate / steady.flops:.0f}",
+                "first chunk": f"{first.flops / rate:.2f} s",
+            }
+        )
+    return rows

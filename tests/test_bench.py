@@ -1,0 +1,137 @@
+"""The benchmark counts what the network does and times in turn; no time is asserted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from test_transformer import GRID, TINY, inputs, tiny
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from omniforcing_lib import bench, cost
+from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.cost import Rates, Work
+from omniforcing_lib.flow import Skip
+from omniforcing_lib.layout import AV, PAPER, RELEASED
+from omniforcing_lib.rollout import Causal, denoise_block, new_cache, remember, seeded_noise
+
+COUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("layout", [PAPER, RELEASED], ids=["paper", "released"])
+def test_counted_work_is_what_the_network_does(layout):
+    """To the last operation: every block after the first, before and after the window is full."""
+    model, causal = tiny(TINY.with_sinks(layout.sinks)), Causal(layout, steps=(1000, 500, 0), window=1)
+    text = inputs(layout, layout.first.video)[2]
+    cache, noise = new_cache(model, causal, GRID, 1), seeded_noise([0], text.video)
+    for k in range(5):
+        block = layout.block(k)
+        shapes = AV((len(block.video), *GRID, 3), (len(block.audio), 5))
+        cache.open(k)
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+            made = denoise_block(model, cache, text, causal.sigmas.tolist(), partial(noise, k, shapes))
+            remember(model, cache, text, made, 0.0, None)
+        work = cost.block_work(model.config, causal, 4, k, text.video.shape[1])
+        if k:
+            assert counter.get_total_flops() == work.flops and work.passes == 3
+    assert work == cost.block_work(model.config, causal, 4, 1000, text.video.shape[1])
+
+
+def test_without_a_window_work_grows_and_with_one_it_does_not():
+    rolling, growing = Causal(window=2), Causal(window=10_000)
+    works = [[cost.block_work(TINY, c, 4, k, 6).flops for k in range(1, 30)] for c in (rolling, growing)]
+    assert len(set(works[0][2:])) == 1 and len(set(works[1])) == 29
+    assert works[0][:3] == works[1][:3] and max(works[0]) < works[1][3]
+
+
+def test_a_pass_of_the_19b_costs_two_flops_a_weight_and_token():
+    """The linear part against the weights that each stream's tokens meet (spec 1.1), attention aside."""
+    video, audio = (cost.pass_work(ModelConfig(), tokens, AV(0, 0), 0).linear for tokens in (AV(1000, 0), AV(0, 1000)))
+    assert video / 2000 == pytest.approx(12.89e9 - 48 * 2 * 4096**2 + 48 * 4 * 4096 * 2048, rel=0.01)
+    assert audio / 2000 == pytest.approx(3.22e9 - 48 * 2 * 2048**2 + 48 * 4 * 2048 * 2048, rel=0.01)
+
+
+def test_known_rates_are_found_and_sizes_not_fitted_are_predicted():
+    true = Rates(linear=5e10, attention=2e10, pass_s=0.004)
+    fitted, held_out = (
+        [cost.pass_work(bench.BENCH, AV(3 * r * c, 25), AV(16 * r * c, 142), 6) for r, c in grids]
+        for grids in bench.sizes((16, 24))
+    )
+    found = cost.fit(fitted, [true.seconds(work) for work in fitted])
+    for work in held_out:
+        assert found.seconds(work) == pytest.approx(true.seconds(work), rel=1e-6)
+    with pytest.raises(ValueError, match="at least 3"):
+        cost.fit(fitted[:2], [1.0, 2.0])
+
+
+def test_work_adds_up():
+    total = cost.plus(Work(1, 2), Work(3, 4).times(2))
+    assert total == Work(7, 10, 3) and total.flops == 17
+
+
+def test_a_faster_machine_and_fewer_steps_make_more_frames():
+    four, three = (
+        cost.carried(ModelConfig(), Causal(steps=steps), 384, 1024, 0.4)
+        for steps in ((1000, 909, 725, 421, 0), (1000, 757, 522, 0))
+    )
+    rate = [[float(row["frames a second at 40% of peak"]) for row in rows] for rows in (four, three)]
+    assert [row["GPU"] for row in four] == list(cost.GPUS)
+    assert rate[0][0] == rate[0][1] < rate[0][2] and all(a < b for a, b in zip(*rate, strict=True))
+
+
+def test_calls_are_timed_in_turn():
+    order = []
+    times = bench.alternate({name: partial(order.append, name) for name in "ab"}, turns=3, warm=1)
+    assert "".join(order) == "abababab"
+    assert {name: len(t) for name, t in times.items()} == {"a": 3, "b": 3} and min(map(min, times.values())) >= 0
+    assert bench.percentiles(range(101)) == (50, 95, 99)
+
+
+def test_the_machine_has_roofs():
+    found = bench.machine(turns=1, size=64)
+    assert min(*found.gemm.values(), found.attention, found.bandwidth) > 0 and set(found.gemm) == {
+        "float32",
+        "bfloat16",
+    }
+
+
+def test_streams_meet_in_cross_modal_attention_and_nowhere_else():
+    model = tiny(dtype=torch.float32)
+    assert bench.moved_by_the_other(model, GRID, Skip(cross_modal=True)) == (0, 0)
+    assert min(bench.moved_by_the_other(model, GRID, None)) > 0
+
+
+def test_every_timed_pass_comes_with_its_work():
+    model, causal = tiny(TINY.with_sinks(16), dtype=torch.float32), Causal(window=1)
+    timed = bench.pass_times(model, causal, [(1, 2), (2, 2)], turns=1)
+    assert [work for work, _ in timed] == [
+        cost.pass_work(model.config, AV(3 * n, 25), cost.seen(causal, n, 3), bench.TEXT_TOKENS) for n in (2, 4)
+    ]
+    blocks = list(bench.block_seconds(model, causal, GRID, 4))
+    assert len(blocks) == 4 and len({nbytes for _, nbytes in blocks}) == 1
+
+
+def test_a_teacher_step_runs_prompt_and_negative_on_the_whole_clip():
+    model = tiny(dtype=torch.float32)
+    x0 = bench.teacher_step(model, GRID, 2)()
+    assert x0.map(lambda t: tuple(t.shape)) == ((1, 7, *GRID, 3), (1, 51, 5))
+
+
+def test_time_is_split_without_loss():
+    layer = torch.nn.Linear(64, 64)
+    x = torch.randn(512, 64)
+    split = bench.where_time_goes(lambda: layer(x).relu(), turns=3)
+    assert set(split) == {*bench.KINDS, bench.OTHER_KERNELS, "Python and dispatch"}
+    assert split["linear layers"] > 0 and split[bench.OTHER_KERNELS] > 0 and split["convolutions"] == 0
+
+
+def test_random_models_are_the_same_for_a_seed():
+    config = replace(TINY, num_layers=1)
+    a, b, c = (bench.random_model(config, 2, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(a[n], b[n]) for n in a) and not any(torch.equal(a[n], c[n]) for n in a)
+    assert all(t.isfinite().all() for t in a.values())

@@ -1,0 +1,299 @@
+"""The parts of LTX-2's transformer: sigma embedded, text projected, and the dual-stream block (spec 1.4, 1.5).
+
+Names of modules are those of the checkpoint; `Stream` groups them by stream, so that every step is written once.
+
+Shapes: B batch, T tokens of a stream, L text tokens, D stream width, G groups of tokens that share one sigma.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, rms_norm, silu
+
+from omniforcing_lib.attention import Attention
+from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.layout import AV
+from omniforcing_lib.masks import Visibility
+from omniforcing_lib.rope import Rotation
+
+if TYPE_CHECKING:
+    from omniforcing_lib.cache import Slots
+
+
+class TimestepEmbedding(nn.Module):
+    """Embed sigma (times the scale multiplier) by a sinusoid of 256 and two linear layers (spec 1.4)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(256, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """Embed.
+
+        Shapes: timestep [B, G] to [B, G, dim].
+        """
+        half = 128
+        wide = torch.promote_types(timestep.dtype, torch.float32)
+        exponent = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+        phase = timestep.to(wide)[..., None] * exponent.exp()
+        wave = torch.cat([phase.cos(), phase.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(silu(self.linear_1(wave)))
+
+
+class AdaLN(nn.Module):
+    """Turn sigma into `rows` modulation vectors, and give the embedding itself (spec 1.4)."""
+
+    def __init__(self, dim: int, rows: int) -> None:
+        super().__init__()
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedding(dim)})
+        self.linear = nn.Linear(dim, rows * dim)
+        self.rows = rows
+
+    def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Modulate.
+
+        Shapes: timestep [B, G] to modulation [B, G, rows, dim] and embedding [B, G, dim].
+        """
+        embedded = self.emb["timestep_embedder"](timestep)
+        return self.linear(silu(embedded)).unflatten(-1, (self.rows, -1)), embedded
+
+
+class CaptionProjection(nn.Module):
+    """Bring text features to the width of a stream (spec 1.3)."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Project [B, L, channels] to [B, L, dim]."""
+        return self.linear_2(gelu(self.linear_1(text), approximate="tanh"))
+
+
+class FeedForward(nn.Module):
+    """Four times wide, tanh-GELU; `net.0.proj` and `net.2` as in the checkpoint."""
+
+    def __init__(self, dim: int, bias: bool) -> None:
+        super().__init__()
+        widen = nn.ModuleDict({"proj": nn.Linear(dim, 4 * dim, bias=bias)})
+        self.net = nn.ModuleList([widen, nn.Identity(), nn.Linear(4 * dim, dim, bias=bias)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, T, dim] to the same."""
+        return self.net[2](gelu(self.net[0]["proj"](x), approximate="tanh"))
+
+
+class Level(NamedTuple):
+    """What one stream gets from sigma, the same for every layer; batch 1 where one number is given for sigma."""
+
+    own: Tensor  # [B, G, 6 or 9, D]: shift, scale, gate of self-attention, of the MLP (LTX-2.3: of text attention)
+    cross: Tensor  # [B, G, 4, D]: scale, shift of A2V, then of V2A
+    gate: Tensor  # [B, G, 1, D]: gate into this stream
+    embedded: Tensor  # [B, G, D]
+    prompt: Tensor | None  # [B, 1, 2, D]: shift, scale of the text (LTX-2.3)
+
+
+class Condition(NamedTuple):
+    """What one stream gets from sigma, text, time and causality, the same for every layer."""
+
+    level: Level
+    sigma: float | None  # the key of what is held for a level
+    text: Tensor | None  # [B, L, D]; None where the cache already holds its keys
+    rope: Rotation
+    cross_rope: Rotation
+    sees_own: Visibility | None
+    sees_other: Visibility | None
+
+
+class Rows(NamedTuple):
+    """Modulation of one stream in one layer, each row [B, G, D]; every scale has its 1 added."""
+
+    own: tuple[Tensor, ...]
+    cross: tuple[Tensor, ...]
+    gate: Tensor
+
+
+class Stream(NamedTuple):
+    """The modules and tables of one stream in one block, whatever their names in the checkpoint."""
+
+    attention: Attention
+    text_attention: Attention
+    from_other: Attention
+    feed_forward: FeedForward
+    table: Tensor
+    cross_table: Tensor
+    prompt_table: Tensor | None
+
+
+def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift groups of tokens: x gain + shift, where gain is 1 + scale.
+
+    Shapes: x [B, T, D], gain and shift [B, G, D] with G a divisor of T.
+    """
+    if gain.shape[1] == 1:
+        return torch.addcmul(shift, x, gain)
+    grouped = x.unflatten(1, (gain.shape[1], -1))
+    return torch.addcmul(shift[:, :, None], grouped, gain[:, :, None]).flatten(1, 2)
+
+
+def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """Add a gated update: x + gate * update, groups as in `modulate`."""
+    if gate.shape[1] == 1:
+        return torch.addcmul(x, gate, update)
+    groups = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, groups), gate[:, :, None], update.unflatten(1, groups)).flatten(1, 2)
+
+
+class Block(nn.Module):
+    """One dual-stream block (spec 1.5)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        video, audio, heads = config.video_dim, config.audio_dim, config.num_attention_heads
+        wide, narrow = (heads, config.attention_head_dim), (heads, config.audio_attention_head_dim)
+        shared = {"eps": config.norm_eps, "rope_type": config.rope_type, "gated": config.apply_gated_attention}
+        rows = 9 if config.cross_attention_adaln else 6
+        self.eps = config.norm_eps
+        self.attn1 = Attention(video, video, *wide, **shared)
+        self.audio_attn1 = Attention(audio, audio, *narrow, **shared)
+        self.attn2 = Attention(video, config.cross_attention_dim, *wide, **shared)
+        self.audio_attn2 = Attention(audio, config.audio_cross_attention_dim, *narrow, **shared)
+        self.audio_to_video_attn = Attention(video, audio, *narrow, **shared)
+        self.video_to_audio_attn = Attention(audio, video, *narrow, **shared)
+        self.ff = FeedForward(video, config.ff_bias)
+        self.audio_ff = FeedForward(audio, config.audio_ff_bias)
+        self.scale_shift_table = nn.Parameter(torch.zeros(rows, video))
+        self.audio_scale_shift_table = nn.Parameter(torch.zeros(rows, audio))
+        self.scale_shift_table_a2v_ca_video = nn.Parameter(torch.zeros(5, video))
+        self.scale_shift_table_a2v_ca_audio = nn.Parameter(torch.zeros(5, audio))
+        self.prompt_scale_shift_table = self.audio_prompt_scale_shift_table = None
+        if config.cross_attention_adaln:
+            self.prompt_scale_shift_table = nn.Parameter(torch.zeros(2, video))
+            self.audio_prompt_scale_shift_table = nn.Parameter(torch.zeros(2, audio))
+
+    @property
+    def streams(self) -> AV[Stream]:
+        """Group modules and tables by stream."""
+        return AV(
+            Stream(
+                self.attn1,
+                self.attn2,
+                self.audio_to_video_attn,
+                self.ff,
+                self.scale_shift_table,
+                self.scale_shift_table_a2v_ca_video,
+                self.prompt_scale_shift_table,
+            ),
+            Stream(
+                self.audio_attn1,
+                self.audio_attn2,
+                self.video_to_audio_attn,
+                self.audio_ff,
+                self.audio_scale_shift_table,
+                self.scale_shift_table_a2v_ca_audio,
+                self.audio_prompt_scale_shift_table,
+            ),
+        )
+
+    def forward(
+        self,
+        x: AV[Tensor],
+        condition: AV[Condition],
+        *,
+        slots: AV[Slots] | None = None,
+        skip_self: bool = False,
+        skip_cross: bool = False,
+    ) -> AV[Tensor]:
+        """Run self-attention, text attention, cross-modal attention and the MLP.
+
+        Shapes: video [B, F h w, Dv], audio [B, (S +) T, Da] to the same.
+        """
+        streams, slots = self.streams, slots or AV(None, None)
+        rows = streams.map(self._rows, condition, slots)
+        attend = self._perturbed if skip_self else self._attend
+        x = x.map(attend, streams, condition, rows, slots)
+        x = x.map(self._read, streams, condition, rows, slots)
+        if not skip_cross:
+            x = self._exchange(x, streams, condition, rows, slots)
+        return x.map(self._widen, streams, rows)
+
+    def _rows(self, s: Stream, c: Condition, slots: Slots | None) -> Rows:
+        """Add this layer's tables to what sigma says, or take what the cache holds for that sigma."""
+
+        def make() -> Rows:
+            own, cross = (s.table + c.level.own).unbind(2), (s.cross_table[:4] + c.level.cross).unbind(2)
+            return Rows(
+                tuple(1 + row if i % 3 == 1 else row for i, row in enumerate(own)),
+                tuple(1 + row if i % 2 == 0 else row for i, row in enumerate(cross)),
+                (s.cross_table[4:] + c.level.gate).squeeze(2),
+            )
+
+        return slots.rows.get(c.sigma, make) if slots else make()
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return rms_norm(x, x.shape[-1:], eps=self.eps)
+
+    def _widen(self, x: Tensor, s: Stream, rows: Rows) -> Tensor:
+        """Run the MLP (steps 6 and 7)."""
+        _, _, _, shift, gain, gate, *_ = rows.own
+        return gated(x, gate, s.feed_forward(modulate(self._norm(x), gain, shift)))
+
+    def _attend(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
+        """Attend within the stream (steps 1 and 3)."""
+        shift, gain, gate, *_ = rows.own
+        update = s.attention(
+            modulate(self._norm(x), gain, shift),
+            rotations=(c.rope, c.rope),
+            visibility=c.sees_own,
+            slot=slots and slots.own,
+        )
+        return gated(x, gate, update)
+
+    def _perturbed(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
+        """Drop the self-attention branch (LTX-2.0) or pass its values through (2.3): STG (spec 1.11)."""
+        if s.attention.to_gate_logits is None:
+            return x
+        shift, gain, gate, *_ = rows.own
+        return gated(x, gate, s.attention.pass_values(modulate(self._norm(x), gain, shift)))
+
+    def _read(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
+        """Attend to the text (steps 2 and 4); modulated and gated in LTX-2.3 only."""
+        slot = slots and slots.text
+        if s.prompt_table is None:
+            return x + s.text_attention(self._norm(x), c.text, slot=slot)
+        prompt = s.prompt_table if c.level.prompt is None else s.prompt_table + c.level.prompt
+        text_shift, text_scale = prompt.unbind(-2)
+        shift, gain, gate = rows.own[6:]
+        text = None if c.text is None else c.text * (1 + text_scale) + text_shift
+        return gated(x, gate, s.text_attention(modulate(self._norm(x), gain, shift), text, slot=slot))
+
+    def _exchange(
+        self,
+        x: AV[Tensor],
+        streams: AV[Stream],
+        condition: AV[Condition],
+        rows: AV[Rows],
+        slots: AV[Slots | None],
+    ) -> AV[Tensor]:
+        """Let each stream attend to the other, both from one snapshot (step 5); cross rows 0-1 are A2V, 2-3 V2A."""
+        normed = x.map(self._norm)
+
+        def receive(x: Tensor, to: int, first: int) -> Tensor:
+            own, other = condition[to], 1 - to
+            query, context = (modulate(normed[i], *rows[i].cross[first : first + 2]) for i in (to, other))
+            update = streams[to].from_other(
+                query,
+                context,
+                rotations=(own.cross_rope, condition[other].cross_rope),
+                visibility=own.sees_other,
+                slot=slots[other] and slots[other].cross,
+            )
+            return gated(x, rows[to].gate, update)
+
+        return x.map(receive, AV(0, 1), AV(0, 2))

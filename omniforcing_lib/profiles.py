@@ -25,6 +25,10 @@ class Profile:
         sink_steps: training steps of each of those variants.
         long_seconds: length of the long roll-out whose drift is measured.
         bench_seconds: length of the stream that notebook 05 times.
+        bench_grid: tokens of a frame of notebook 05's random models.
+        bench_blocks: blocks that it streams from them, with a window and without.
+        bench_turns: rounds of whatever it times in turn.
+        switches: streams that it asks for another prompt on the way.
         seeds: training seeds of a comparison.
         teacher_clips: clips that notebook 01 samples from the teacher and scores.
         mask_seconds: clip lengths at which notebook 02 times attention.
@@ -44,6 +48,10 @@ class Profile:
     sink_steps: int
     long_seconds: int
     bench_seconds: int
+    bench_grid: tuple[int, int]
+    bench_blocks: int
+    bench_turns: int
+    switches: int
     seeds: int
     teacher_clips: int
     mask_seconds: tuple[int, ...]
@@ -72,6 +80,10 @@ SMOKE = Profile(
     sink_steps=3,
     long_seconds=8,
     bench_seconds=8,
+    bench_grid=(8, 12),
+    bench_blocks=8,
+    bench_turns=2,
+    switches=2,
     seeds=1,
     teacher_clips=4,
     mask_seconds=(5, 10, 20, 40, 80),
@@ -88,6 +100,10 @@ CPU = replace(
     sink_steps=40,
     long_seconds=60,
     bench_seconds=60,
+    bench_grid=(16, 24),
+    bench_blocks=9,
+    bench_turns=3,
+    switches=16,
     seeds=2,
     teacher_clips=16,
     mask_seconds=(5, 10, 20, 40, 80, 160),

@@ -12,6 +12,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -153,15 +154,15 @@ def watch(streamer: Streamer, blocks: int, keep: int | None = None) -> Watched:
     return seen
 
 
-def first_chunks(make: Callable[[], Streamer], turns: int) -> list[float]:
-    """Time the first chunk of `turns` new streams, set-up included."""
-
-    def first() -> None:
-        with make() as streamer:
-            for _ in range(2):
-                streamer.step()
-
-    return alternate({"first": first}, turns)["first"]
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run on `count` threads, and go back to as many as before: small matrices are fastest on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def random_model(config: ModelConfig, sinks: int, seed: int, device: str = "cpu") -> Transformer:

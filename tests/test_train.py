@@ -1,0 +1,219 @@
+"""Laws of training: reproducible to the bit, whatever interrupts it; every stage learns what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from omniforcing_lib import distill, train
+from omniforcing_lib.config import MINIATURE
+from omniforcing_lib.dataset import Clips, Pairs, Prompts
+from omniforcing_lib.flow import Guidance
+from omniforcing_lib.layout import AV, BlockLayout
+from omniforcing_lib.rollout import Causal, fresh_noise, rollout
+from omniforcing_lib.train import Player, Recipe
+from omniforcing_lib.transformer import Transformer
+
+GRID, FRAMES = (2, 2), 5
+CAUSAL = Causal(BlockLayout(AV(1, 1), AV(2, 5), sinks=2), steps=(1000, 522, 0))
+SIZES = AV((FRAMES, *GRID, 3), (11, 5))
+TINY = replace(
+    MINIATURE,
+    num_layers=2,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    audio_num_attention_heads=2,
+    audio_attention_head_dim=8,
+    cross_attention_dim=24,
+    audio_cross_attention_dim=16,
+    in_channels=3,
+    out_channels=3,
+    audio_in_channels=5,
+    audio_out_channels=5,
+    caption_channels=6,
+)
+QUICK = Recipe(lr=3e-3, warmup=2, ema=0.5)
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def player(recipe: Recipe = QUICK, *, sinks: int = 2, seed: int = 0) -> Player:
+    model, generator = Transformer(TINY.with_sinks(sinks)), torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.15
+    return Player(model, recipe)
+
+
+def prompts() -> Prompts:
+    return Prompts(("one", "two"), AV(draw(3, 4, 6, seed=1), draw(3, 4, 6, seed=2)))
+
+
+def pairs(count: int = 3) -> Pairs:
+    states = SIZES.map(lambda size: draw(count, 3, *size, seed=len(size)))
+    return Pairs(states, CAUSAL.sigmas.float(), torch.arange(count) % 2)
+
+
+def flow_stage() -> tuple[dict[str, Player], train.Step]:
+    learner = player(sinks=0)
+    return {"teacher": learner}, train.flow_stage(
+        learner, Clips(distill.ends(pairs()), pairs().prompt), prompts(), batch=4
+    )
+
+
+def ode_stage() -> tuple[dict[str, Player], train.Step]:
+    learner = player()
+    return {"student": learner}, train.ode_stage(learner, pairs(), prompts(), CAUSAL, batch=4)
+
+
+def self_forcing_stage() -> tuple[dict[str, Player], train.Step]:
+    student, critic = player(seed=1), player(replace(QUICK, ema=0.0), sinks=0)
+    teacher = player(sinks=0).model.requires_grad_(False).eval()
+    step = train.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=2, ratio=2)
+    return {"student": student, "critic": critic}, step
+
+
+STAGES = {"flow": flow_stage, "ode": ode_stage, "self-forcing": self_forcing_stage}
+each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+
+
+def ended(players: dict[str, Player]) -> dict[str, torch.Tensor]:
+    return {f"{name}/{key}": value for name, p in players.items() for key, value in p.state().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def run(stage, steps: int, **how: object) -> dict[str, torch.Tensor]:
+    players, step = stage()
+    train.fit(step, players, steps, progress=False, **how)
+    return ended(players)
+
+
+@each_stage
+def test_killed_and_resumed_ends_as_unbroken(stage, tmp_path):
+    """Weights, averages and optimiser states are the same to the bit, wherever the run was cut."""
+    unbroken = run(stage, 4)
+    for cut in (1, 3):
+        checks = iter(range(cut))
+        run(
+            stage, 5, folder=tmp_path / str(cut), every=100, stop=lambda checks=checks, cut=cut: next(checks) == cut - 1
+        )
+        with safe_open(tmp_path / str(cut) / "state.safetensors", "pt") as file:
+            assert file.metadata()["step"] == str(cut)
+        assert same(run(stage, 4, folder=tmp_path / str(cut)), unbroken)
+
+
+def test_a_finished_run_does_not_train_again(tmp_path):
+    players, step = ode_stage()
+    train.fit(step, players, 3, folder=tmp_path, progress=False)
+    assert train.fit(step, players, 3, folder=tmp_path, progress=False).numbers == {}
+
+
+@each_stage
+def test_same_seed_same_bits_and_another_seed_others(stage):
+    first = run(stage, 3, seed=4)
+    assert same(first, run(stage, 3, seed=4)) and not same(first, run(stage, 3, seed=5))
+
+
+def test_a_run_resumed_with_another_seed_is_refused(tmp_path):
+    run(ode_stage, 2, seed=1, folder=tmp_path)
+    with pytest.raises(ValueError, match="seed 1, found 2"):
+        run(ode_stage, 3, seed=2, folder=tmp_path)
+
+
+def test_seeds_of_steps_are_all_different():
+    assert len({train.mixed(seed, step) for seed in range(30) for step in range(300)}) == 9000
+
+
+@pytest.mark.parametrize("stage", [flow_stage, ode_stage], ids=["flow", "ode"])
+def test_losses_fall_on_a_clip_or_two(stage):
+    players, step = stage()
+    history = train.fit(step, players, 80, progress=False)
+    for name in ("video", "audio"):
+        first = sum(map(float, history.numbers[name][:10])) / 10
+        assert history.mean(name, 20) < 0.8 * first
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_only_guidance_moves_the_student_where_critic_and_teacher_agree(cfg):
+    """With one model as critic and teacher the scores cancel, and what remains is the prompt's pull."""
+    student, critic = player(seed=1), player(sinks=0)
+    teacher = player(sinks=0).model.requires_grad_(False).eval()
+    how = {"batch": 2, "guidance": Guidance(cfg=AV(cfg, cfg))}
+    step = train.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, **how)
+    norm = float(step(0, torch.Generator().manual_seed(0))["norm"])
+    assert norm == 0 if cfg == 1 else norm > 1e-3
+
+
+def test_the_critic_learns_in_every_step_and_the_student_in_every_fifth():
+    players, _ = self_forcing_stage()
+    student, critic = players.values()
+    teacher = player(sinks=0).model.requires_grad_(False)
+    step = train.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=1, ratio=5)
+    for i in range(6):
+        before = {name: p.model.proj_out.weight.detach().clone() for name, p in players.items()}
+        numbers = step(i, torch.Generator().manual_seed(i))
+        moved = {name for name, p in players.items() if not torch.equal(p.model.proj_out.weight, before[name])}
+        assert moved == ({"student", "critic"} if i in (0, 5) else {"critic"})
+        assert ("dmd_video" in numbers) == (i in (0, 5))
+
+
+def test_training_after_sampling_in_inference_mode():
+    """What sampling leaves behind (tables, caches) can be used where gradients flow."""
+    players, step = self_forcing_stage()
+    with torch.inference_mode():
+        text, noise = prompts().take(torch.tensor([0])), fresh_noise(torch.Generator(), 1)
+        [*rollout(players["student"].model, CAUSAL, text, noise, GRID, FRAMES)]
+    assert float(step(0, torch.Generator())["norm"]) > 0
+
+
+def test_take_level_picks_the_state_of_each_latents_level():
+    states, level = draw(2, 4, 3, 2, 2, seed=0), torch.tensor([[0, 3, 1], [2, 2, 0]])
+    picked = train.take_level(states, level)
+    assert picked.shape == (2, 3, 2, 2)
+    for clip, latent in [(c, f) for c in range(2) for f in range(3)]:
+        assert torch.equal(picked[clip, latent], states[clip, level[clip, latent], latent])
+
+
+def test_the_rate_warms_up_then_falls_as_a_cosine():
+    recipe = Recipe(lr=2.0, warmup=4, steps=104, final=0.1)
+    assert [recipe.rate(i) for i in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert recipe.rate(54) == pytest.approx(2.0 * 0.55) and recipe.rate(104) == recipe.rate(900) == pytest.approx(0.2)
+    assert replace(recipe, steps=0).rate(10_000) == 2.0
+
+
+def test_the_average_follows_the_model():
+    learner = player(Recipe(lr=0.1, warmup=1, ema=0.75))
+    weight, average = learner.model.proj_out.weight, learner.average.proj_out.weight
+    before = weight.detach().clone()
+    learner.update(learner.model.proj_out.weight.square().sum())
+    assert not torch.equal(weight, before)
+    torch.testing.assert_close(average, 0.75 * before + 0.25 * weight.detach())
+    assert learner.best is learner.average and player(replace(QUICK, ema=0.0)).best is not None
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    learner = player()
+    before = learner.state()
+    norm = learner.update(learner.model.proj_out.weight.sum() * float("nan"))
+    assert not torch.isfinite(norm) and learner.skipped == 1 and same(learner.state(), before)
+
+
+def test_matrices_decay_and_biases_do_not():
+    learner = player(Recipe(weight_decay=0.1))
+    decays = {id(p): g["weight_decay"] for g in learner.optimiser.param_groups for p in g["params"]}
+    assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0.0) for p in learner.model.parameters())
+    assert len(decays) == len([*learner.model.parameters()])
+
+
+def test_noise_levels_lean_towards_noise_and_stay_in_range():
+    sigma = train.training_sigma(4096, torch.Generator().manual_seed(0))
+    assert 0 < sigma.min() and sigma.max() <= 1
+    mild, strong = sigma[::2], sigma[1::2]
+    assert 0.5 < mild.median() < 0.75 < strong.median() < 0.95

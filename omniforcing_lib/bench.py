@@ -1,4 +1,4 @@
-"""Time a stream against its teacher, find where the time goes, and measure what this machine could do at best.
+"""Time a stream against its teacher, and whatever else should be compared in one run.
 
 A machine shared with others is fast one second and slow the next. So everything that is compared is timed in turn,
 round after round, and told by medians; a speed is a ratio of two such medians of one run.
@@ -45,8 +45,6 @@ BENCH = replace(
 REAL_GRID = (16, 24)
 """Tokens of a frame of 512 x 768 pixels."""
 TEXT_TOKENS = 6
-KINDS = {"attention": ("scaled_dot_product",), "linear layers": ("addmm", "aten::mm"), "convolutions": ("conv",)}
-OTHER_KERNELS = "norms, rotation, modulation, copies"
 
 
 class Percentiles(NamedTuple):
@@ -96,30 +94,6 @@ def resident_bytes() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class Machine(NamedTuple):
-    """What this machine does at best: GFLOP/s of matrix products by dtype, of attention, GB/s of copies."""
-
-    gemm: dict[str, float]
-    attention: float
-    bandwidth: float
-
-
-@torch.inference_mode()
-def machine(device: str = "cpu", turns: int = 5, size: int = 1024) -> Machine:
-    """Measure the roofs: square products in fp32 and bf16, attention of 1152 on 6144 tokens, copies; best of turns."""
-    flops, length = 2 * size**3, 8 * size
-    square = {kind: torch.randn(size, size, device=device, dtype=kind) for kind in (torch.float32, torch.bfloat16)}
-    query, key = (torch.randn(1, 4, n, 64, device=device) for n in (1152, 6 * size))
-    source, target = (torch.zeros(length, size, device=device) for _ in range(2))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    calls = {str(kind).removeprefix("torch."): (lambda x=x: x @ x) for kind, x in square.items()}
-    calls |= {"attention": lambda: attend(query, key, key), "copy": lambda: target.copy_(source)}
-    best = {name: min(times) for name, times in alternate(calls, turns).items()}
-    products = {name: flops / best[name] / 1e9 for name in ("float32", "bfloat16")}
-    attended = 4 * query.shape[2] * key.shape[2] * 256
-    return Machine(products, attended / best["attention"] / 1e9, 2 * source.nbytes / best["copy"] / 1e9)
 
 
 class Watched(NamedTuple):
@@ -234,19 +208,6 @@ def pass_times(
         works.append(pass_work(model.config, queries, seen(causal, rows * columns, k), TEXT_TOKENS))
     timed = alternate({str(grid): open_block(model, causal, grid, k) for grid in grids}, turns)
     return [(work, statistics.median(times)) for work, times in zip(works, timed.values(), strict=True)]
-
-
-def where_time_goes(call: Callable[[], object], turns: int = 3) -> dict[str, float]:
-    """Split the seconds of a call on the CPU into kinds of kernels and the rest: Python, dispatch, the profiler."""
-    call()
-    with torch.autograd.profiler.profile(use_kineto=False) as profiler:
-        whole = sum(seconds_of(call) for _ in range(turns))
-    spent = dict.fromkeys((*KINDS, OTHER_KERNELS), 0.0)
-    for event in profiler.key_averages():
-        kind = next((name for name, marks in KINDS.items() if any(m in event.key for m in marks)), OTHER_KERNELS)
-        spent[kind] += event.self_cpu_time_total / 1e6
-    spent["Python and dispatch"] = max(0.0, whole - sum(spent.values()))
-    return {name: seconds / turns for name, seconds in spent.items()}
 
 
 def sizes(grid: tuple[int, int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

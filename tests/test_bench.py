@@ -10,7 +10,7 @@ import torch
 from test_transformer import GRID, TINY, inputs, tiny
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from omniforcing_lib import bench, cost
+from omniforcing_lib import bench, cost, roofs
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.cost import Rates, Work
 from omniforcing_lib.flow import Skip
@@ -93,7 +93,7 @@ def test_calls_are_timed_in_turn():
 
 
 def test_the_machine_has_roofs():
-    found = bench.machine(turns=1, size=64)
+    found = roofs.machine(turns=1, size=64)
     assert min(*found.gemm.values(), found.attention, found.bandwidth) > 0 and set(found.gemm) == {
         "float32",
         "bfloat16",
@@ -125,9 +125,19 @@ def test_a_teacher_step_runs_prompt_and_negative_on_the_whole_clip():
 def test_time_is_split_without_loss():
     layer = torch.nn.Linear(64, 64)
     x = torch.randn(512, 64)
-    split = bench.where_time_goes(lambda: layer(x).relu(), turns=3)
-    assert set(split) == {*bench.KINDS, bench.OTHER_KERNELS, "Python and dispatch"}
-    assert split["linear layers"] > 0 and split[bench.OTHER_KERNELS] > 0 and split["convolutions"] == 0
+    split = roofs.where_time_goes(lambda: layer(x).relu(), turns=3)
+    assert set(split) == {*roofs.KINDS, roofs.OTHER_KERNELS, "Python and dispatch"}
+    assert split["linear layers"] > 0 and split[roofs.OTHER_KERNELS] > 0 and split["convolutions"] == 0
+
+
+def test_shares_add_up_and_rates_stand_under_their_roofs():
+    x = torch.randn(512, 64)
+    found = roofs.shares(lambda: x @ x.T, turns=2)
+    assert sum(mean for mean, _, _ in found.values()) == pytest.approx(100)
+    assert all(low <= mean <= high for mean, low, high in found.values())
+    split = {"linear layers": 2.0, "attention": 1.0, roofs.OTHER_KERNELS: 1.0}
+    rates = roofs.reached(Work(4e9, 3e9), split, roofs.Machine({"float32": 10.0}, 6.0, 1.0))
+    assert rates == {"linear layers": (2, 0.2), "attention": (3, 0.5), "the whole pass": (1.75, 0.175)}
 
 
 def test_random_models_are_the_same_for_a_seed():

@@ -1,0 +1,72 @@
+"""What this machine could do at best, and where the time of a call goes: kinds of kernels under their roofs.
+
+Shapes: rates in GFLOP/s and GB/s; a share is of the whole time of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from omniforcing_lib.bench import alternate, seconds_of
+from omniforcing_lib.cost import Work
+
+KINDS = {"attention": ("scaled_dot_product",), "linear layers": ("addmm", "aten::mm"), "convolutions": ("conv",)}
+OTHER_KERNELS = "norms, rotation, modulation, copies"
+
+
+class Machine(NamedTuple):
+    """What this machine does at best: GFLOP/s of matrix products by dtype, of attention, GB/s of copies."""
+
+    gemm: dict[str, float]
+    attention: float
+    bandwidth: float
+
+
+@torch.inference_mode()
+def machine(device: str = "cpu", turns: int = 5, size: int = 1024) -> Machine:
+    """Measure the roofs: square products in fp32 and bf16, attention of 1152 on 6144 tokens, copies; best of turns."""
+    flops, length = 2 * size**3, 8 * size
+    square = {kind: torch.randn(size, size, device=device, dtype=kind) for kind in (torch.float32, torch.bfloat16)}
+    query, key = (torch.randn(1, 4, n, 64, device=device) for n in (1152, 6 * size))
+    source, target = (torch.zeros(length, size, device=device) for _ in range(2))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    calls = {str(kind).removeprefix("torch."): (lambda x=x: x @ x) for kind, x in square.items()}
+    calls |= {"attention": lambda: attend(query, key, key), "copy": lambda: target.copy_(source)}
+    best = {name: min(times) for name, times in alternate(calls, turns).items()}
+    products = {name: flops / best[name] / 1e9 for name in ("float32", "bfloat16")}
+    attended = 4 * query.shape[2] * key.shape[2] * 256
+    return Machine(products, attended / best["attention"] / 1e9, 2 * source.nbytes / best["copy"] / 1e9)
+
+
+def where_time_goes(call: Callable[[], object], turns: int = 3) -> dict[str, float]:
+    """Split the seconds of a call on the CPU into kinds of kernels and the rest: Python, dispatch, the profiler."""
+    call()
+    with torch.autograd.profiler.profile(use_kineto=False) as profiler:
+        whole = sum(seconds_of(call) for _ in range(turns))
+    spent = dict.fromkeys((*KINDS, OTHER_KERNELS), 0.0)
+    for event in profiler.key_averages():
+        kind = next((name for name, marks in KINDS.items() if any(m in event.key for m in marks)), OTHER_KERNELS)
+        spent[kind] += event.self_cpu_time_total / 1e6
+    spent["Python and dispatch"] = max(0.0, whole - sum(spent.values()))
+    return {name: seconds / turns for name, seconds in spent.items()}
+
+
+def shares(call: Callable[[], object], turns: int = 3) -> dict[str, tuple[float, float, float]]:
+    """Give each kind's share of a call in per cent: mean over turns, least and most."""
+    splits = [where_time_goes(call, 1) for _ in range(turns)]
+    found = {kind: [100 * split[kind] / sum(split.values()) for split in splits] for kind in splits[0]}
+    return {kind: (float(np.mean(parts)), min(parts), max(parts)) for kind, parts in found.items()}
+
+
+def reached(work: Work, split: Mapping[str, float], roofs: Machine) -> dict[str, tuple[float, float]]:
+    """Give the GFLOP/s that each kind of matrix product and the whole call reach, and the share of their roof."""
+    done = {
+        "linear layers": (work.linear, split["linear layers"], roofs.gemm["float32"]),
+        "attention": (work.attention, split["attention"], roofs.attention),
+        "the whole pass": (work.flops, sum(split.values()), roofs.gemm["float32"]),
+    }
+    return {kind: (flops / s / 1e9, flops / s / 1e9 / roof) for kind, (flops, s, roof) in done.items()}

@@ -139,25 +139,37 @@ def _sunk(axes: Axes, counts: list[int], sinks: Sequence[int], values: Sequence[
 
 
 @styled
-def error_by_block(regimes: Mapping[str, AV[np.ndarray]], *, ylabel: str = "error") -> Figure:
-    """Draw the error of each block, video and audio side by side, a line style a regime (exposure bias).
+def error_by_block(regimes: Mapping[str, AV[np.ndarray]], *, ylabel: str | AV[str] = "error", first: int = 0) -> Figure:
+    """Draw the error of each block, video and audio side by side (exposure bias).
 
-    Shapes: each stream [K], or [clips, K] for a mean with its standard error.
+    A name reads "model, past": a shade a model, the last one in its stream's colour; dashes a past, the first solid.
+    `first` is the number of the first block.
+
+    Shapes: each stream [K], or [clips, K] for a mean with its 95 % interval; NaN is left out.
     """
-    fig = figure(2.6)
-    panels = AV(*fig.subplots(1, 2, sharex=True))
-    for axes, stream, colour in zip(panels, AV._fields, STREAM, strict=True):
-        for (name, errors), dashes in zip(regimes.items(), ("-", "--", ":", "-."), strict=False):
-            each = np.atleast_2d(getattr(errors, stream))
-            mean, blocks = each.mean(0), np.arange(each.shape[1])
-            half = 1.96 * each.std(0, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else 0 * mean
-            shade = GREY if "teacher" == name.lower() else colour
-            _line(axes, (blocks, mean, (mean - half, mean + half)), shade, name, linestyle=dashes)
-        axes.set(title=stream, xlabel="block", ylabel=ylabel)
+    fig = figure(2.9)
+    panels, ylabels = AV(*fig.subplots(1, 2, sharex=True)), ylabel if isinstance(ylabel, AV) else AV(ylabel, ylabel)
+    models, pasts = ([*dict.fromkeys(name.partition(", ")[part] for name in regimes)] for part in (0, 2))
+    for axes, stream, colour, label in zip(panels, AV._fields, STREAM, ylabels, strict=True):
+        shades = dict(zip(reversed(models), (colour, GREY, INK, "#8e44ad"), strict=False))
+        for name, errors in regimes.items():
+            mean, half = _mean_by_block(np.atleast_2d(getattr(errors, stream)))
+            blocks, (model, _, past) = np.arange(first, first + len(mean)), name.partition(", ")
+            dashes = ("-", "--", ":", "-.")[pasts.index(past) % 4]
+            _line(axes, (blocks, mean, (mean - half, mean + half)), shades[model], name, linestyle=dashes)
+        axes.set(title=stream, xlabel="block", ylabel=label, xticks=blocks)
         axes.set_ylim(bottom=0)
         axes.grid(True)
-        axes.legend()
+    fig.legend(*panels.video.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return fig
+
+
+def _mean_by_block(each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over clips, and half of its 95 % interval. Shapes: [clips, K] to [K] both."""
+    known = np.maximum(np.isfinite(each).sum(0), 1)
+    mean = np.nansum(each, axis=0) / known
+    spread = np.sqrt(np.nansum((each - mean) ** 2, axis=0) / np.maximum(known - 1, 1))
+    return mean, np.where(known > 1, 1.96 * spread / np.sqrt(known), 0.0)
 
 
 @styled

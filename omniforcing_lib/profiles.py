@@ -13,7 +13,10 @@ class Profile:
     Attributes:
         name: smoke, cpu, full or gpu.
         seconds: length of an ordinary clip.
-        clips: clips that a measure is averaged over.
+        clips: clips of each system that notebook 04 scores.
+        forced_clips: clips that notebook 04 rolls out on a true past and on the student's own.
+        long_clips: roll-outs of `long_seconds` in notebook 04.
+        stage_batch: clips a step of Stages 2 and 3 in notebook 04.
         teacher_steps: Euler steps of the guided teacher.
         train_from_scratch: remake the shipped checkpoints instead of loading them.
         codec_steps: optimiser steps of the codec when it is remade.
@@ -37,6 +40,9 @@ class Profile:
     name: str
     seconds: int
     clips: int
+    forced_clips: int
+    long_clips: int
+    stage_batch: int
     teacher_steps: int
     train_from_scratch: bool
     codec_steps: int
@@ -68,17 +74,20 @@ class Profile:
 SMOKE = Profile(
     name="smoke",
     seconds=5,
-    clips=2,
+    clips=6,
+    forced_clips=4,
+    long_clips=2,
+    stage_batch=2,
     teacher_steps=10,
     train_from_scratch=False,
     codec_steps=10,
     pretrain_steps=10,
-    ode_pairs=2,
-    stage2_steps=4,
+    ode_pairs=18,
+    stage2_steps=6,
     stage3_steps=2,
     sink_counts=(0, 16),
     sink_steps=3,
-    long_seconds=8,
+    long_seconds=16,
     bench_seconds=8,
     bench_grid=(8, 12),
     bench_blocks=8,
@@ -91,10 +100,13 @@ SMOKE = Profile(
 CPU = replace(
     SMOKE,
     name="cpu",
-    clips=16,
+    clips=54,
+    forced_clips=18,
+    long_clips=6,
+    stage_batch=4,
     teacher_steps=40,
-    ode_pairs=64,
-    stage2_steps=150,
+    ode_pairs=90,
+    stage2_steps=60,
     stage3_steps=40,
     sink_counts=(0, 1, 2, 4, 8, 16, 24),
     sink_steps=40,
@@ -111,11 +123,13 @@ CPU = replace(
 FULL = replace(
     CPU,
     name="full",
-    clips=64,
+    clips=90,
+    forced_clips=54,
+    long_clips=32,
+    stage_batch=8,
     train_from_scratch=True,
     codec_steps=4000,
     pretrain_steps=6000,
-    ode_pairs=512,
     stage2_steps=1500,
     stage3_steps=600,
     sink_steps=300,
@@ -123,7 +137,7 @@ FULL = replace(
     bench_seconds=180,
     seeds=3,
 )
-GPU = replace(CPU, name="gpu", clips=32, bench_seconds=120)
+GPU = replace(CPU, name="gpu", clips=90, bench_seconds=120)
 
 PROFILES = {profile.name: profile for profile in (SMOKE, CPU, FULL, GPU)}
 

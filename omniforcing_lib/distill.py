@@ -40,18 +40,17 @@ class Lesson(NamedTuple):
 
 
 def teacher_pairs(
-    source: str, codec: TinyCodec, prompts: Prompts, causal: Causal, count: int, *, seed: int = 0, steps: int = 40
+    source: str, codec: TinyCodec, prompts: Prompts, causal: Causal, count: int, *, seed: int = 0
 ) -> Pairs:
-    """Take the first `count` stored trajectories, or let another teacher than the shipped one make them.
+    """Take the first `count` stored trajectories of 5 seconds, or let another teacher than the shipped one make them.
 
     Prompts take turns. Raises ValueError when the stored levels are not those of `causal`.
     """
     device = prompts.context.video.device
     if source:
-        teacher, latents = checkpoints.load(source, device=device), codec.clock.latents(5)
-        seeds = range(seed * count, (seed + 1) * count)
-        how = {"steps": steps, "progress": False}
-        return dataset.ode_pairs(teacher, prompts, MINIATURE_GUIDANCE, causal.steps, seeds, latents, codec.grid, **how)
+        teacher, seeds = checkpoints.load(source, device=device), range(seed * count, (seed + 1) * count)
+        shape = {"latents": codec.clock.latents(5), "grid": codec.grid}
+        return dataset.ode_pairs(teacher, prompts, MINIATURE_GUIDANCE, causal.steps, seeds, **shape, progress=False)
     stored = Pairs.load(checkpoints.DATA / "ode_pairs.safetensors", device)
     levels = stored.sigmas.double().cpu()
     if levels.shape != causal.sigmas.shape or not torch.allclose(levels, causal.sigmas, atol=1e-4):
@@ -270,3 +269,8 @@ def frechet_ratio(
         return Estimate(ratio(*sets), float(low), float(high))
 
     return real.map(estimate, found, base)
+
+
+def within(estimate: Estimate, limit: float) -> bool | None:
+    """Tell whether a number is at most `limit`; None where it is above but its interval reaches below."""
+    return True if estimate.mean <= limit else None if estimate.low <= limit else False

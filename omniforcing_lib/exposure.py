@@ -58,6 +58,11 @@ def roll(
     return AV(*zip(*made, strict=True)).map(torch.cat)
 
 
+def true_clips(prompts: Sequence[str], seeds: Sequence[int], seconds: int) -> list[AV[np.ndarray]]:
+    """Render clips of the world, one a prompt and seed."""
+    return [world.render(world.scene(s, p), seconds=seconds) for s, p in zip(seeds, prompts, strict=True)]
+
+
 @torch.no_grad()
 def decoded(codec: TinyCodec, latents: AV[Tensor], batch: int = 18) -> list[AV[np.ndarray]]:
     """Decode latents to clips. Shapes: AV([n, F, h, w, C], [n, T, C])."""
@@ -154,21 +159,31 @@ def delay_ms(reading: Reading, start_s: float) -> float:
     return 1000 * float(np.mean(delays)) if delays else math.nan
 
 
+def sums(errors: np.ndarray) -> np.ndarray:
+    """Add errors up clip by clip, NaN left out: sum and count. Shapes: [n, K] to [n, 2]."""
+    return np.stack([np.nansum(errors, axis=1), np.isfinite(errors).sum(axis=1)], axis=1)
+
+
 def pooled(errors: np.ndarray, *, draws: int = 1000, seed: int = 0) -> Estimate:
     """Average errors over clips and blocks, with a 95 % bootstrap interval over clips. Shapes: [n, K]."""
-    tallies = [{"error": (float(np.nansum(row)), float(np.isfinite(row).sum()))} for row in errors]
+    tallies = [{"error": (part, whole)} for part, whole in sums(errors).tolist()]
     return evaluate.estimates(tallies, draws=draws, seed=seed)["error"]
 
 
 def gap(a: np.ndarray, b: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Estimate:
-    """Estimate mean(a) - mean(b) with a 95 % bootstrap interval over the clips of both. Shapes: [n, K], [m, K]."""
-    rng, parts = np.random.default_rng(seed), []
-    for errors in (a, b):
-        part, whole = np.nansum(errors, axis=1), np.isfinite(errors).sum(axis=1)
-        picks = rng.integers(len(errors), size=(draws, len(errors)))
-        parts.append((part[picks].sum(1) / np.maximum(whole[picks].sum(1), 1), part.sum() / max(whole.sum(), 1)))
-    (drawn_a, mean_a), (drawn_b, mean_b) = parts
-    return Estimate(mean_a - mean_b, *(float(q) for q in np.quantile(drawn_a - drawn_b, (0.025, 0.975))))
+    """Subtract the pooled ratio of b from that of a, with a 95 % bootstrap interval over the clips of both.
+
+    Shapes: [n, 2] and [m, 2], part and whole of each clip, as `sums` or one measure of `evaluate.tally` gives them.
+    """
+    rng = np.random.default_rng(seed)
+
+    def ratio(counts: np.ndarray) -> np.ndarray:
+        part, whole = counts.sum(-2)[..., 0], counts.sum(-2)[..., 1]
+        return part / np.where(whole > 0, whole, np.nan)
+
+    drawn = [ratio(x[rng.integers(len(x), size=(draws, len(x)))]) for x in (a, b)]
+    low, high = np.nanquantile(drawn[0] - drawn[1], (0.025, 0.975))
+    return Estimate(float(ratio(a) - ratio(b)), float(low), float(high))
 
 
 def drift(

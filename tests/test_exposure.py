@@ -109,6 +109,7 @@ def test_pooling_counts_every_value_once():
 def test_a_gap_has_a_sign_and_an_interval_that_knows_chance():
     rng = np.random.default_rng(0)
     low, high = rng.normal(1, 1, (40, 4)), rng.normal(3, 1, (30, 4))
+    low, high = exposure.sums(low), exposure.sums(high)
     there, back, none = exposure.gap(high, low), exposure.gap(low, high), exposure.gap(low, low)
     assert there.low > 1.5 and there.high < 2.5 and back.mean == pytest.approx(-there.mean)
     assert none.mean == 0 and none.low < 0 < none.high

@@ -139,6 +139,33 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def race(make: Callable[[], Streamer], whole: Callable[[], object], blocks: int, turns: int) -> dict[str, float]:
+    """Time, in turn, the first chunk of a new stream, its first `blocks` blocks, and a clip made whole; medians.
+
+    The stream runs on one thread, the clip on all.
+    """
+
+    def streamed(count: int) -> None:
+        with threads(1), make() as streamer:
+            watch(streamer, count, keep=0)
+
+    calls = {"first chunk": partial(streamed, 2), "student": partial(streamed, blocks), "teacher": whole}
+    return {name: statistics.median(times) for name, times in alternate(calls, turns).items()}
+
+
+def in_turn(
+    model: Transformer, policies: Mapping[str, Causal], grid: tuple[int, int], blocks: int, turns: int
+) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+    """Roll streams of one model out, a block of each in turn: medians of each block's seconds, and cache bytes."""
+    rounds = []
+    for _ in range(turns):
+        rolls = [block_seconds(model, causal, grid, blocks) for causal in policies.values()]
+        rounds.append(list(zip(*rolls, strict=True)))
+    seconds = np.median([[[s for s, _ in row] for row in made] for made in rounds], axis=0).T
+    held = [[nbytes for _, nbytes in column] for column in zip(*rounds[0], strict=True)]
+    return dict(zip(policies, seconds.tolist(), strict=True)), dict(zip(policies, held, strict=True))
+
+
 def random_model(config: ModelConfig, sinks: int, seed: int, device: str = "cpu") -> Transformer:
     """Build a model of random weights: for time, not for pictures."""
     generator = torch.Generator().manual_seed(seed)
@@ -149,10 +176,10 @@ def random_model(config: ModelConfig, sinks: int, seed: int, device: str = "cpu"
     return model.requires_grad_(False).eval().to(device)
 
 
-def random_text(config: ModelConfig, device: torch.device, batch: int = 1) -> AV[torch.Tensor]:
-    """Draw the context of a prompt. Shapes: AV [B, L, caption channels]."""
+def random_text(config: ModelConfig, like: torch.Tensor) -> AV[torch.Tensor]:
+    """Draw the context of a prompt on the device and in the dtype of `like`. Shapes: AV [1, L, caption channels]."""
     generator = torch.Generator().manual_seed(0)
-    context = torch.randn(batch, TEXT_TOKENS, config.caption_channels, generator=generator).to(device)
+    context = torch.randn(1, TEXT_TOKENS, config.caption_channels, generator=generator).to(like)
     return AV(context, context)
 
 
@@ -162,7 +189,7 @@ def block_seconds(
 ) -> Iterator[tuple[float, int]]:
     """Yield seconds of each block of a roll-out, its being remembered included, and the bytes of its cache."""
     weight = model.proj_out.weight
-    text, noise = random_text(model.config, weight.device), seeded_noise([0], weight)
+    text, noise = random_text(model.config, weight), seeded_noise([0], weight)
     cache = new_cache(model, causal, grid, 1, blocks)
     made = rollout(model, causal, text, noise, grid, causal.layout.block(blocks - 1).video.stop)
     for _ in range(blocks):
@@ -174,8 +201,8 @@ def teacher_step(
     model: Transformer, grid: tuple[int, int], seconds: int, guidance: Guidance = MINIATURE_GUIDANCE
 ) -> Callable[[], object]:
     """Prepare one guided step of the bidirectional teacher on a clip: calling it runs the step."""
-    device, latents = model.proj_out.weight.device, Clock().latents(seconds)
-    text = random_text(model.config, device)
+    weight, latents = model.proj_out.weight, Clock().latents(seconds)
+    text, device = random_text(model.config, weight), weight.device
     x = AV(
         torch.randn(1, latents.video, *grid, model.config.in_channels, device=device),
         torch.randn(1, latents.audio, model.config.audio_in_channels, device=device),
@@ -187,7 +214,7 @@ def teacher_step(
 def open_block(model: Transformer, causal: Causal, grid: tuple[int, int], k: int) -> Callable[[], object]:
     """Prepare one pass over block `k` against a cache full of noise: calling it costs what mid-stream costs."""
     weight, block = model.proj_out.weight, causal.layout.block(k)
-    text, cache = random_text(model.config, weight.device), new_cache(model, causal, grid, 1)
+    text, cache = random_text(model.config, weight), new_cache(model, causal, grid, 1)
     x = AV(
         torch.randn(1, len(block.video), *grid, model.config.in_channels, device=weight.device),
         torch.randn(1, len(block.audio), model.config.audio_in_channels, device=weight.device),
@@ -244,6 +271,11 @@ def equal(a: AV[np.ndarray], b: AV[np.ndarray], tolerance: float = 0.0) -> bool:
     return bool(close) and np.array_equal(a.video, b.video)
 
 
+def verdict(ratio: float, paper: float) -> bool | None:
+    """Answer a claim of speed: half of the paper's factor or more is a yes, no gain is a no, between is neither."""
+    return True if ratio >= paper / 2 else False if ratio <= 1 else None
+
+
 def switched(streamer: Streamer, prompt: str, at: int, blocks: int) -> list[Chunk]:
     """Run a new stream for `blocks` blocks and ask for another prompt before block `at`."""
     chunks = [streamer.step() for _ in range(at)]
@@ -260,7 +292,7 @@ def moved_by_the_other(model: Transformer, grid: tuple[int, int], skip: Skip | N
     weight, latents = model.proj_out.weight, Clock().latents(1)
     shapes = AV((1, latents.video, *grid, model.config.in_channels), (1, latents.audio, model.config.audio_in_channels))
     x, level = shapes.map(lambda shape: torch.ones(shape, device=weight.device)), weight.new_full((1,), 0.7)
-    text, run = random_text(model.config, weight.device), partial(model, skip=skip)
+    text, run = random_text(model.config, weight), partial(model, skip=skip)
     before = run(x, AV(level, level), text)
     moved = AV(AV(x.video, -x.audio), AV(-x.video, x.audio))
     after = AV(*(run(other, AV(level, level), text)[i] for i, other in enumerate(moved)))

@@ -93,6 +93,18 @@ def block_work(config: ModelConfig, causal: Causal, tokens: int, k: int, text: i
     return pass_work(config, queries, seen(causal, tokens, k), text).times(len(causal.steps))
 
 
+def stream_works(config: ModelConfig, causal: Causal, tokens: int, text: int, blocks: int) -> list[Work]:
+    """Count the first blocks of a stream, one by one."""
+    return [block_work(config, causal, tokens, k, text) for k in range(blocks)]
+
+
+def audio_share(config: ModelConfig, causal: Causal, tokens: int, text: int) -> float:
+    """Give the share of a steady block's work that the audio stream's tokens cause: what concurrency could hide."""
+    keys, step = seen(causal, tokens, causal.window + 2), causal.layout.step
+    both, audio = (pass_work(config, AV(n, step.audio), keys, text).flops for n in (tokens * step.video, 0))
+    return audio / both
+
+
 def clip_work(config: ModelConfig, latents: AV[int], tokens: int, text: int, passes: int) -> Work:
     """Count a clip by the bidirectional teacher, where every pass runs all tokens and every token sees all."""
     whole = AV(tokens * latents.video, latents.audio)
@@ -126,11 +138,25 @@ def fit(works: Sequence[Work], seconds: Sequence[float]) -> Rates:
     return Rates(1 / slow[0], 1 / slow[1], slow[2])
 
 
+def predicted(rates: Rates, timed: Sequence[tuple[Work, float]]) -> tuple[list[dict[str, object]], list[float]]:
+    """Table timings of other sizes beside their predictions; give the relative errors too."""
+    told = [(work, seconds, rates.seconds(work)) for work, seconds in timed]
+    rows = [
+        {
+            "GFLOP a pass": f"{work.flops / 1e9:.2f}",
+            "measured, ms": f"{1000 * seconds:.1f}",
+            "predicted, ms": f"{1000 * guess:.1f}",
+        }
+        for work, seconds, guess in told
+    ]
+    return rows, [guess / seconds - 1 for _, seconds, guess in told]
+
+
 def carried(config: ModelConfig, causal: Causal, tokens: int, text: int, share: float) -> list[dict[str, object]]:
     """Predict the steady state of a large model on named GPUs that reach `share` of their stated peak.
 
-    Decoding is left out. A block lasts a second, so FLOPs a block are FLOP/s for real time. The first chunk is
-    block 0 and block 1 (spec 6.5).
+    Decoding is left out, and so is memory: weights are read once a pass, a small part of its time. A block lasts a
+    second, so FLOPs a block are FLOP/s for real time. The first chunk is block 0 and block 1 (spec 6.5).
     """
     steady = block_work(config, causal, tokens, causal.window + 2, text)
     first = plus(*(block_work(config, causal, tokens, k, text) for k in (0, 1)))

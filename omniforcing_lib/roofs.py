@@ -5,7 +5,9 @@ Shapes: rates in GFLOP/s and GB/s; a share is of the whole time of a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -42,10 +44,23 @@ def machine(device: str = "cpu", turns: int = 5, size: int = 1024) -> Machine:
     return Machine(products, attended / best["attention"] / 1e9, 2 * source.nbytes / best["copy"] / 1e9)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keep what is written past Python to standard error off the screen: the profiler's library says when it starts."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def where_time_goes(call: Callable[[], object], turns: int = 3) -> dict[str, float]:
     """Split the seconds of a call on the CPU into kinds of kernels and the rest: Python, dispatch, the profiler."""
     call()
-    with torch.autograd.profiler.profile(use_kineto=False) as profiler:
+    with silent(), torch.autograd.profiler.profile(use_kineto=False) as profiler:
         whole = sum(seconds_of(call) for _ in range(turns))
     spent = dict.fromkeys((*KINDS, OTHER_KERNELS), 0.0)
     for event in profiler.key_averages():
@@ -62,11 +77,24 @@ def shares(call: Callable[[], object], turns: int = 3) -> dict[str, tuple[float,
     return {kind: (float(np.mean(parts)), min(parts), max(parts)) for kind, parts in found.items()}
 
 
-def reached(work: Work, split: Mapping[str, float], roofs: Machine) -> dict[str, tuple[float, float]]:
-    """Give the GFLOP/s that each kind of matrix product and the whole call reach, and the share of their roof."""
+def reached_rows(rates: Mapping[str, tuple[float, float]]) -> list[dict[str, object]]:
+    """Table what `reached` gives."""
+    return [
+        {"of one pass": kind, "GFLOP/s": f"{rate:.0f}", "of the measured peak": f"{share:.0%}"}
+        for kind, (rate, share) in rates.items()
+    ]
+
+
+def floor_s(work: Work, roofs: Machine) -> float:
+    """Give the seconds that a pass takes if its matrix products run at this machine's peaks and nothing else costs."""
+    return work.linear / roofs.gemm["float32"] / 1e9 + work.attention / roofs.attention / 1e9
+
+
+def reached(work: Work, split: Mapping[str, float], seconds: float, roofs: Machine) -> dict[str, tuple[float, float]]:
+    """Give the GFLOP/s of each kind of product, by the profiler's split, and of the whole; and their shares of peak."""
     done = {
         "linear layers": (work.linear, split["linear layers"], roofs.gemm["float32"]),
         "attention": (work.attention, split["attention"], roofs.attention),
-        "the whole pass": (work.flops, sum(split.values()), roofs.gemm["float32"]),
+        "the whole pass": (work.flops, seconds, work.flops / floor_s(work, roofs) / 1e9),
     }
     return {kind: (flops / s / 1e9, flops / s / 1e9 / roof) for kind, (flops, s, roof) in done.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -69,6 +70,16 @@ def test_known_rates_are_found_and_sizes_not_fitted_are_predicted():
         cost.fit(fitted[:2], [1.0, 2.0])
 
 
+def test_a_speed_half_as_large_as_the_papers_is_a_yes():
+    assert [bench.verdict(ratio, 30) for ratio in (31, 15, 14, 1, 0.5)] == [True, True, None, False, False]
+
+
+def test_audio_is_the_smaller_part_and_predictions_come_with_their_errors():
+    assert cost.audio_share(ModelConfig(), Causal(), 384, 1024) < 0.02 < cost.audio_share(TINY, Causal(), 4, 6) < 1
+    rows, errors = cost.predicted(Rates(1e9, 1e9, 0.0), [(Work(1e9, 1e9), 1.0), (Work(1e9, 0), 2.0)])
+    assert errors == [1.0, -0.5] and rows[0]["predicted, ms"] == "2000.0"
+
+
 def test_work_adds_up():
     total = cost.plus(Work(1, 2), Work(3, 4).times(2))
     assert total == Work(7, 10, 3) and total.flops == 17
@@ -112,12 +123,17 @@ def test_every_timed_pass_comes_with_its_work():
     assert [work for work, _ in timed] == [
         cost.pass_work(model.config, AV(3 * n, 25), cost.seen(causal, n, 3), bench.TEXT_TOKENS) for n in (2, 4)
     ]
+    policies = {"rolling": causal, "growing": Causal(window=9)}
+    seconds, held = bench.in_turn(model, policies, GRID, 4, turns=2)
+    assert [len(s) for s in seconds.values()] == [4, 4] and min(map(min, seconds.values())) > 0
+    assert len(set(held["rolling"])) == 1 and held["rolling"][0] < held["growing"][0]
     blocks = list(bench.block_seconds(model, causal, GRID, 4))
     assert len(blocks) == 4 and len({nbytes for _, nbytes in blocks}) == 1
 
 
-def test_a_teacher_step_runs_prompt_and_negative_on_the_whole_clip():
+def test_prepared_passes_run_in_their_own_dtype_and_shape():
     model = tiny(dtype=torch.float32)
+    bench.open_block(tiny(TINY.with_sinks(16), dtype=torch.bfloat16), Causal(window=0), GRID, 3)()
     x0 = bench.teacher_step(model, GRID, 2)()
     assert x0.map(lambda t: tuple(t.shape)) == ((1, 7, *GRID, 3), (1, 51, 5))
 
@@ -136,8 +152,18 @@ def test_shares_add_up_and_rates_stand_under_their_roofs():
     assert sum(mean for mean, _, _ in found.values()) == pytest.approx(100)
     assert all(low <= mean <= high for mean, low, high in found.values())
     split = {"linear layers": 2.0, "attention": 1.0, roofs.OTHER_KERNELS: 1.0}
-    rates = roofs.reached(Work(4e9, 3e9), split, roofs.Machine({"float32": 10.0}, 6.0, 1.0))
-    assert rates == {"linear layers": (2, 0.2), "attention": (3, 0.5), "the whole pass": (1.75, 0.175)}
+    top = roofs.Machine({"float32": 10.0}, 6.0, 1.0)
+    rates = roofs.reached(Work(4e9, 3e9), split, 4.0, top)
+    assert roofs.floor_s(Work(4e9, 3e9), top) == pytest.approx(0.4 + 0.5)
+    assert rates["linear layers"] == (2, 0.2) and rates["attention"] == (3, 0.5)
+    assert rates["the whole pass"] == pytest.approx((1.75, 0.9 / 4))
+
+
+def test_what_the_profiler_says_does_not_show(capfd):
+    with roofs.silent():
+        os.write(2, b"not shown")
+    os.write(2, b"shown")
+    assert capfd.readouterr().err == "shown"
 
 
 def test_random_models_are_the_same_for_a_seed():

@@ -168,6 +168,12 @@ class Trace:
         return math.inf if self.diverged else max(self.norm)
 
     @property
+    def rest_norm(self) -> float:
+        """Largest norm of the gradient without the sinks' part; infinite where the run broke."""
+        pairs = zip(self.norm, self.sink_norm, strict=True)
+        return math.inf if self.diverged else max(math.sqrt(max(0.0, n**2 - own**2)) for n, own in pairs)
+
+    @property
     def start(self) -> float:
         """One-step loss before the first step, both streams added."""
         return sum(self.one_step[0])
@@ -210,10 +216,14 @@ def _sink_norm(model: Transformer, norm: float, clip: float) -> float:
 
 
 class Summary(NamedTuple):
-    """One variant over its seeds: largest gradient norm of all, means of the losses, runs that broke."""
+    """One variant over its seeds: largest gradient norms of all, means of the losses, runs that broke.
+
+    `norm` is of the whole gradient, `sink_norm` of the sinks' part, `rest_norm` of the whole without it.
+    """
 
     norm: float
     sink_norm: float
+    rest_norm: float
     start: float
     final: float
     spread: float
@@ -237,6 +247,7 @@ def summarise(traces: Sequence[Trace]) -> Summary:
     return Summary(
         norm=max(trace.max_norm for trace in traces),
         sink_norm=max(max(trace.sink_norm) for trace in traces),
+        rest_norm=max(trace.rest_norm for trace in traces),
         start=sum(trace.start for trace in traces) / len(traces),
         final=sum(finals) / len(finals),
         spread=(max(finals) - min(finals)) / 2,
@@ -249,7 +260,8 @@ def table(summaries: Mapping[str, Summary], paper: Mapping[str, Reported] | None
     lines = []
     for name, s in summaries.items():
         line = {"variant": name, "loss before": s.start, "loss after": f"{s.final:.4f} ± {s.spread:.4f}"}
-        line |= {"largest gradient norm": s.norm, "the sinks' own": s.sink_norm, "broke": s.broken}
+        line |= {"largest gradient norm": s.norm, "the sinks' own": s.sink_norm, "without it": s.rest_norm}
+        line |= {"broke": s.broken}
         if paper:
             found = paper.get(name)
             line |= {

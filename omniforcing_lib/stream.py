@@ -69,8 +69,7 @@ class Streamer:
         self.set_prompt(self.prompt)
 
     def __enter__(self) -> Streamer:
-        if self._cache is None:
-            raise RuntimeError("this Streamer was closed; make a new one")
+        self._check_open()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -87,6 +86,7 @@ class Streamer:
 
     def set_prompt(self, prompt: str) -> None:
         """Follow another prompt from the next block on; unknown words raise ValueError."""
+        self._check_open()
         device = self.model.proj_out.weight.device
         self._context = self.text.encode([prompt], device, self.model.proj_out.weight.dtype)
         self._cache.forget_text()
@@ -95,8 +95,7 @@ class Streamer:
     @torch.inference_mode()
     def step(self) -> Chunk:
         """Generate and decode the next block; RuntimeError once the stream is closed."""
-        if self._cache is None:
-            raise RuntimeError("this Streamer was closed; make a new one")
+        self._check_open()
         k, latents = self.block, self.causal.layout.block(self.block)
         if self._last is not None:
             self._remember(k - 1)
@@ -132,6 +131,10 @@ class Streamer:
         done = self.causal.layout.block(self.block - 1).map(lambda latents: latents.stop)
         self._decoder = DecodeState(done, tensors["knots"].to(weight.device))
         self.set_prompt(said["prompt"])
+
+    def _check_open(self) -> None:
+        if self._cache is None:
+            raise RuntimeError("this Streamer was closed; make a new one")
 
     def _remember(self, k: int) -> None:
         level = self.causal.context_noise

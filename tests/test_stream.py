@@ -187,6 +187,8 @@ def test_a_closed_stream_holds_no_cache_and_says_so(stream):
     assert streamer._cache is None and not take(streamer, 1)
     with pytest.raises(RuntimeError, match="closed"):
         streamer.step()
+    with pytest.raises(RuntimeError, match="closed"):
+        streamer.set_prompt(OTHER)
     with pytest.raises(RuntimeError, match="closed"), streamer:
         pass
 

@@ -26,6 +26,7 @@ class Profile:
         stage3_steps: generator steps of self-forcing DMD.
         sink_counts: sink numbers that notebook 03 compares.
         sink_steps: training steps of each of those variants.
+        sink_clips: clips of each of those steps; four times as many judge.
         long_seconds: length of the long roll-out whose drift is measured.
         bench_seconds: length of the stream that notebook 05 times.
         bench_grid: tokens of a frame of notebook 05's random models.
@@ -52,6 +53,7 @@ class Profile:
     stage3_steps: int
     sink_counts: tuple[int, ...]
     sink_steps: int
+    sink_clips: int
     long_seconds: int
     bench_seconds: int
     bench_grid: tuple[int, int]
@@ -87,6 +89,7 @@ SMOKE = Profile(
     stage3_steps=2,
     sink_counts=(0, 16),
     sink_steps=3,
+    sink_clips=2,
     long_seconds=16,
     bench_seconds=8,
     bench_grid=(8, 12),
@@ -110,6 +113,7 @@ CPU = replace(
     stage3_steps=40,
     sink_counts=(0, 1, 2, 4, 8, 16, 24),
     sink_steps=40,
+    sink_clips=4,
     long_seconds=60,
     bench_seconds=60,
     bench_grid=(16, 24),

@@ -8,6 +8,7 @@ Shapes: B batch, F video and T audio latents, K blocks.
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,7 +127,7 @@ def regression_loss(
 
 
 def stage3(
-    student: str,
+    student: Transformer,
     teacher: str,
     prompts: Prompts,
     causal: Causal,
@@ -139,11 +140,11 @@ def stage3(
     guidance: Guidance = MINIATURE_GUIDANCE,
     seed: int = 0,
 ) -> Lesson:
-    """Distil a student on its own roll-outs for `steps` student steps, the critic learning `ratio` times as often."""
+    """Distil a copy of a student on its own roll-outs for `steps` student steps, the critic learning `ratio` times as often."""
     device = prompts.context.video.device
     recipe = {"betas": (0.0, 0.999), "warmup": 3}
-    player = Player(checkpoints.load(student, device=device), Recipe(lr=1e-4, ema=0.9, **recipe))
-    critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=1.5e-4, ema=0.0, **recipe))
+    player = Player(copy.deepcopy(student), Recipe(lr=1e-4, ema=0.9, **recipe))
+    critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=2e-4, ema=0.0, **recipe))
     real, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
     step = train.self_forcing_stage(
         player, critic, real, prompts, causal, codec.grid, frames, batch, guidance=guidance, ratio=ratio
@@ -151,7 +152,7 @@ def stage3(
     players = {"student": player, "critic": critic}
     # it ends on a step of the student, which no critic step need follow
     history = train.fit(step, players, (steps - 1) * ratio + 1, seed=seed, progress=False)
-    return Lesson(player.best, history, [])
+    return Lesson(player.best.eval(), history, [])
 
 
 class Flow(NamedTuple):

@@ -140,7 +140,7 @@ def stage3(
     guidance: Guidance = MINIATURE_GUIDANCE,
     seed: int = 0,
 ) -> Lesson:
-    """Distil a copy of a student on its own roll-outs for `steps` student steps, the critic learning `ratio` times as often."""
+    """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic."""
     device = prompts.context.video.device
     recipe = {"betas": (0.0, 0.999), "warmup": 3}
     player = Player(copy.deepcopy(student), Recipe(lr=1e-4, ema=0.9, **recipe))

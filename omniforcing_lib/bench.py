@@ -23,7 +23,7 @@ import torch
 
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.cost import Work, pass_work, seen
-from omniforcing_lib.flow import Guidance, Skip, guided_denoiser
+from omniforcing_lib.flow import LTX2_GUIDANCE, Guidance, Skip, guided_denoiser
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.rollout import Causal, join, new_cache, rollout, seeded_noise
 from omniforcing_lib.stream import MINIATURE_GUIDANCE, Chunk, Streamer, to_arrays
@@ -45,6 +45,8 @@ BENCH = replace(
 REAL_GRID = (16, 24)
 """Tokens of a frame of 512 x 768 pixels."""
 TEXT_TOKENS = 6
+FULL_GUIDANCE = replace(LTX2_GUIDANCE, stg_blocks=frozenset({2}))
+"""LTX-2's own guidance, four passes a step, on a model of few blocks."""
 
 
 class Percentiles(NamedTuple):

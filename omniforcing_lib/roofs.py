@@ -6,12 +6,13 @@ Shapes: rates in GFLOP/s and GB/s; a share is of the whole time of a call.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from omniforcing_lib.bench import alternate, seconds_of
 from omniforcing_lib.cost import Work
@@ -57,24 +58,44 @@ def silent() -> Iterator[None]:
         os.close(nowhere)
 
 
-def where_time_goes(call: Callable[[], object], turns: int = 3) -> dict[str, float]:
-    """Split the seconds of a call on the CPU into kinds of kernels and the rest: Python, dispatch, the profiler."""
+def where_time_goes(call: Callable[[], object], turns: int) -> list[dict[str, float]]:
+    """Split the seconds of each of `turns` calls on the CPU: kinds of kernels, and Python, dispatch, the profiler."""
     call()
-    with silent(), torch.autograd.profiler.profile(use_kineto=False) as profiler:
-        whole = sum(seconds_of(call) for _ in range(turns))
+    return [_split(call) for _ in range(turns)]
+
+
+def _split(call: Callable[[], object]) -> dict[str, float]:
+    with silent(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        whole = seconds_of(call)
     spent = dict.fromkeys((*KINDS, OTHER_KERNELS), 0.0)
     for event in profiler.key_averages():
         kind = next((name for name, marks in KINDS.items() if any(m in event.key for m in marks)), OTHER_KERNELS)
         spent[kind] += event.self_cpu_time_total / 1e6
-    spent["Python and dispatch"] = max(0.0, whole - sum(spent.values()))
-    return {name: seconds / turns for name, seconds in spent.items()}
+    return spent | {"Python and dispatch": max(0.0, whole - sum(spent.values()))}
 
 
-def shares(call: Callable[[], object], turns: int = 3) -> dict[str, tuple[float, float, float]]:
-    """Give each kind's share of a call in per cent: mean over turns, least and most."""
-    splits = [where_time_goes(call, 1) for _ in range(turns)]
+def shares(splits: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float, float]]:
+    """Give each kind's share in per cent: mean over the calls, least and most."""
     found = {kind: [100 * split[kind] / sum(split.values()) for split in splits] for kind in splits[0]}
     return {kind: (float(np.mean(parts)), min(parts), max(parts)) for kind, parts in found.items()}
+
+
+def floor_s(work: Work, roofs: Machine) -> float:
+    """Give the seconds that a pass takes if its matrix products run at this machine's peaks and nothing else costs."""
+    return work.linear / roofs.gemm["float32"] / 1e9 + work.attention / roofs.attention / 1e9
+
+
+def reached(
+    work: Work, splits: Sequence[Mapping[str, float]], seconds: float, roofs: Machine
+) -> dict[str, tuple[float, float]]:
+    """Give the GFLOP/s of each kind of product, by the profiler's splits, and of the whole; and shares of peak."""
+    linear, attention = (float(np.median([s[kind] for s in splits])) for kind in ("linear layers", "attention"))
+    done = {
+        "linear layers": (work.linear, linear, roofs.gemm["float32"]),
+        "attention": (work.attention, attention, roofs.attention),
+        "the whole pass": (work.flops, seconds, work.flops / floor_s(work, roofs) / 1e9),
+    }
+    return {kind: (flops / s / 1e9, flops / s / 1e9 / roof) for kind, (flops, s, roof) in done.items()}
 
 
 def reached_rows(rates: Mapping[str, tuple[float, float]]) -> list[dict[str, object]]:
@@ -83,18 +104,3 @@ def reached_rows(rates: Mapping[str, tuple[float, float]]) -> list[dict[str, obj
         {"of one pass": kind, "GFLOP/s": f"{rate:.0f}", "of the measured peak": f"{share:.0%}"}
         for kind, (rate, share) in rates.items()
     ]
-
-
-def floor_s(work: Work, roofs: Machine) -> float:
-    """Give the seconds that a pass takes if its matrix products run at this machine's peaks and nothing else costs."""
-    return work.linear / roofs.gemm["float32"] / 1e9 + work.attention / roofs.attention / 1e9
-
-
-def reached(work: Work, split: Mapping[str, float], seconds: float, roofs: Machine) -> dict[str, tuple[float, float]]:
-    """Give the GFLOP/s of each kind of product, by the profiler's split, and of the whole; and their shares of peak."""
-    done = {
-        "linear layers": (work.linear, split["linear layers"], roofs.gemm["float32"]),
-        "attention": (work.attention, split["attention"], roofs.attention),
-        "the whole pass": (work.flops, seconds, work.flops / floor_s(work, roofs) / 1e9),
-    }
-    return {kind: (flops / s / 1e9, flops / s / 1e9 / roof) for kind, (flops, s, roof) in done.items()}

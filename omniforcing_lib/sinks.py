@@ -79,6 +79,12 @@ class Study:
         """Where the trajectories are."""
         return str(self.pairs.prompt.device)
 
+    @property
+    def shared(self) -> int:
+        """Count the held-out trajectories that are also trained on, by their noise."""
+        held, seen = (part.states.audio[:, 0].flatten(1) for part in (self.held, self.pairs))
+        return int((held[:, None] == seen).all(-1).any(1).sum())
+
     def half_noisy(self) -> tuple[AV[Tensor], AV[Tensor], AV[Tensor], AV[Tensor]]:
         """Give the held-out states nearest to sigma 0.5, that sigma, their text and their clean ends."""
         level = int((self.held.sigmas - 0.5).abs().argmin())

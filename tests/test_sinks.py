@@ -136,6 +136,11 @@ def study():
     return sinks.Study("teacher", Prompts.of(TinyText(), prompts()), pairs, pairs)
 
 
+def test_trajectories_that_are_trained_on_and_judged_are_counted(study):
+    fresh = replace(study.held, states=study.held.states.map(lambda x: x + 1))
+    assert study.shared == 4 and replace(study, held=fresh).shared == 0
+
+
 def test_a_run_records_every_step_and_repeats_to_the_bit(study):
     first, again = (sinks.train(Variant(sinks=2), study, steps=2, batch=2, every=2) for _ in range(2))
     assert first == again and len(first.norm) == len(first.loss) == 2 and list(first.one_step) == [0, 2]

@@ -145,7 +145,7 @@ def test_a_file_gives_back_the_codec(codec: TinyCodec, clip: AV[torch.Tensor], t
     assert [path.name for path in tmp_path.iterdir()] == ["codec.safetensors"]
     assert again.metrics == codec.metrics and again.config == codec.config and again.clock == codec.clock
     assert all(torch.equal(a, b) for a, b in zip(codec.encode(clip), again.encode(clip), strict=True))
-    assert FILE.stat().st_size < 2_000_000
+    assert FILE.stat().st_size < 3_000_000
 
 
 def test_a_wrong_file_is_refused_by_name(codec: TinyCodec, tmp_path: Path) -> None:

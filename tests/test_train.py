@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
+from test_transformer import TINY
 
 from omniforcing_lib import distill, train
-from omniforcing_lib.config import MINIATURE
 from omniforcing_lib.dataset import Clips, Pairs, Prompts
 from omniforcing_lib.flow import Guidance
 from omniforcing_lib.layout import AV, BlockLayout
@@ -20,21 +20,6 @@ from omniforcing_lib.transformer import Transformer
 GRID, FRAMES = (2, 2), 5
 CAUSAL = Causal(BlockLayout(AV(1, 1), AV(2, 5), sinks=2), steps=(1000, 522, 0))
 SIZES = AV((FRAMES, *GRID, 3), (11, 5))
-TINY = replace(
-    MINIATURE,
-    num_layers=2,
-    num_attention_heads=2,
-    attention_head_dim=12,
-    audio_num_attention_heads=2,
-    audio_attention_head_dim=8,
-    cross_attention_dim=24,
-    audio_cross_attention_dim=16,
-    in_channels=3,
-    out_channels=3,
-    audio_in_channels=5,
-    audio_out_channels=5,
-    caption_channels=6,
-)
 QUICK = Recipe(lr=3e-3, warmup=2, ema=0.5)
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.files import write_tensors
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.transformer import Transformer
 
@@ -197,19 +197,7 @@ def save(
         config["omniforcing"] = causal.to_metadata()
     metadata = {"config": json.dumps(config), "model_version": "miniature", "notes": json.dumps(dict(notes or {}))}
     state = {PREFIX + k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}
-    return write_atomically(Path(path), state, metadata)
-
-
-def write_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write tensors beside the target and rename: a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(dict(tensors), partial, dict(metadata))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_tensors(path, state, metadata)
 
 
 def inspect(model: str | os.PathLike[str]) -> str:

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from omniforcing_lib.codec_parts import (
@@ -33,6 +32,7 @@ from omniforcing_lib.codec_parts import (
     VideoDecoder,
     VideoEncoder,
 )
+from omniforcing_lib.files import write_tensors
 from omniforcing_lib.layout import AV, Clock
 
 FORMAT = "omniforcing-tinycodec-1"
@@ -171,18 +171,10 @@ class TinyCodec(nn.Module):
 
 def save_codec(codec: TinyCodec, path: str | os.PathLike[str], metrics: Mapping[str, float] | None = None) -> Path:
     """Write weights and the JSON metadata `config` and `metrics` to one safetensors file, atomically."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     config = {"format": FORMAT, "codec": asdict(codec.config), "clock": asdict(codec.clock)}
     config["codec"]["channels"] = list(codec.channels)
     metadata = {"config": json.dumps(config), "metrics": json.dumps(dict(metrics or codec.metrics))}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file({name: stored(tensor) for name, tensor in codec.state_dict().items()}, partial, metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return write_tensors(path, {name: stored(tensor) for name, tensor in codec.state_dict().items()}, metadata)
 
 
 def stored(tensor: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from omniforcing_lib import world
-from omniforcing_lib.checkpoints import write_atomically
 from omniforcing_lib.codecs import TinyCodec
+from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import (
     Guidance,
     block_noise,
@@ -89,7 +89,7 @@ class Pairs:
         tensors = {"video": self.states.video, "audio": self.states.audio}
         tensors = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
         tensors |= {"sigmas": self.sigmas.cpu(), "prompt": self.prompt.cpu()}
-        return write_atomically(Path(path), tensors, {"prompts": json.dumps(list(names))})
+        return write_tensors(path, tensors, {"prompts": json.dumps(list(names))})
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Pairs:

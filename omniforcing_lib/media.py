@@ -9,7 +9,6 @@ how many.
 from __future__ import annotations
 
 import io
-import os
 import warnings
 import wave
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import Colorspace
 
+from omniforcing_lib.files import replacing, write_bytes
 from omniforcing_lib.footage import SCALER, Fit, Shown, Track, nearest
 from omniforcing_lib.layout import AV, Clock
 
@@ -189,7 +189,7 @@ class ClipWriter:
 
     def __enter__(self) -> ClipWriter:
         with ExitStack() as stack:
-            partial = stack.enter_context(_replacing(self.path))
+            partial = stack.enter_context(replacing(self.path))
             options = {"movflags": "+faststart", "fflags": "+bitexact"}
             self._container = stack.enter_context(av.open(str(partial), "w", format="mp4", options=options))
             self._streams = AV(self._add_picture(), self._add_sound())
@@ -270,9 +270,7 @@ def write_wav(path: str | Path, samples: np.ndarray, rate: int = CLOCK.sample_ra
 
     Shapes: samples float [N] in [-1, 1], `rate` a second.
     """
-    with _replacing(Path(path)) as partial:
-        partial.write_bytes(wav_bytes(samples, rate))
-    return Path(path)
+    return write_bytes(path, wav_bytes(samples, rate))
 
 
 def wav_bytes(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> bytes:
@@ -304,15 +302,3 @@ def _check_piece(path: Path, piece: AV[np.ndarray], size: tuple[int, int]) -> No
         raise ValueError(
             f"{path}: expected finite float samples [N], found {found}; mix to mono, mend what is not finite"
         )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give the path of a file beside `path` that takes its place if the block ends well and is gone if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

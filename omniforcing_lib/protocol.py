@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from omniforcing_lib import checkpoints, distributions, evaluate, media, plots, report, rollout, stream, world
+from omniforcing_lib import checkpoints, distributions, evaluate, files, media, plots, rollout, stream, world
 from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.layout import AV
 from omniforcing_lib.text import TinyText
@@ -136,7 +136,7 @@ def _store(out: Path, trial: Trial, systems: dict, table: evaluate.Table, extra:
     rows = {name: {k: [round(v, 5) for v in e] for k, e in row.items()} for name, row in table.rows.items()}
     clean = {n: {k: v if np.isfinite(v).all() else None for k, v in row.items()} for n, row in rows.items()}
     record = {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds, "systems": systems}
-    report.write_json(out / "scores.json", record | {"measures": clean, "more": extra})
+    files.write_json(out / "scores.json", record | {"measures": clean, "more": extra})
     names = list(extra)
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for key in next(iter(extra.values())):
@@ -144,4 +144,4 @@ def _store(out: Path, trial: Trial, systems: dict, table: evaluate.Table, extra:
     size = f"{trial.seeds} seeds × {trial.clips} clips of {trial.seconds} s"
     title = f"{size}, held-out, through an mp4; mean and 95 % interval."
     more = "Distances are on named, hand-made features, to as many real clips of other seeds."
-    report.write_text(out / "scores.md", "\n\n".join([title, str(table), more, "\n".join(lines)]) + "\n")
+    files.write_text(out / "scores.md", "\n\n".join([title, str(table), more, "\n".join(lines)]) + "\n")

@@ -16,7 +16,6 @@ import os
 import platform
 import random
 import subprocess
-import tempfile
 import time
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from omniforcing_lib import profiles
 from omniforcing_lib.claims import STATUS, markdown_table, plain_table, quote
+from omniforcing_lib.files import write_bytes, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -160,7 +160,7 @@ class Run:
         from IPython.display import display
 
         self.illustrated[name] = (metric,) if isinstance(metric, str) else tuple(metric)
-        _write(self.out("figures", f"{self.name}_{name}.png"), _png(fig, dpi=100))
+        write_bytes(self.out("figures", f"{self.name}_{name}.png"), _png(fig, dpi=100))
         picture = b64encode(_small_png(fig)).decode()
         display({"image/png": picture, "text/plain": f"figure {name}"}, raw=True)
         plt.close(fig)
@@ -214,17 +214,6 @@ class Run:
         }
 
 
-def write_json(path: Path, data: Mapping) -> None:
-    """Write JSON with sorted keys through a temporary file."""
-    text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    _write(path, (text + "\n").encode())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write text through a temporary file."""
-    _write(path, text.encode())
-
-
 def source_sha256(notebook: Path) -> str:
     """Hash the sources of a notebook's cells, without outputs; empty when there is no such file."""
     if not notebook.exists():
@@ -271,16 +260,6 @@ def _rounded(value: object) -> float | int | str:
     if isinstance(value, int | str):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    # mkstemp makes the file private to its owner; a report is as readable as any other new file.
-    os.chmod(name, 0o644)
-    os.replace(name, path)
 
 
 def _png(fig: Figure, dpi: int) -> bytes:

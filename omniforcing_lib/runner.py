@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniforcing_lib import claims, profiles, report
+from omniforcing_lib import claims, files, profiles, report
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -193,14 +193,14 @@ def _write_html(notebook: Path, path: Path) -> None:
     from nbconvert import HTMLExporter
 
     body, _ = HTMLExporter().from_filename(str(notebook))
-    report.write_text(path, body)
+    files.write_text(path, body)
 
 
 def _gather(target: Path, profile: str, parameters: Sequence[str], times: Mapping[str, float]) -> None:
     """Write run.json, REPORT.md and index.html of a run folder."""
     total = round(sum(times.values()), 1)
     wall = {name: round(seconds, 1) for name, seconds in times.items()}
-    report.write_json(
+    files.write_json(
         target / "run.json",
         {
             "profile": profile,
@@ -213,8 +213,8 @@ def _gather(target: Path, profile: str, parameters: Sequence[str], times: Mappin
     )
     title = ", ".join([f"profile {profile}", *parameters])
     text = claims.markdown(claims.read_metrics(target / "metrics"), title)
-    report.write_text(target / "REPORT.md", text)
-    report.write_text(target / "index.html", _index(target, text, wall))
+    files.write_text(target / "REPORT.md", text)
+    files.write_text(target / "index.html", _index(target, text, wall))
 
 
 def _index(target: Path, text: str, wall: Mapping[str, float]) -> str:
@@ -257,7 +257,7 @@ def _store(executed: Path, notebook: Path) -> None:
     import nbformat
 
     node = scrub(nbformat.read(executed, as_version=4))
-    report.write_text(notebook, nbformat.writes(node).rstrip("\n") + "\n")
+    files.write_text(notebook, nbformat.writes(node).rstrip("\n") + "\n")
 
 
 def scrub(node: NotebookNode) -> NotebookNode:
@@ -284,10 +284,10 @@ def publish(folder: Path, profile: str, names: Sequence[str]) -> None:
     """
     for name in names:
         source = folder / "metrics" / f"{name}.json"
-        report.write_text(STORED / "metrics" / profile / source.name, source.read_text(encoding="utf-8"))
+        files.write_text(STORED / "metrics" / profile / source.name, source.read_text(encoding="utf-8"))
         if profile != "smoke":
             record = folder / "run" / source.name
-            report.write_text(STORED / "run" / profile / source.name, record.read_text(encoding="utf-8"))
+            files.write_text(STORED / "run" / profile / source.name, record.read_text(encoding="utf-8"))
     for figure in sorted((folder / "figures").glob("*.png")) if profile != "smoke" else ():
         (STORED / "figures").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(figure, STORED / "figures" / figure.name)
@@ -309,9 +309,9 @@ def publish_run(folder: Path) -> list[str]:
 def rebuild() -> None:
     """Rebuild reports/REPORT.md and the README's table from the committed metrics."""
     metrics, title = stored_metrics()
-    report.write_text(STORED / "REPORT.md", claims.markdown(metrics, title))
+    files.write_text(STORED / "REPORT.md", claims.markdown(metrics, title))
     readme = report.ROOT / "README.md"
-    report.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), metrics, title))
+    files.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), metrics, title))
 
 
 def stored_metrics() -> tuple[claims.Metrics, str]:

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from omniforcing_lib import checkpoints
 from omniforcing_lib.codecs import DecodeState, TinyCodec, load_codec
+from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal, denoise_block, new_cache, remember
@@ -110,14 +110,10 @@ class Streamer:
         """Store where the stream stands, atomically: `resume` goes on with the same bits."""
         if self._last is None:
             raise ValueError("nothing to save before the first block; step once")
-        path = Path(path)
         tensors = {**self._cache.tensors(), "knots": self._decoder.knots, "video": self._last.video}
         tensors["audio"] = self._last.audio
         said = {"prompt": self.prompt, "seed": self.seed, "block": self.block}
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({name: t.contiguous() for name, t in tensors.items()}, partial, {"stream": json.dumps(said)})
-        os.replace(partial, path)
-        return path
+        return write_tensors(path, tensors, {"stream": json.dumps(said)})
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Go on where `save` left a stream of the same model, blocks and window; seed and prompt come with it."""

@@ -19,8 +19,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from omniforcing_lib import losses, masks
-from omniforcing_lib.checkpoints import write_atomically
 from omniforcing_lib.dataset import Clips, Pairs, Prompts
+from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import DMD_GUIDANCE, ONES, Guidance, guided_denoiser, noise_like, noised, x0_of
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal, fresh_noise, join, rollout
@@ -242,7 +242,7 @@ class Recorded:
 
 def _store(path: Path, players: Mapping[str, Player], seed: int, step: int) -> None:
     tensors = {f"{name}/{k}": v for name, player in players.items() for k, v in player.state().items()}
-    write_atomically(path, tensors, {"step": str(step), "seed": str(seed)})
+    write_tensors(path, tensors, {"step": str(step), "seed": str(seed)})
 
 
 def _resume(path: Path, players: Mapping[str, Player], seed: int) -> int:

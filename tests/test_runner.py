@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from omniforcing_lib import claims, profiles, report, runner
+from omniforcing_lib import claims, files, profiles, report, runner
 from omniforcing_lib.__main__ import main
 
 matplotlib.use("agg")
@@ -128,9 +128,9 @@ def test_metrics_leave_their_tolerance_only_when_said():
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    report.write_json(tmp_path / "a.json", {"x": 1})
+    files.write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(ValueError):
-        report.write_json(tmp_path / "a.json", {"x": float("nan")})
+        files.write_json(tmp_path / "a.json", {"x": float("nan")})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 

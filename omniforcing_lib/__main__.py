@@ -85,6 +85,7 @@ def _parser() -> Parser:
     score.add_argument("--seeds", type=int, default=3)
     score.add_argument("--seconds", type=int, default=5)
     score.add_argument("--steps", type=int, nargs="+", default=[40], help="teacher steps; a column each")
+    score.add_argument("--unprompted", action="store_true", help="a column of the teacher without a prompt")
     score.add_argument("--out", type=Path, default=Path("reports/scores"))
 
     inspect = command("inspect", _inspect, "print a checkpoint's configuration, size and keys")
@@ -174,9 +175,13 @@ def _score(arguments: argparse.Namespace) -> None:
 
     systems = {}
     for model in arguments.models:
-        taught = checkpoints.read(model).causal is None
-        for steps in arguments.steps if taught else arguments.steps[:1]:
-            systems[f"{Path(model).stem}, {steps} steps" if taught else Path(model).stem] = (model, steps)
+        if checkpoints.read(model).causal is not None:
+            systems[Path(model).stem] = protocol.System(model)
+            continue
+        for steps in arguments.steps:
+            systems[f"{Path(model).stem}, {steps} steps"] = protocol.System(model, steps)
+        if arguments.unprompted:
+            systems[f"{Path(model).stem}, no prompt"] = protocol.System(model, min(arguments.steps), prompted=False)
     trial = protocol.Trial(arguments.clips, arguments.seeds, arguments.seconds)
     print(protocol.run(systems, trial, arguments.out))
 

@@ -138,8 +138,10 @@ def tally(reading: Reading, prompt: str, start_s: float = 0.0, end_s: float = ma
     * wall_pitch: pairs whose pitch belongs to the wall that is hit, of all pairs.
     * speed_cv: standard deviation by mean of the steps from frame to frame that hold no turn; one a clip.
     * motion: mean of these steps in pixels a second; loudness_db: rms of the samples; one a clip.
+
+    An empty prompt asks for no colour and no timbre: there is nothing to be measured.
     """
-    colour, timbre = parse(prompt)
+    colour, timbre = parse(prompt) if prompt else (None, None)
     rates = AV(reading.clock.fps, reading.clock.sample_rate)
     frames, samples = reading.clip.map(lambda steps, rate: _span(len(steps), rate, start_s, end_s), rates)
     pairs = [p for p in reading.pairs if start_s <= p.seen.time_s < end_s]
@@ -148,8 +150,8 @@ def tally(reading: Reading, prompt: str, start_s: float = 0.0, end_s: float = ma
     count, total = len(pairs), frames.stop - frames.start
     return {
         "one_ball": (float((reading.track.count[frames] == 1).sum()), total),
-        "colour": (float((reading.track.colour[frames] == colour).sum()), total),
-        "timbre": (sum(o.timbre == timbre for o in onsets), max(len(onsets), 1)),
+        "colour": (float((reading.track.colour[frames] == colour).sum()), total if prompt else 0),
+        "timbre": (sum(o.timbre == timbre for o in onsets), max(len(onsets), 1) if prompt else 0),
         "sync_f1": (2 * count, 2 * count + len(seen) + len(heard)),
         "sync_precision": (count, count + len(heard)),
         "sync_recall": (count, count + len(seen)),

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,10 @@ class Trial:
         names = world.prompts()
         return [names[i % len(names)] for i in range(self.clips * self.seeds)]
 
+    def asked(self, system: System) -> list[str]:
+        """Prompt of every clip, empty for a system that gets none."""
+        return self.prompts if system.prompted else [""] * len(self.prompts)
+
     @property
     def numbers(self) -> list[int]:
         """Noise seed of every clip, and the world's seed of the real clip beside it; training never draws them."""
@@ -54,15 +59,27 @@ class Trial:
         return [world.render(world.scene(n + offset, p), seconds=self.seconds) for n, p in pairs]
 
 
+class System(NamedTuple):
+    """What is measured: a checkpoint, the steps of a teacher (a student has its own), and whether it is prompted."""
+
+    model: str
+    steps: int = 40
+    prompted: bool = True
+
+
 @torch.inference_mode()
-def sample(model: str, trial: Trial, *, steps: int = 40, batch: int = 16) -> list[Clip]:
-    """Make the clips of a trial with a teacher (`steps` of guided sampling) or a student (its own steps)."""
-    codec, loaded, causal = stream.shipped_codec(), checkpoints.load(model), checkpoints.read(model).causal
+def sample(system: System, trial: Trial, *, batch: int = 16) -> list[Clip]:
+    """Make the clips of a trial."""
+    codec, loaded, causal = (
+        stream.shipped_codec(),
+        checkpoints.load(system.model),
+        checkpoints.read(system.model).causal,
+    )
     made: list[Clip] = []
-    for start in tqdm(range(0, len(trial.numbers), batch), desc=f"sampling {Path(model).stem}", leave=False):
-        prompts, numbers = (x[start : start + batch] for x in (trial.prompts, trial.numbers))
+    for start in tqdm(range(0, len(trial.numbers), batch), desc=f"sampling {Path(system.model).stem}", leave=False):
+        prompts, numbers = (x[start : start + batch] for x in (trial.asked(system), trial.numbers))
         if causal is None:
-            made += stream.teacher_clips(loaded, codec, prompts, numbers, trial.seconds, steps=steps)
+            made += stream.teacher_clips(loaded, codec, prompts, numbers, trial.seconds, steps=system.steps)
             continue
         text = TinyText().encode(prompts)
         noise = rollout.seeded_noise(numbers, text.video)
@@ -90,8 +107,8 @@ def through_file(clips: Sequence[Clip]) -> list[Clip]:
         return [media.read_clip(media.write_clip(path, clip)) for clip in tqdm(clips, desc="mp4", leave=False)]
 
 
-def run(systems: dict[str, tuple[str, int]], trial: Trial, out: str | Path, *, floor: bool = True) -> evaluate.Table:
-    """Measure systems, name -> (model, steps), and write `scores.json`, `scores.md` and a contact sheet of each.
+def run(systems: dict[str, System], trial: Trial, out: str | Path, *, floor: bool = True) -> evaluate.Table:
+    """Measure systems by name and write `scores.json`, `scores.md` and a contact sheet of each.
 
     Returns the table; distances are to real clips of other seeds, equal in number.
     """
@@ -101,15 +118,21 @@ def run(systems: dict[str, tuple[str, int]], trial: Trial, out: str | Path, *, f
     sets = {"real clips": real, "codec round trip": through_file(through_codec(trial.real(), stream.shipped_codec()))}
     if floor:
         sets["shuffled sound"] = evaluate.shuffled(real)
-    for name, (model, steps) in systems.items():
-        sets[name] = through_file(sample(model, trial, steps=steps))
-        picture = plots.contact_sheet(sets[name][:8], prompts[:8])
+    for name, system in systems.items():
+        sets[name] = through_file(sample(system, trial))
+        picture = plots.contact_sheet(sets[name][:8], trial.asked(system)[:8])
         out.mkdir(parents=True, exist_ok=True)
-        picture.savefig(out / f"{name.replace(' ', '_')}.png")
-    table, extra = evaluate.Table({}), {}
+        picture.savefig(out / f"{name.replace(' ', '_').replace(',', '')}.png")
+    rows, extra = {}, {}
     for name, clips in sets.items():
-        table += evaluate.table(clips, prompts, name=name)
-        extra[name] = distances(reference, clips) | {"sync_f1_by_seed": by_seed(clips, trial)}
+        wanted = trial.asked(systems[name]) if name in systems else prompts
+        pairs = list(zip(clips, wanted, strict=True))
+        tallies = [evaluate.tally(evaluate.read(c), p) for c, p in tqdm(pairs, desc=name, leave=False)]
+        rows[name] = evaluate.estimates(tallies)
+        extra[name] = distances(reference, clips) | {"sync_f1_by_seed": by_seed(tallies, trial)}
+        if wanted is prompts:
+            extra[name]["lowest_of_prompts"] = worst(tallies, prompts)
+    table = evaluate.Table(rows)
     _store(out, trial, systems, table, extra)
     return table
 
@@ -122,26 +145,40 @@ def distances(reference: AV[np.ndarray], clips: Sequence[Clip]) -> dict[str, flo
     return {f"{name}_{s}": round(fn(a, getattr(found, s)), 4) for name, fn in measures.items() for s, a in pairs}
 
 
-def by_seed(clips: Sequence[Clip], trial: Trial) -> list[float]:
+def by_seed(tallies: Sequence[evaluate.Tally], trial: Trial) -> list[float]:
     """Sync F1 of each set of seeds on its own."""
-    found = []
-    for start in range(0, len(clips), trial.clips):
-        part = slice(start, start + trial.clips)
-        row = evaluate.table(clips[part], trial.prompts[part], name="x", draws=1).rows["x"]
-        found.append(round(row["sync_f1"].mean, 4))
+    parts = [tallies[start : start + trial.clips] for start in range(0, len(tallies), trial.clips)]
+    return [round(evaluate.estimates(part, draws=1)["sync_f1"].mean, 4) for part in parts]
+
+
+def worst(tallies: Sequence[evaluate.Tally], prompts: Sequence[str]) -> dict[str, float]:
+    """Give each measure of prompt and sync for the prompt that does worst at it."""
+    found: dict[str, float] = {}
+    for prompt in dict.fromkeys(prompts):
+        row = evaluate.estimates([t for t, p in zip(tallies, prompts, strict=True) if p == prompt], draws=1)
+        for name in ("one_ball", "colour", "timbre", "sync_f1", "wall_pitch"):
+            found[name] = min(found.get(name, 1.0), round(row[name].mean, 4))
     return found
 
 
-def _store(out: Path, trial: Trial, systems: dict, table: evaluate.Table, extra: dict[str, dict]) -> None:
+def _store(out: Path, trial: Trial, systems: dict[str, System], table: evaluate.Table, extra: dict[str, dict]) -> None:
     rows = {name: {k: [round(v, 5) for v in e] for k, e in row.items()} for name, row in table.rows.items()}
     clean = {n: {k: v if np.isfinite(v).all() else None for k, v in row.items()} for n, row in rows.items()}
-    record = {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds, "systems": systems}
+    record = {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds}
+    record["systems"] = {name: system._asdict() for name, system in systems.items()}
     files.write_json(out / "scores.json", record | {"measures": clean, "more": extra})
-    names = list(extra)
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for key in next(iter(extra.values())):
-        lines.append(f"| {key} | " + " | ".join(str(extra[n][key]) for n in names) + " |")
     size = f"{trial.seeds} seeds × {trial.clips} clips of {trial.seconds} s"
     title = f"{size}, held-out, through an mp4; mean and 95 % interval."
     more = "Distances are on named, hand-made features, to as many real clips of other seeds."
-    files.write_text(out / "scores.md", "\n\n".join([title, str(table), more, "\n".join(lines)]) + "\n")
+    files.write_text(out / "scores.md", "\n\n".join([title, str(table), more, _columns(extra)]) + "\n")
+
+
+def _columns(extra: dict[str, dict]) -> str:
+    """Write what is known of each system beside its measures, a column each."""
+    flat = {name: {k: v for k, v in row.items() if not isinstance(v, dict)} for name, row in extra.items()}
+    for name, row in extra.items():
+        flat[name] |= {f"{k}: {m}": v for k, d in row.items() if isinstance(d, dict) for m, v in d.items()}
+    lines = [f"| | {' | '.join(flat)} |", "|---" * (len(flat) + 1) + "|"]
+    for key in dict.fromkeys(k for row in flat.values() for k in row):
+        lines.append(f"| {key} | {' | '.join(str(row.get(key, '–')) for row in flat.values())} |")
+    return "\n".join(lines)

@@ -28,6 +28,8 @@ from omniforcing_lib.transformer import Transformer
 
 Numbers = dict[str, float | Tensor]
 Step = Callable[[int, torch.Generator], Numbers]
+Sampler = Callable[[Transformer, torch.Generator, int], tuple[AV[Tensor], AV[Tensor]]]
+"""sampler(student, generator, exit step) -> text AV [B, L, C] and clips AV([B, F, h, w, C], [B, T, C]) made for it."""
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,17 @@ def take_level(states: Tensor, level: Tensor) -> Tensor:
     return states.gather(1, index.expand(-1, 1, *states.shape[2:])).squeeze(1)
 
 
+def own_clips(prompts: Prompts, causal: Causal, grid: tuple[int, int], video_latents: int, batch: int) -> Sampler:
+    """Let a student roll out clips on its own past: what Stage 3 learns from."""
+
+    def sample(student: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
+        text = prompts.take(pick(len(prompts.names), batch, generator))
+        noise = fresh_noise(generator, batch)
+        return text, join(list(rollout(student, causal, text, noise, grid, video_latents, exit_step=exit_step)))
+
+    return sample
+
+
 def self_forcing_stage(
     student: Player,
     critic: Player,
@@ -353,20 +366,20 @@ def self_forcing_stage(
     guidance: Guidance = DMD_GUIDANCE,
     ratio: int = 5,
     weights: AV[float] = ONES,
+    sampler: Sampler | None = None,
 ) -> Step:
     """Stage 3: joint self-forcing DMD through the rolling cache (paper Sec. 3.3; spec 5.7).
 
     Every step trains the critic on the student's own clips; every `ratio`-th trains the student first. All blocks of
-    a clip leave at one step, drawn from the non-zero noise levels.
+    a clip leave at one step, drawn from the non-zero noise levels. A `sampler` may make the clips in another way
+    than `own_clips`.
     """
     levels = len(causal.steps) - 1
+    clips = sampler or own_clips(prompts, causal, grid, video_latents, batch)
 
     def sample(generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
-        text = prompts.take(pick(len(prompts.names), batch, generator))
-        noise = fresh_noise(generator, batch)
         with student.autocast():
-            blocks = rollout(student.model, causal, text, noise, grid, video_latents, exit_step=exit_step)
-            return text, join(list(blocks))
+            return clips(student.model, generator, exit_step)
 
     def generate(generator: torch.Generator, exit_step: int) -> Numbers:
         text, x_hat = sample(generator, exit_step)

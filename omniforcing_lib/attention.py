@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from omniforcing_lib import backends
 from omniforcing_lib.masks import Visibility
 from omniforcing_lib.rope import Rotation, rotate
 
@@ -24,45 +25,39 @@ class Slot(Protocol):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None = None) -> Tensor:
-    """Attend over all keys, or over the visible ones.
+    """Attend over all keys, or over the visible ones, by the backend chosen for these tensors (see `backends`).
 
     Shapes: q [B, H, T, D], k and v [B, H, L, D] to [B, H, T, D].
     """
+    choice = backends.chosen(q)
+    plain = backends.flash if choice.plain == "flash" else scaled_dot_product_attention
     if visibility is None:
-        return scaled_dot_product_attention(q, k, v)
+        return plain(q, k, v)
     if q.shape[2] != visibility.rows or k.shape[2] != visibility.columns:
         raise ValueError(
             f"the mask is {visibility.rows} x {visibility.columns} (queries x keys), "
             f"found {q.shape[2]} queries and {k.shape[2]} keys"
         )
-    return _ATTEND[visibility.rendering](q, k, v, visibility)
+    rendering = visibility.rendering or choice.masked
+    if rendering == "flex":
+        return backends.flex(q, k, v, visibility.block_mask(q.device))
+    if rendering == "dense":
+        return scaled_dot_product_attention(q, k, v, attn_mask=visibility.dense.to(q.device))
+    return _sliced(q, k, v, visibility, plain)
 
 
-def _sliced(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
-    """One call a block over its visible keys: no dense mask, the flash kernel stays usable."""
+def _sliced(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, plain: Callable[..., Tensor]) -> Tensor:
+    """One call a block over its visible keys: no dense mask, the flash kernels stay usable."""
     outputs = []
     for rows, columns in visibility.runs:
         keys, values = (_take(x, columns) for x in (k, v))
-        outputs.append(scaled_dot_product_attention(q[:, :, rows.start : rows.stop], keys, values))
+        outputs.append(plain(q[:, :, rows.start : rows.stop], keys, values))
     return torch.cat(outputs, dim=2)
 
 
 def _take(x: Tensor, spans: tuple[range, ...]) -> Tensor:
     parts = [x[:, :, s.start : s.stop] for s in spans]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _dense(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, attn_mask=visibility.dense.to(q.device))
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return flex_attention(q, k, v, block_mask=visibility.block_mask(q.device))
-
-
-_ATTEND = {"sliced": _sliced, "dense": _dense, "flex": _flex}
 
 
 class Attention(nn.Module):

@@ -44,15 +44,15 @@ class Visibility:
     Attributes:
         runs: a partition of the rows.
         columns: number of columns.
-        rendering: how attention uses it: `sliced` (one call a run), `dense` or `flex`.
+        rendering: how attention uses it: `sliced` (one call a run), `dense` or `flex`; None leaves it to the backend.
     """
 
     runs: tuple[Run, ...]
     columns: int
-    rendering: str = "sliced"
+    rendering: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rendering not in RENDERINGS:
+        if self.rendering not in (None, *RENDERINGS):
             raise ValueError(f"a mask is rendered as one of {', '.join(RENDERINGS)}; found {self.rendering!r}")
 
     @property
@@ -72,11 +72,19 @@ class Visibility:
                 mask[rows.start : rows.stop, span.start : span.stop] = True
         return mask
 
+    @torch.compiler.disable
     def block_mask(self, device: str | torch.device = "cpu") -> object:
-        """Render as a FlexAttention `BlockMask`."""
+        """Render as a FlexAttention `BlockMask`, made once a device."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        return create_block_mask(self.mask_mod(device), None, None, Q_LEN=self.rows, KV_LEN=self.columns, device=device)
+        held, size = self._block_masks, {"Q_LEN": self.rows, "KV_LEN": self.columns}
+        if str(device) not in held:
+            held[str(device)] = create_block_mask(self.mask_mod(device), None, None, **size, device=device)
+        return held[str(device)]
+
+    @cached_property
+    def _block_masks(self) -> dict[str, object]:
+        return {}
 
     def mask_mod(self, device: str | torch.device = "cpu"):
         """Render as FlexAttention's predicate of (batch, head, row, column)."""
@@ -113,7 +121,7 @@ def build(
     tokens_per_frame: int,
     *,
     window: int | None = None,
-    rendering: str = "sliced",
+    rendering: str | None = None,
 ) -> Masks:
     """Build the four block-causal masks of a clip (paper Sec. 3.1; spec 3.4).
 

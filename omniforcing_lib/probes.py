@@ -251,7 +251,7 @@ def attention_cost(
 
 def _cost(layout, seconds, tokens_per_frame, heads, dim, repeats, device) -> Cost:
     latents = CLOCK.latents(seconds).video
-    sliced = masks.build(layout, latents, tokens_per_frame).video_self
+    sliced = masks.build(layout, latents, tokens_per_frame, rendering="sliced").video_self
     dense = replace(sliced, rendering="dense")
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, heads, sliced.rows, dim, generator=generator).to(device)

@@ -1,0 +1,149 @@
+"""Which kernel attends: flash-attn, FlexAttention or PyTorch's own, chosen once a kind of tensor (spec 1.6, 8.2).
+
+A cached step and a run of a sliced mask need no mask, so flash-attn serves both; masked training on a GPU takes
+FlexAttention, everything else PyTorch's scaled dot product. A choice says why in one log line, and can be named.
+
+Shapes: B batch, H heads, T queries, L keys, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NAMES = ("auto", "sdpa", "flash", "flex")
+HALF = (torch.float16, torch.bfloat16)
+_log = logging.getLogger(__name__)
+_named = "auto"
+_flash: dict[int | None, Callable[..., Tensor]] = {}
+
+
+class Kind(NamedTuple):
+    """What a kernel must be able to take: device type, its compute capability, dtype, head dim."""
+
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.device}, {str(self.dtype).removeprefix('torch.')}, head dim {self.head_dim}"
+
+
+class Choice(NamedTuple):
+    """Kernel of a call without a mask (`sdpa` or `flash`), and how a mask is rendered (`sliced` or `flex`)."""
+
+    plain: str
+    masked: str
+
+
+def use(name: str) -> None:
+    """Name the backend of this process: `auto`, `sdpa`, `flash` or `flex`; what can't be is refused when it is met.
+
+    Raises:
+        ValueError: another name.
+    """
+    global _named
+    if name not in NAMES:
+        raise ValueError(f"an attention backend is one of {', '.join(NAMES)}; found {name!r}")
+    _named = name
+
+
+def chosen(q: Tensor) -> Choice:
+    """Choose for tensors like `q`, under autocast for what it casts to.
+
+    Shapes: q [B, H, T, D].
+    """
+    return Choice(*_settled(_named, q.device.type, q.device.index, computed_in(q), q.shape[-1]))
+
+
+def computed_in(q: Tensor) -> torch.dtype:
+    """Give the dtype that attention computes in: autocast's where it is on, else the tensor's own."""
+    kind = q.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+
+
+@torch.compiler.assume_constant_result
+def _settled(*question: object) -> tuple[str, str]:
+    return _answer(*question)
+
+
+@lru_cache
+def _answer(name: str, device: str, index: int | None, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
+    kind = Kind(device, capability, dtype, head_dim)
+    choice = choose(name, kind)
+    if choice.plain == "flash":
+        _flash[index] = import_module(flash_module(capability)).flash_attn_func
+    _log.info("attention on %s: %s without a mask, %s with one (asked for: %s)", kind, *choice, name)
+    return tuple(choice)
+
+
+def choose(name: str, kind: Kind) -> Choice:
+    """Choose by capability, or take what is named.
+
+    Raises:
+        ValueError: the named backend can't serve this kind, with the reason.
+    """
+    refused = {backend: refusal(backend, kind) for backend in ("flash", "flex")}
+    if why := refused.get(name):
+        raise ValueError(f"attention backend {name!r} can't serve {kind}: {why}; name sdpa or auto")
+    plain = "flash" if name in ("auto", "flash") and not refused["flash"] else "sdpa"
+    return Choice(plain, "flex" if name in ("auto", "flex") and not refused["flex"] else "sliced")
+
+
+def refusal(backend: str, kind: Kind) -> str | None:
+    """Say why flash-attn or FlexAttention can't serve a kind of tensor; None where it can."""
+    if kind.device != "cuda":
+        return "it needs a CUDA device"
+    size = kind.head_dim
+    if backend == "flex":
+        # other sizes are padded by some releases of PyTorch only
+        fits = 16 <= size <= 256 and size & (size - 1) == 0
+        dtype = kind.dtype in (*HALF, torch.float32)
+        return None if fits and dtype else "it takes head dims 16, 32, 64, 128 and 256 and no float64"
+    if kind.dtype not in HALF:
+        return "it takes float16 and bfloat16 only"
+    if size % 8 or size > 256:
+        return "it takes head dims that are multiples of 8, up to 256"
+    if kind.capability < (8, 0):
+        return "it needs compute capability 8.0"
+    return None if flash_module(kind.capability) else "no flash-attn is installed (pip install flash-attn)"
+
+
+def flash_module(capability: tuple[int, int]) -> str | None:
+    """Name the installed flash-attn for a GPU: 3 on Hopper where it is there, else 2."""
+    wanted = ["flash_attn_interface"] * (capability[0] == 9) + ["flash_attn"]
+    return next((name for name in wanted if find_spec(name)), None)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend over all keys by flash-attn 2 or 3, which know [B, T, H, D] and half precision.
+
+    Shapes: q [B, H, T, D], k and v [B, H, L, D] to [B, H, T, D].
+    """
+    out = _flash[q.device.index](*(x.to(computed_in(q)).transpose(1, 2) for x in (q, k, v)))
+    # early releases of flash-attn 3 return the log of the normaliser too
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: object) -> Tensor:
+    """Attend under a FlexAttention mask, compiled where there is a GPU.
+
+    Shapes: q [B, H, T, D], k and v [B, H, L, D] to [B, H, T, D].
+    """
+    return _flex_function(q.device.type)(*(x.to(computed_in(q)) for x in (q, k, v)), block_mask=block_mask)
+
+
+@lru_cache
+def _flex_function(device: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention

@@ -6,7 +6,7 @@ Every function takes plain arrays and gives a figure; `report.Run.figure` stores
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -116,13 +116,7 @@ def strip(
     axes = fig.subplots()
     end = len(clip.video) / clock.fps
     _film(axes, clip, pictures, clock)
-    for events, colour, marker, foot, head in (
-        (impacts, STREAM.video, 7, 1.0, 2.12),
-        (onsets, STREAM.audio, 6, 1.0, -0.12),
-    ):
-        times = [event.time_s for event in events or ()]
-        axes.vlines(times, foot, head, color=colour, linewidth=0.9, linestyle=(0, (3, 2)))
-        axes.plot(times, [head] * len(times), marker=marker, color=colour, linestyle="none", clip_on=False)
+    _mark(axes, AV(impacts or (), onsets or ()))
     axes.set(xlim=(0, end), ylim=(-0.15, 2.15), xlabel="seconds", yticks=(0.5, 1.5), title=title)
     axes.set_yticklabels([_counted("sound", "onset", onsets), _counted("frames", "impact", impacts)])
     bare(axes)
@@ -145,6 +139,15 @@ def _film(axes: Axes, clip: AV[np.ndarray], pictures: int, clock: Clock) -> None
     axes.fill_between(seconds, 0.5 + low, 0.5 + high, color=STREAM.audio, linewidth=0.6)
 
 
+def _mark(axes: Axes, events: AV[Sequence[Timed]], size: float = 6) -> None:
+    """Point at impacts from above and at onsets from below; the lines meet where sight and sound agree."""
+    for found, colour, marker, foot, head in zip(events, STREAM, (7, 6), (1.0, 1.0), (2.12, -0.12), strict=False):
+        if not (times := [event.time_s for event in found]):
+            continue
+        axes.vlines(times, foot, head, color=colour, linewidth=0.15 * size, linestyle=(0, (3, 2)))
+        axes.plot(times, [head] * len(times), marker=marker, ms=size, color=colour, linestyle="none", clip_on=False)
+
+
 def _envelope(samples: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Lowest and highest sample in each column of a picture; the loudest reaches half a unit."""
     pieces = np.array_split(samples, min(columns, max(len(samples), 1)))
@@ -155,23 +158,29 @@ def _envelope(samples: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray
 
 @styled
 def contact_sheet(
-    clips: Sequence[AV[np.ndarray]], titles: Sequence[str], *, columns: int = 2, clock: Clock = CLOCK
+    clips: Sequence[AV[np.ndarray]],
+    titles: Sequence[str],
+    events: Sequence[AV[Sequence[Timed]]] = (),
+    *,
+    columns: int = 2,
+    clock: Clock = CLOCK,
 ) -> Figure:
-    """Draw several clips as small strips, frames above waveform.
+    """Draw several clips as small strips, frames above waveform; with `events`, impacts and onsets of each are marked.
 
     Shapes: each clip frames uint8 [F, H, W, 3], samples float [N].
     """
     if len(clips) != len(titles) or not clips:
         raise ValueError(f"expected a title for each clip, found {len(clips)} clips and {len(titles)} titles")
     rows = -(-len(clips) // columns)
-    fig = figure(0.1 + 1.2 * rows)
+    fig = figure(0.1 + (1.35 if events else 1.2) * rows)
     panels = fig.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels:
         axes.set_axis_off()
-    for axes, clip, title in zip(panels, clips, titles, strict=False):
+    for axes, clip, title, marks in zip_longest(panels[: len(clips)], clips, titles, events):
         _film(axes, clip, 7, clock)
-        axes.set(xlim=(0, len(clip.video) / clock.fps), ylim=(0, 2))
-        axes.set_title(title, weight="normal", pad=2)
+        _mark(axes, marks or AV((), ()), size=4)
+        axes.set(xlim=(0, len(clip.video) / clock.fps), ylim=(-0.15, 2.15) if marks else (0, 2))
+        axes.set_title(title, weight="normal", pad=7 if marks else 2)
     return fig
 
 

@@ -120,21 +120,27 @@ def run(systems: dict[str, System], trial: Trial, out: str | Path, *, floor: boo
         sets["shuffled sound"] = evaluate.shuffled(real)
     for name, system in systems.items():
         sets[name] = through_file(sample(system, trial))
-        picture = plots.contact_sheet(sets[name][:8], trial.asked(system)[:8])
-        out.mkdir(parents=True, exist_ok=True)
-        picture.savefig(out / f"{name.replace(' ', '_').replace(',', '')}.png")
     rows, extra = {}, {}
     for name, clips in sets.items():
         wanted = trial.asked(systems[name]) if name in systems else prompts
-        pairs = list(zip(clips, wanted, strict=True))
-        tallies = [evaluate.tally(evaluate.read(c), p) for c, p in tqdm(pairs, desc=name, leave=False)]
+        readings = [evaluate.read(clip) for clip in tqdm(clips, desc=name, leave=False)]
+        tallies = [evaluate.tally(reading, prompt) for reading, prompt in zip(readings, wanted, strict=True)]
+        if name in systems:
+            _sheet(out / f"{name.replace(' ', '_').replace(',', '')}.png", readings[:8], wanted[:8])
         rows[name] = evaluate.estimates(tallies)
         extra[name] = distances(reference, clips) | {"sync_f1_by_seed": by_seed(tallies, trial)}
-        if wanted is prompts:
+        if all(wanted):
             extra[name]["lowest_of_prompts"] = worst(tallies, prompts)
     table = evaluate.Table(rows)
     _store(out, trial, systems, table, extra)
     return table
+
+
+def _sheet(path: Path, readings: Sequence[evaluate.Reading], titles: Sequence[str]) -> None:
+    events = [AV([*(p.seen for p in r.pairs), *r.seen], [*(p.heard for p in r.pairs), *r.heard]) for r in readings]
+    picture = plots.contact_sheet([r.clip for r in readings], titles, events)
+    with files.replacing(path) as partial:
+        picture.savefig(partial, format="png")
 
 
 def distances(reference: AV[np.ndarray], clips: Sequence[Clip]) -> dict[str, float]:

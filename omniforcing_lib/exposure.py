@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from omniforcing_lib import evaluate, world
 from omniforcing_lib.codecs import DecodeState, TinyCodec
-from omniforcing_lib.evaluate import Estimate, Reading
+from omniforcing_lib.evaluate import Estimate, Reading, Tally
 from omniforcing_lib.layout import AV, BlockLayout, Clock
 from omniforcing_lib.rollout import Causal, join, rollout, seeded_noise
 from omniforcing_lib.stream import to_clips
@@ -30,6 +31,8 @@ FIRST = 2
 """The first block whose past is a whole second, long enough to tell where the ball goes."""
 
 FASTEST = 1.25 * world.SPEED[1]
+QUIET = 1e-6
+"""Power below which a change of level is not heard."""
 
 
 @torch.no_grad()
@@ -176,14 +179,15 @@ def gap(a: np.ndarray, b: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Es
     Shapes: [n, 2] and [m, 2], part and whole of each clip, as `sums` or one measure of `evaluate.tally` gives them.
     """
     rng = np.random.default_rng(seed)
-
-    def ratio(counts: np.ndarray) -> np.ndarray:
-        part, whole = counts.sum(-2)[..., 0], counts.sum(-2)[..., 1]
-        return part / np.where(whole > 0, whole, np.nan)
-
-    drawn = [ratio(x[rng.integers(len(x), size=(draws, len(x)))]) for x in (a, b)]
+    drawn = [_ratio(x[rng.integers(len(x), size=(draws, len(x)))]) for x in (a, b)]
     low, high = np.nanquantile(drawn[0] - drawn[1], (0.025, 0.975))
-    return Estimate(float(ratio(a) - ratio(b)), float(low), float(high))
+    return Estimate(float(_ratio(a) - _ratio(b)), float(low), float(high))
+
+
+def _ratio(counts: np.ndarray) -> np.ndarray:
+    """Pool parts and wholes of clips; NaN where nothing counts. Shapes: [..., n, 2] to [...]."""
+    part, whole = counts.sum(-2)[..., 0], counts.sum(-2)[..., 1]
+    return part / np.where(whole > 0, whole, np.nan)
 
 
 def drift(
@@ -204,19 +208,62 @@ def drift(
     }
 
 
-def seam(readings: Sequence[Reading], layout: BlockLayout) -> float:
-    """Compare the ball's step across block edges with its steps inside blocks: medians, 1 is no seam.
+def kept(first: Sequence[Tally], last: Sequence[Tally], *, draws: int = 1000, seed: int = 0) -> dict[str, Estimate]:
+    """Divide the pooled measures of one span by another's, clip by clip: 1 where nothing is lost; 95 % intervals.
 
-    Steps that hold a turn are left out.
+    Loudness in dB and signed delays are subtracted instead: 0. A clip is drawn with both of its spans.
+    """
+    picks = np.random.default_rng(seed).integers(len(first), size=(draws, len(first)))
+    result = {}
+    for name in first[0]:
+        counts = (np.array([tally[name] for tally in span], dtype=float) for span in (first, last))
+        (a, drawn_a), (b, drawn_b) = ((_ratio(x), _ratio(x[picks])) for x in counts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            apart = name in ("loudness_db", "offset_ms")
+            change, drawn = (b - a, drawn_b - drawn_a) if apart else (b / a, drawn_b / drawn_a)
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (math.nan, math.nan)
+        result[name] = Estimate(float(change), float(low), float(high))
+    return result
+
+
+def seam(
+    readings: Sequence[Reading], layout: BlockLayout, of: str = "ball", start_s: float = 0.0, end_s: float = math.inf
+) -> float:
+    """Compare steps across block edges with steps inside blocks, within a span: medians, 1 is no seam.
+
+    A step is, from frame to frame, the way of the ball (`ball`, turns left out) or the change of a pixel (`picture`);
+    or, from mel frame to mel frame, the change of level in dB (`sound`).
     """
     across, inside = [], []
     for reading in readings:
-        clock, steps = reading.clock, np.linalg.norm(np.diff(reading.track.centre, axis=0), axis=1)
-        for turn in reading.turns:
-            steps[max(round(turn * clock.fps) - 1, 0) : round(turn * clock.fps) + 1] = np.nan
-        blocks = layout.blocks(clock.video_latents_of(len(reading.clip.video)))
-        edges = np.zeros(len(steps), bool)
-        edges[[clock.frames(block.video).start - 1 for block in blocks[1:]]] = True
-        across.append(steps[edges])
-        inside.append(steps[~edges])
+        clock, steps = reading.clock, STEPS[of](reading)
+        blocks = layout.blocks(clock.video_latents_of(len(reading.clip.video)))[1:]
+        starts = [(clock.mels(b.audio) if of == "sound" else clock.frames(b.video)).start for b in blocks]
+        seconds = (np.arange(len(steps)) + 1) / (clock.mel_rate if of == "sound" else clock.fps)
+        edges, within = np.zeros(len(steps), bool), (start_s <= seconds) & (seconds < end_s)
+        edges[[start - 1 for start in starts]] = True
+        across.append(steps[edges & within])
+        inside.append(steps[~edges & within])
     return float(np.nanmedian(np.concatenate(across)) / np.nanmedian(np.concatenate(inside)))
+
+
+def _ball_steps(reading: Reading) -> np.ndarray:
+    steps = np.linalg.norm(np.diff(reading.track.centre, axis=0), axis=1)
+    for turn in reading.turns:
+        steps[max(round(turn * reading.clock.fps) - 1, 0) : round(turn * reading.clock.fps) + 1] = np.nan
+    return steps
+
+
+def _picture_steps(reading: Reading) -> np.ndarray:
+    frames = reading.clip.video
+    return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(frames)])
+
+
+def _sound_steps(reading: Reading) -> np.ndarray:
+    hops = reading.clip.audio[: len(reading.clip.audio) // reading.clock.hop * reading.clock.hop]
+    power = np.square(hops.reshape(-1, reading.clock.hop), dtype=np.float64).mean(1)
+    return np.abs(np.diff(10 * np.log10(power + QUIET)))
+
+
+STEPS = {"ball": _ball_steps, "picture": _picture_steps, "sound": _sound_steps}

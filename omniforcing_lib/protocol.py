@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from omniforcing_lib import checkpoints, distributions, evaluate, files, media, plots, rollout, stream, world
+from omniforcing_lib import checkpoints, distributions, evaluate, exposure, files, media, plots, rollout, stream, world
 from omniforcing_lib.codecs import TinyCodec
-from omniforcing_lib.layout import AV
+from omniforcing_lib.layout import AV, PAPER, BlockLayout
 from omniforcing_lib.text import TinyText
 
 Clip = AV[np.ndarray]
@@ -168,15 +168,66 @@ def worst(tallies: Sequence[evaluate.Tally], prompts: Sequence[str]) -> dict[str
 
 
 def _store(out: Path, trial: Trial, systems: dict[str, System], table: evaluate.Table, extra: dict[str, dict]) -> None:
-    rows = {name: {k: [round(v, 5) for v in e] for k, e in row.items()} for name, row in table.rows.items()}
-    clean = {n: {k: v if np.isfinite(v).all() else None for k, v in row.items()} for n, row in rows.items()}
     record = {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds}
     record["systems"] = {name: system._asdict() for name, system in systems.items()}
-    files.write_json(out / "scores.json", record | {"measures": clean, "more": extra})
+    files.write_json(out / "scores.json", record | {"measures": _plain(table), "more": extra})
     size = f"{trial.seeds} seeds × {trial.clips} clips of {trial.seconds} s"
     title = f"{size}, held-out, through an mp4; mean and 95 % interval."
     more = "Distances are on named, hand-made features, to as many real clips of other seeds."
     files.write_text(out / "scores.md", "\n\n".join([title, str(table), more, _columns(extra)]) + "\n")
+
+
+def _plain(table: evaluate.Table) -> dict[str, dict[str, list[float] | None]]:
+    """Give a table as JSON can hold it: mean, low, high of each measure, None where nothing was to be measured."""
+    rows = {name: {k: [round(float(v), 5) for v in e] for k, e in row.items()} for name, row in table.rows.items()}
+    return {n: {k: v if np.isfinite(v).all() else None for k, v in row.items()} for n, row in rows.items()}
+
+
+def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width: int = 10) -> str:
+    """Measure what long roll-outs lose, span by span of `width` seconds, and write `long.json` and `long.md`.
+
+    Real clips stand beside the students. `last / first` is `exposure.kept`; seams are those of `exposure.seam`.
+    Returns the text.
+
+    Raises ValueError for a teacher, which has no blocks, or a length that is not two spans or more.
+    """
+    if trial.seconds % width or trial.seconds < 2 * width:
+        raise ValueError(f"long roll-outs last two or more whole spans of {width} s, found {trial.seconds} s")
+    layouts = {"real clips": PAPER}
+    for name, system in systems.items():
+        causal = checkpoints.read(system.model).causal
+        if causal is None:
+            raise ValueError(f"{system.model} is no causal student: it cannot be rolled out for {trial.seconds} s")
+        layouts[name] = causal.layout
+    size = f"{trial.clips * trial.seeds} roll-outs of {trial.seconds} s"
+    parts, record = [f"{size}, held-out, through an mp4; mean and 95 % interval."], {}
+    for name, layout in layouts.items():
+        made = sample(systems[name], trial, batch=8) if name in systems else trial.real()
+        readings = [evaluate.read(clip) for clip in through_file(made)]
+        wanted = trial.asked(systems[name]) if name in systems else trial.prompts
+        table, seams = _spans(readings, wanted, layout, range(0, trial.seconds, width), width)
+        parts += [f"## {name}", str(table), _columns(seams)]
+        record[name] = {"measures": _plain(table), "seams": seams}
+    settings = {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds, "width": width}
+    settings["systems"] = {name: system._asdict() for name, system in systems.items()}
+    files.write_json(Path(out) / "long.json", settings | {"spans": record})
+    files.write_text(Path(out) / "long.md", "\n\n".join(parts) + "\n")
+    return "\n\n".join(parts)
+
+
+def _spans(
+    readings: Sequence[evaluate.Reading], prompts: Sequence[str], layout: BlockLayout, starts: range, width: int
+) -> tuple[evaluate.Table, dict[str, dict[str, float]]]:
+    counts = [
+        [evaluate.tally(r, p, start, start + width) for r, p in zip(readings, prompts, strict=True)] for start in starts
+    ]
+    names = [f"{start} to {start + width} s" for start in starts]
+    rows = dict(zip(names, map(evaluate.estimates, counts), strict=True))
+    seams = {
+        name: {f"seam, {of}": round(exposure.seam(readings, layout, of, *span), 4) for of in exposure.STEPS}
+        for name, span in zip([*names, "all"], [*((s, s + width) for s in starts), (0,)], strict=True)
+    }
+    return evaluate.Table(rows | {"last / first": exposure.kept(counts[0], counts[-1])}), seams
 
 
 def _columns(extra: dict[str, dict]) -> str:

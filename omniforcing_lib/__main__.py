@@ -86,7 +86,13 @@ def _parser() -> Parser:
     score.add_argument("--seconds", type=int, default=5)
     score.add_argument("--steps", type=int, nargs="+", default=[40], help="teacher steps; a column each")
     score.add_argument("--unprompted", action="store_true", help="a column of the teacher without a prompt")
+    score.add_argument("--long", action="store_true", help="students alone, in spans of 10 s of one long roll-out each")
     score.add_argument("--out", type=Path, default=Path("reports/scores"))
+
+    ablate = command("ablate", _ablate, "train Stage 3 with one part changed at a time, from one start, and measure")
+    ablate.add_argument("--arms", nargs="+", default=[], help="names of arms (default: all)")
+    ablate.add_argument("--seeds", type=int, default=2)
+    ablate.add_argument("--out", type=Path, default=Path("reports/ablations"), help="finished runs there are kept")
 
     inspect = command("inspect", _inspect, "print a checkpoint's configuration, size and keys")
     inspect.add_argument("checkpoint", help="teacher, stage2, student, or a file")
@@ -183,7 +189,14 @@ def _score(arguments: argparse.Namespace) -> None:
         if arguments.unprompted:
             systems[f"{Path(model).stem}, no prompt"] = protocol.System(model, min(arguments.steps), prompted=False)
     trial = protocol.Trial(arguments.clips, arguments.seeds, arguments.seconds)
-    print(protocol.run(systems, trial, arguments.out))
+    print((protocol.run_long if arguments.long else protocol.run)(systems, trial, arguments.out))
+
+
+def _ablate(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import ablations, evaluate
+
+    folder = ablations.run(arguments.out, arms=arguments.arms or tuple(ablations.ARMS), seeds=arguments.seeds)
+    print(evaluate.Table(ablations.table(folder)))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -22,11 +22,11 @@ from omniforcing_lib import checkpoints, dataset, distributions, losses, masks, 
 from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.dataset import Pairs, Prompts
 from omniforcing_lib.evaluate import Estimate
-from omniforcing_lib.flow import Guidance, noise_like, x0_of
+from omniforcing_lib.flow import ONES, Guidance, noise_like, x0_of
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.rollout import Causal, rollout
-from omniforcing_lib.stream import MINIATURE_GUIDANCE
-from omniforcing_lib.train import History, Player, Recipe
+from omniforcing_lib.stream import MINIATURE_CFG
+from omniforcing_lib.train import History, Player, Recipe, Sampler
 from omniforcing_lib.transformer import Transformer
 
 BARS = "▁▂▃▄▅▆▇"
@@ -51,7 +51,7 @@ def teacher_pairs(
     if source:
         teacher, seeds = checkpoints.load(source, device=device), range(seed * count, (seed + 1) * count)
         shape = {"latents": codec.clock.latents(5), "grid": codec.grid}
-        return dataset.ode_pairs(teacher, prompts, MINIATURE_GUIDANCE, causal.steps, seeds, **shape, progress=False)
+        return dataset.ode_pairs(teacher, prompts, MINIATURE_CFG, causal.steps, seeds, **shape, progress=False)
     stored = Pairs.load(checkpoints.DATA / "ode_pairs.safetensors", device)
     levels = stored.sigmas.double().cpu()
     if levels.shape != causal.sigmas.shape or not torch.allclose(levels, causal.sigmas, atol=1e-4):
@@ -137,18 +137,23 @@ def stage3(
     batch: int,
     seconds: int = 5,
     ratio: int = 5,
-    guidance: Guidance = MINIATURE_GUIDANCE,
+    guidance: Guidance = MINIATURE_CFG,
+    weights: AV[float] = ONES,
+    sampler: Sampler | None = None,
     seed: int = 0,
 ) -> Lesson:
-    """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic."""
+    """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic.
+
+    Streams count by `weights`; a `sampler` makes the clips in another way (see `train.self_forcing_stage`).
+    """
     device = prompts.context.video.device
     recipe = {"betas": (0.0, 0.999), "warmup": 3}
-    player = Player(copy.deepcopy(student), Recipe(lr=1e-4, ema=0.9, **recipe))
+    # the average spans the last quarter of the run
+    player = Player(copy.deepcopy(student), Recipe(lr=1e-4, ema=max(0.0, 1 - 4 / steps), **recipe))
     critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=2e-4, ema=0.0, **recipe))
     real, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
-    step = train.self_forcing_stage(
-        player, critic, real, prompts, causal, codec.grid, frames, batch, guidance=guidance, ratio=ratio
-    )
+    way = {"guidance": guidance, "ratio": ratio, "weights": weights, "sampler": sampler}
+    step = train.self_forcing_stage(player, critic, real, prompts, causal, codec.grid, frames, batch, **way)
     players = {"student": player, "critic": critic}
     # it ends on a step of the student, which no critic step need follow
     history = train.fit(step, players, (steps - 1) * ratio + 1, seed=seed, progress=False)

@@ -10,18 +10,20 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from omniforcing_lib import losses, masks
+from omniforcing_lib import journal, losses, masks
+from omniforcing_lib.blocks import Block
 from omniforcing_lib.dataset import Clips, Pairs, Prompts
-from omniforcing_lib.files import write_tensors
-from omniforcing_lib.flow import DMD_GUIDANCE, ONES, Guidance, guided_denoiser, noise_like, noised, x0_of
+from omniforcing_lib.distributed import ALONE, PATIENCE_S, UNHURRIED_S, Part, Team, local
+from omniforcing_lib.flow import DMD_GUIDANCE, ONES, Guidance, guided_denoiser, noised, x0_of
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal, fresh_noise, join, rollout
 from omniforcing_lib.transformer import Transformer
@@ -46,6 +48,9 @@ class Recipe:
         clip: largest gradient norm.
         ema: decay of the average; 0 keeps none.
         amp: compute in bfloat16 autocast; the weights stay float32.
+        limit: gradient norm above which a step changes nothing.
+        accumulate: parts that a process cuts its rows of a batch into, one after another.
+        recompute: keep of every block its inputs alone, and run it again for its gradients.
     """
 
     lr: float = 1e-3
@@ -57,6 +62,9 @@ class Recipe:
     clip: float = 1.0
     ema: float = 0.999
     amp: bool = False
+    limit: float = 1e4
+    accumulate: int = 1
+    recompute: bool = False
 
     def rate(self, step: int) -> float:
         """Learning rate at a step."""
@@ -68,20 +76,52 @@ class Recipe:
 
 
 class Player:
-    """A model that learns: fp32 weights, AdamW, gradient clipping, and an exponential average."""
+    """A model that learns: fp32 weights, AdamW, gradient clipping, and an exponential average.
 
-    def __init__(self, model: Transformer, recipe: Recipe) -> None:
-        self.model, self.recipe = model.train().requires_grad_(True), recipe
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        others = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        on_gpu = model.proj_out.weight.is_cuda
-        # a tensor on the GPU, so that a recorded step follows the schedule
-        rate = torch.tensor(recipe.lr, device=model.proj_out.weight.device) if on_gpu else recipe.lr
-        self.optimiser = torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, fused=on_gpu, capturable=on_gpu)
-        self.average = copy.deepcopy(model).eval().requires_grad_(False) if recipe.ema else None
+    Args:
+        model: what learns; a team shards it.
+        recipe: how.
+        team: the processes that train it together.
+    """
+
+    def __init__(self, model: Transformer, recipe: Recipe, team: Team = ALONE) -> None:
+        self.model = team.shard(model, amp=recipe.amp).train().requires_grad_(True)
+        self.recipe, self.team = recipe, team
+        self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.average = None
+        if recipe.ema:
+            copied = team.twin(model) if team.mesh else copy.deepcopy(model)
+            self.average = copied.eval().requires_grad_(False)
         self._blend = get_ema_multi_avg_fn(recipe.ema)
-        self.skipped = 0
+        if recipe.recompute:
+            for block in model.transformer_blocks:
+                _recompute(block)
+        self.optimiser = self._adamw()
+
+    def _adamw(self) -> torch.optim.AdamW:
+        recipe, on_gpu = self.recipe, self.device.type == "cuda"
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        # a tensor on the GPU, so that a recorded step follows the schedule
+        rate = torch.tensor(recipe.lr, device=self.device) if self.recordable else recipe.lr
+        return torch.optim.AdamW(groups, lr=rate, betas=recipe.betas, fused=on_gpu, capturable=self.recordable)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.proj_out.weight.device
+
+    @property
+    def skipped(self) -> int:
+        """Count the steps that changed nothing."""
+        return int(self._skipped)
+
+    @property
+    def recordable(self) -> bool:
+        """Tell whether a step can be a CUDA graph: one process on a GPU that takes its batch whole."""
+        recipe = self.recipe
+        return self.device.type == "cuda" and not (self.team.mesh or recipe.accumulate > 1 or recipe.recompute)
 
     @property
     def best(self) -> Transformer:
@@ -90,7 +130,7 @@ class Player:
 
     def autocast(self) -> torch.autocast:
         """Compute in bfloat16 if the recipe says so."""
-        return torch.autocast(self.model.proj_out.weight.device.type, torch.bfloat16, enabled=self.recipe.amp)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp)
 
     def tune(self, step: int) -> None:
         """Set the learning rate of a step."""
@@ -101,29 +141,74 @@ class Player:
                 group["lr"] = self.recipe.rate(step)
 
     def update(self, loss: Tensor) -> Tensor:
-        """Take one step down the loss; return the gradient norm. On the CPU, one that is not finite is skipped."""
+        """Take one step down the loss; return the gradient norm. One that is not finite or too large is skipped."""
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        return self._descend()
+
+    def learn(
+        self,
+        batch: int,
+        generator: torch.Generator,
+        terms: Callable[[Part], Numbers],
+        weights: AV[float] = ONES,
+    ) -> Numbers:
+        """Take one step down a batch, part by part; return its sums and the gradient `norm`.
+
+        `terms` gives what a part adds to the numbers of the batch; `video` and `audio` are its losses. Every part
+        draws from the generator as it is now. Gradients are summed over the processes part by part: they are never
+        held whole.
+        """
+        self.optimiser.zero_grad(set_to_none=True)
+        parts, sums = self.team.parts(batch, self.recipe.accumulate), []
+        start = generator.get_state() if len(parts) > 1 else None
+        for part in parts:
+            if start is not None:
+                generator.set_state(start)
+            found = terms(part)
+            # FSDP averages over the processes, and these are shares
+            (self.team.size * losses.total(AV(found["video"], found["audio"]), weights)).backward()
+            sums.append(torch.stack([value.detach().float() for value in found.values()]))
+        numbers = self.team.total(sum(sums))
+        return dict(zip(found, numbers, strict=True)) | {"norm": self._descend()}
+
+    def _descend(self) -> Tensor:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip, foreach=True)
-        if not norm.is_cuda and not torch.isfinite(norm):
-            self.skipped += 1
+        norm = norm.full_tensor() if self.team.mesh else norm
+        bad = ~(norm <= self.recipe.limit)
+        self._skipped += bad
+        if self.recordable:
+            # the fused kernel leaves out a bad step by itself: nothing waits for the GPU
+            self.optimiser.found_inf = bad.float()
+        elif bad:
             return norm
         self.optimiser.step()
         if self.average:
-            self._blend([*self.average.parameters()], [*self.model.parameters()], None)
+            self._blend([*map(local, self.average.parameters())], [*map(local, self.model.parameters())], None)
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Give weights, average and optimiser state as flat tensors."""
-        out = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-        if self.average:
-            out |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        """Give weights, average and optimiser state as flat tensors: copies on the CPU, or a team's own shards."""
+        out = self._weights()
         for i, entries in self.optimiser.state_dict()["state"].items():
             out |= {f"optimiser.{i}.{k}": v for k, v in entries.items()}
+        if self.team.mesh:
+            return {k: v.detach() for k, v in out.items()}
         return {k: v.detach().cpu().contiguous().clone() for k, v in out.items()}
 
+    def blank(self) -> dict[str, Tensor]:
+        """Give tensors like those of `state`, also where no step has been taken yet."""
+        out = self._weights()
+        for i, weight in enumerate(self._learning()):
+            entries = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(weight)}
+            entries["exp_avg_sq"] = torch.zeros_like(weight)
+            out |= {f"optimiser.{i}.{k}": v for k, v in entries.items()}
+        return {k: v.detach() for k, v in out.items()}
+
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` gave."""
+        """Restore what `state` gave, to one process or to a team."""
+        own = dict(self.blank())
+        state = {k: v if local(v) is not v or not v.dim() else self.team.cut(v, own[k]) for k, v in state.items()}
 
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(name): v for k, v in state.items() if k.startswith(name)}
@@ -138,6 +223,39 @@ class Player:
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": entries, "param_groups": groups})
 
+    def _weights(self) -> dict[str, Tensor]:
+        out = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        return out | {f"average.{k}": v for k, v in (self.average.state_dict() if self.average else {}).items()}
+
+    def _learning(self) -> list[nn.Parameter]:
+        return [p for group in self.optimiser.param_groups for p in group["params"]]
+
+
+def _recompute(block: Block) -> None:
+    """Let a block keep its inputs alone where gradients flow, and run again when they are asked for."""
+    plain = block.forward
+
+    def forward(x: AV[Tensor], condition: AV[object], *, slots: AV | None = None, **skip: bool) -> AV[Tensor]:
+        if not torch.is_grad_enabled():
+            return plain(x, condition, slots=slots, **skip)
+        cache = slots.video.own._cache if slots else None
+        then = dict(vars(cache)) if cache else {}
+
+        def run(x: AV[Tensor]) -> AV[Tensor]:
+            """Run as then: by now the cache may have another block open."""
+            if cache is None:
+                return plain(x, condition, **skip)
+            now = dict(vars(cache))
+            vars(cache).update(then)
+            try:
+                return plain(x, condition, slots=slots, **skip)
+            finally:
+                vars(cache).update(now)
+
+        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+
+    block.forward = forward
+
 
 @dataclass
 class History:
@@ -146,7 +264,7 @@ class History:
     numbers: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, numbers: Numbers) -> None:
-        """Append one step; tensors stay on their device until they are read."""
+        """Append one step."""
         for name, value in numbers.items():
             self.numbers.setdefault(name, []).append(value)
 
@@ -167,27 +285,47 @@ def fit(
     label: str = "training",
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
+    give_up: int = 20,
 ) -> History:
     """Run a stage with a progress bar; with a folder, checkpoint every `every` steps and resume from there.
 
-    Returns the history of the steps that ran now.
+    A folder belongs to one run at a time. SIGTERM ends a run that has one after the step, with a checkpoint and exit
+    code 143. Returns the history of the steps that ran now.
+
+    Raises:
+        ValueError: another run has the folder, or its state is of another seed, damaged or of other settings.
+        Diverged: `give_up` steps in a row changed nothing, see `Recipe.limit`; their numbers are in the folder.
     """
-    generator = torch.Generator(next(iter(players.values())).model.proj_out.weight.device)
-    saved = Path(folder) / "state.safetensors" if folder else None
-    start = _resume(saved, players, seed) if saved and saved.exists() else 0
-    history = History()
-    bar = tqdm(range(start, steps), desc=label, initial=start, total=steps, disable=not progress, mininterval=1.0)
-    for i in bar:
-        for player in players.values():
-            player.tune(i)
-        history.add(step(i, generator.manual_seed(mixed(seed, i))))
-        if i % 20 == 0:
-            bar.set_postfix({k: f"{history.mean(k, 20):.3f}" for k in history.numbers})
-        ended = stop()
-        if saved and ((i + 1) % every == 0 or i + 1 == steps or ended):
-            _store(saved, players, seed, i + 1)
-        if ended:
-            break
+    first, history, bad = next(iter(players.values())), History(), []
+    team, generator = first.team, torch.Generator(first.device)
+    with journal.opened(folder, players, seed, team) as book:
+        start, shown = book.resume(), progress and team.leads
+        bar = tqdm(range(start, steps), desc=label, initial=start, total=steps, disable=not shown, mininterval=1.0)
+        for i in bar:
+            before = [player.skipped for player in players.values()]
+            for player in players.values():
+                player.tune(i)
+            found = step(i, generator.manual_seed(mixed(seed, i)))
+            numbers = {name: float(value) for name, value in found.items()}
+            history.add(numbers)
+            book.note(i, numbers)
+            if i % 20 == 0:
+                bar.set_postfix({k: f"{history.mean(k, 20):.3f}" for k in history.numbers})
+            skipped = before != [player.skipped for player in players.values()]
+            bad = [*bad, {"step": i, **numbers}] if skipped else []
+            ended, told = team.any(stop(), book.asked_to_end)
+            if (i + 1) % every == 0 or i + 1 == steps or ended or told or len(bad) == give_up:
+                book.store(i + 1)
+            if len(bad) == give_up:
+                raise book.diverged(bad)
+            if told:
+                print(f"{label}: told to end after step {i + 1}; the same command goes on from there", flush=True)
+                raise SystemExit(journal.SIGTERM_CODE)
+            if ended:
+                break
+            if i == start:
+                team.hurry(PATIENCE_S)
+        team.hurry(UNHURRIED_S)
     return history
 
 
@@ -196,8 +334,13 @@ def mixed(seed: int, step: int) -> int:
     return (seed * 1_000_003 + step) * 2_654_435_761 % 2**63
 
 
+def recorded(piece: Callable[..., Numbers], *players: Player, live: bool = False) -> Callable[..., Numbers]:
+    """Record a piece of a step where that can be done; `live` pieces ask the host for data."""
+    return piece if live or not all(player.recordable for player in players) else Recorded(piece)
+
+
 class Recorded:
-    """Record a piece of a step as CUDA graphs, one a key, and replay them; on the CPU just call it.
+    """Record a piece of a step as CUDA graphs, one a key, and replay them.
 
     A small model keeps a GPU waiting for launches: replayed, the miniature trains several times faster. The piece may
     use no random numbers but the generator's, and may not ask the GPU for a value.
@@ -211,8 +354,6 @@ class Recorded:
 
     def __call__(self, generator: torch.Generator, *key: int) -> Numbers:
         """Run with the generator as it was last seeded."""
-        if generator.device.type != "cuda":
-            return self._piece(generator, *key)
         # a graph stays bound to the generator that it was recorded with
         self._own = self._own or torch.Generator(generator.device)
         generator = self._own.manual_seed(generator.initial_seed())
@@ -242,24 +383,6 @@ class Recorded:
         return graph, numbers
 
 
-def _store(path: Path, players: Mapping[str, Player], seed: int, step: int) -> None:
-    tensors = {f"{name}/{k}": v for name, player in players.items() for k, v in player.state().items()}
-    write_tensors(path, tensors, {"step": str(step), "seed": str(seed)})
-
-
-def _resume(path: Path, players: Mapping[str, Player], seed: int) -> int:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        if metadata["seed"] != str(seed):
-            raise ValueError(
-                f"{path} was trained with seed {metadata['seed']}, found {seed}: use that seed, or another folder"
-            )
-        state = {name: file.get_tensor(name) for name in file.keys()}
-    for name, player in players.items():
-        player.load({k.removeprefix(f"{name}/"): v for k, v in state.items() if k.startswith(f"{name}/")})
-    return int(metadata["step"])
-
-
 def pick(count: int, batch: int, generator: torch.Generator) -> Tensor:
     """Draw `batch` numbers below `count`."""
     return torch.randint(count, (batch,), generator=generator, device=generator.device)
@@ -282,21 +405,19 @@ def flow_stage(
 ) -> Step:
     """Train the bidirectional teacher by flow matching; prompts are dropped for CFG."""
 
-    def piece(generator: torch.Generator) -> Numbers:
+    def terms(generator: torch.Generator, part: Part) -> Numbers:
         index = pick(len(clips), batch, generator)
-        x0 = clips.latents.map(lambda x: x[index].float())
+        x0 = clips.latents.map(lambda x: x[part.of(index)].float())
         dropped = torch.rand(batch, generator=generator, device=generator.device) < drop
-        text = prompts.take(torch.where(dropped, -1, clips.prompt[index]))
-        level, eps = training_sigma(batch, generator), noise_like(x0, generator)
+        text = prompts.take(part.of(torch.where(dropped, -1, clips.prompt[index])))
+        level, eps = part.of(training_sigma(batch, generator)), part.noise(x0, generator)
         sigma = AV(level, level)
         with player.autocast():
             velocity = player.model(x0.map(noised, eps, sigma), sigma, text)
-        loss = losses.flow_matching(velocity, x0, eps)
-        norm = player.update(losses.total(loss, weights))
-        return {"video": loss.video.detach(), "audio": loss.audio.detach(), "norm": norm}
+        return losses.flow_matching(velocity, x0, eps).map(lambda loss: loss * part.share)._asdict()
 
-    recorded = Recorded(piece)
-    return lambda i, generator: recorded(generator)
+    piece = recorded(lambda g: player.learn(batch, g, partial(terms, g), weights), player, live=prompts.live)
+    return lambda i, generator: piece(generator)
 
 
 def ode_stage(
@@ -312,28 +433,32 @@ def ode_stage(
 
     Each block of a clip has its own noise level, clean included; audio takes its block's, by the block table.
     """
-    frames, height, width = pairs.states.video.shape[2:5]
-    causal.layout.check(AV(frames, pairs.states.audio.shape[2]))
+    (frames, height, width), audio = pairs.shapes.video[1:4], pairs.shapes.audio[1]
+    causal.layout.check(AV(frames, audio))
     kind = masks.build(causal.layout, frames, height * width, window=causal.window)
-    device, count = pairs.prompt.device, causal.layout.count(frames)
+    device, count = prompts.device, causal.layout.count(frames)
     table = causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
     sigmas = pairs.sigmas.to(device)
 
-    def piece(generator: torch.Generator) -> Numbers:
+    def terms(generator: torch.Generator, part: Part) -> Numbers:
         index = pick(len(pairs), batch, generator)
-        level = torch.randint(len(pairs.sigmas), (batch, count), generator=generator, device=generator.device)
-        chosen = table.map(lambda blocks: level[:, blocks])
-        states = pairs.states.map(lambda s: s[index])
+        level = torch.randint(len(sigmas), (batch, count), generator=generator, device=generator.device)
+        drawn = table.map(lambda blocks: level[:, blocks])
+        chosen = drawn.map(part.of)
+        states, prompt = pairs.take(part.of(index))
         x = states.map(take_level, chosen)
         sigma = chosen.map(lambda c: sigmas[c])
         with player.autocast():
-            velocity = player.model(x, sigma, prompts.take(pairs.prompt[index]), masks=kind)
+            velocity = player.model(x, sigma, prompts.take(prompt), masks=kind)
         loss = losses.ode_regression(x.map(x0_of, velocity, sigma), states.map(lambda s: s[:, -1]), sigma)
-        norm = player.update(losses.total(loss, weights))
-        return {"video": loss.video.detach(), "audio": loss.audio.detach(), "norm": norm}
+        # only noisy latents count, so parts of a batch count by how many they have
+        noisy = drawn.map(lambda c: sigmas[c] > 1e-6)
+        share = noisy.map(lambda n: part.of(n).sum() / n.sum().clamp_min(1))
+        return loss.map(torch.mul, share)._asdict()
 
-    recorded = Recorded(piece)
-    return lambda i, generator: recorded(generator)
+    live = pairs.live or prompts.live
+    piece = recorded(lambda g: player.learn(batch, g, partial(terms, g), weights), player, live=live)
+    return lambda i, generator: piece(generator)
 
 
 def take_level(states: Tensor, level: Tensor) -> Tensor:
@@ -345,10 +470,16 @@ def take_level(states: Tensor, level: Tensor) -> Tensor:
 def own_clips(prompts: Prompts, causal: Causal, grid: tuple[int, int], video_latents: int, batch: int) -> Sampler:
     """Let a student roll out clips on its own past: what Stage 3 learns from."""
 
-    def sample(student: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
-        text = prompts.take(pick(len(prompts.names), batch, generator))
-        noise = fresh_noise(generator, batch)
-        return text, join(list(rollout(student, causal, text, noise, grid, video_latents, exit_step=exit_step)))
+    def sample(
+        student: Transformer, generator: torch.Generator, exit_step: int, part: Part | None = None
+    ) -> tuple[AV[Tensor], AV[Tensor]]:
+        part = part or Part(batch, slice(0, batch))
+        text = prompts.take(part.of(pick(len(prompts), batch, generator)))
+        whole = fresh_noise(generator, batch)
+        blocks = rollout(
+            student, causal, text, lambda *of: whole(*of).map(part.of), grid, video_latents, exit_step=exit_step
+        )
+        return text, join(list(blocks))
 
     return sample
 
@@ -372,35 +503,61 @@ def self_forcing_stage(
 
     Every step trains the critic on the student's own clips; every `ratio`-th trains the student first. All blocks of
     a clip leave at one step, drawn from the non-zero noise levels. A `sampler` may make the clips in another way
-    than `own_clips`.
+    than `own_clips`; it makes whole batches.
+
+    Besides losses and gradient norms a step tells the health of the student's clips: `gap`, how far critic and
+    teacher are apart on them, as a share of how far the clips are from the teacher's; `motion`, the mean absolute
+    difference of successive video latents; `loudness`, the mean square of the audio latents.
+
+    Raises:
+        ValueError: the batch cannot be cut as asked, or blocks leave the window, so that they can't be recomputed.
     """
-    levels = len(causal.steps) - 1
-    clips = sampler or own_clips(prompts, causal, grid, video_latents, batch)
+    levels, blocks = len(causal.steps) - 1, causal.layout.count(video_latents)
+    whole = all(len(p.team.parts(batch, p.recipe.accumulate)) == 1 and p.team.size == 1 for p in (student, critic))
+    if sampler and not whole:
+        raise ValueError("a sampler makes whole batches: use it with one process, and accumulate 1")
+    if student.recipe.recompute and blocks > causal.window + 2:
+        raise ValueError(
+            f"recomputing needs a window that keeps the whole clip: {blocks} blocks, a window of {causal.window}; "
+            f"train clips of {causal.window + 2} blocks, or without recomputing"
+        )
+    clips = own_clips(prompts, causal, grid, video_latents, batch)
 
-    def sample(generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
+    def sample(generator: torch.Generator, exit_step: int, part: Part) -> tuple[AV[Tensor], AV[Tensor]]:
         with student.autocast():
-            return clips(student.model, generator, exit_step)
+            if sampler:
+                return sampler(student.model, generator, exit_step)
+            return clips(student.model, generator, exit_step, part)
 
-    def generate(generator: torch.Generator, exit_step: int) -> Numbers:
-        text, x_hat = sample(generator, exit_step)
-        sigma, eps = losses.sample_dmd_sigma(batch, generator), noise_like(x_hat, generator)
+    def dmd_terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
+        text, x_hat = sample(generator, exit_step, part)
+        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator)), part.noise(x_hat, generator)
         fake = guided_denoiser(critic.model, text)
         real = guided_denoiser(teacher, text, prompts.negative, guidance)
         with student.autocast():
             loss = losses.dmd(x_hat, fake, real, sigma, eps)
-        norm = student.update(losses.total(loss, weights))
-        return {"dmd_video": loss.video.detach(), "dmd_audio": loss.audio.detach(), "norm": norm}
+        numbers = loss._asdict() | health(x_hat) | {"gap": sum(loss).detach()}
+        return {name: value * part.share for name, value in numbers.items()}
 
-    def judge(generator: torch.Generator, exit_step: int) -> Numbers:
+    def critic_terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
         with torch.no_grad():
-            text, x_hat = sample(generator, exit_step)
-        sigma, eps = losses.sample_dmd_sigma(batch, generator), noise_like(x_hat, generator)
+            text, x_hat = sample(generator, exit_step, part)
+        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator)), part.noise(x_hat, generator)
         with critic.autocast():
             loss = losses.critic(x_hat, guided_denoiser(critic.model, text), sigma, eps)
-        norm = critic.update(losses.total(loss, weights))
-        return {"critic_video": loss.video.detach(), "critic_audio": loss.audio.detach(), "critic_norm": norm}
+        return loss.map(lambda value: value * part.share)._asdict()
 
-    parts = Recorded(generate), Recorded(judge)
+    def generate(generator: torch.Generator, exit_step: int) -> Numbers:
+        numbers = student.learn(batch, generator, partial(dmd_terms, generator, exit_step), weights)
+        named = {"dmd_video": numbers.pop("video"), "dmd_audio": numbers.pop("audio"), "norm": numbers.pop("norm")}
+        return named | numbers | {"gap": numbers["gap"].sqrt()}
+
+    def judge(generator: torch.Generator, exit_step: int) -> Numbers:
+        numbers = critic.learn(batch, generator, partial(critic_terms, generator, exit_step), weights)
+        return {f"critic_{name}": value for name, value in numbers.items()}
+
+    live = prompts.live
+    parts = (recorded(generate, student, critic, live=live), recorded(judge, student, critic, live=live))
 
     def step(i: int, generator: torch.Generator) -> Numbers:
         dice = torch.Generator().manual_seed(generator.initial_seed())
@@ -409,3 +566,9 @@ def self_forcing_stage(
         return made | parts[1](generator, exits[1])
 
     return step
+
+
+@torch.no_grad()
+def health(clips: AV[Tensor]) -> dict[str, Tensor]:
+    """Tell at a glance whether clips move and sound: see `self_forcing_stage`. Shapes: AV([B, F, ...], [B, T, C])."""
+    return {"motion": clips.video.diff(dim=1).abs().mean(), "loudness": clips.audio.square().mean()}

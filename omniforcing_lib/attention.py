@@ -5,7 +5,7 @@ Shapes: B batch, H heads, T queries, L keys, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -20,8 +20,8 @@ from omniforcing_lib.rope import Rotation, rotate
 class Slot(Protocol):
     """What an attention needs of a cache: put this call's keys and values, get all that is visible."""
 
-    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Store what `project` gives, or reuse what is stored; return the keys and values to attend to."""
+    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Store what `project` gives, or reuse what is stored; yield rows with the keys and values that they see."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None = None) -> Tensor:
@@ -115,8 +115,9 @@ class Attention(nn.Module):
         def project() -> tuple[Tensor, Tensor]:
             return self.keys_values(x if context is None else context, rotations[1] if rotations else None)
 
-        k, v = slot.extend(project) if slot else project()
-        return self._out(x, attend(q, k, v, visibility))
+        seen = slot.extend(project) if slot else [(slice(None), *project())]
+        parts = [attend(q[:, :, rows], k, v, visibility) for rows, k, v in seen]
+        return self._out(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
 
     def keys_values(self, context: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
         """Project keys (normed and rotated) and values.

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens of a stream, L text tokens, D stream width, G groups o
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -103,7 +104,7 @@ class Condition(NamedTuple):
     """What one stream gets from sigma, text, time and causality, the same for every layer."""
 
     level: Level
-    sigma: float | None  # the key of what is held for a level
+    sigma: Hashable | None  # the key of what is held for these levels
     text: Tensor | None  # [B, L, D]; None where the cache already holds its keys
     rope: Rotation
     cross_rope: Rotation

@@ -9,9 +9,9 @@ Shapes: B batch, H heads, N places, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, BlockLayout, Clock
-from omniforcing_lib.rope import Rotation, rotate, turns
+from omniforcing_lib.rope import Ropes, rotate, turns
 
 T = TypeVar("T")
 _PARTS = ("keys", "values", "anchor")
@@ -34,10 +34,27 @@ class Span(NamedTuple):
 
 
 def _spanned(write: slice, *history: slice) -> Span:
-    kept = tuple(s for s in history if s.start < s.stop)
-    pieces = sorted([*kept, write], key=lambda s: s.start)
-    joined = all(a.stop == b.start for a, b in pairwise(pieces))
-    return Span(write, kept, slice(pieces[0].start, pieces[-1].stop) if joined else None)
+    together = _joined(write, *history)
+    return Span(write, _joined(*history), together[0] if len(together) == 1 else None)
+
+
+def _joined(*spans: slice) -> tuple[slice, ...]:
+    """Sort slices and make one of neighbours."""
+    joined: list[slice] = []
+    for span in sorted(spans, key=lambda s: s.start):
+        if joined and joined[-1].stop == span.start:
+            span = slice(joined.pop().start, span.stop)
+        joined.append(span)
+    return tuple(joined)
+
+
+class Opened(NamedTuple):
+    """An open block: rows of its tokens in a call, where its keys go, and the turn that it gives the pinned keys."""
+
+    k: int
+    rows: AV[slice]
+    span: AV[Span]
+    turn: tuple[int, Ropes] | None
 
 
 class Ring:
@@ -46,35 +63,47 @@ class Ring:
     Shapes: keys and values [B, H, N, D].
     """
 
-    def __init__(self, shape: tuple[int, ...], cache: KVCache, stream: int, **kind: object) -> None:
+    def __init__(self, shape: tuple[int, ...], cache: KVCache, stream: int, name: str, **kind: object) -> None:
         self.keys, self.values = torch.zeros(shape, **kind), torch.zeros(shape, **kind)
         self.anchor: Tensor | None = None
-        self._cache, self._stream = cache, stream
+        self._cache, self._stream, self._name = cache, stream, name
+        self._asking = stream if name == "own" else 1 - stream
+        self._turned: int | None = None
 
-    def turn_anchor(self, by: Rotation, pinned: int, rope_type: str) -> None:
+    def forget_anchor(self) -> None:
+        """Let the pinned keys be what is written to them next."""
+        self.anchor = self._turned = None
+
+    def _turn(self, to: int, by: Ropes) -> None:
         """Rotate the pinned keys so that they look later than they were; the window stays as it is."""
+        if self._turned == to:
+            return
+        pinned = self._cache.pinned[self._stream]
         if self.anchor is None:
             self.anchor = self.keys[:, :, :pinned].clone()
-        self.keys[:, :, :pinned] = rotate(self.anchor, by, rope_type)
+        rotation = getattr(by, self._name)[self._stream]
+        self.keys[:, :, :pinned] = rotate(self.anchor, rotation, self._cache.config.rope_type)
+        self._turned = to
 
-    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Write the open block's keys and values in place; return all that it sees.
+    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Write the open blocks' keys and values in place; yield, block by block, the rows that ask and all they see.
 
+        A block is written when the one before it has been answered: it may overwrite what that one still saw.
         Where gradients flow nothing is written: the block's own keys carry the gradient, the history is detached
         (paper Sec. 3.3), and the clean pass that follows fills the place.
         """
-        span = self._cache.span[self._stream]
         new = project()
-        if torch.is_grad_enabled():
-            stores = (self.keys, self.values)
-            return tuple(
-                torch.cat([*(store[:, :, s].clone() for s in span.history), x], dim=2)
-                for store, x in zip(stores, new, strict=True)
-            )
-        return tuple(self._place(store, x, span) for store, x in zip((self.keys, self.values), new, strict=True))
+        for block in self._cache.opened:
+            if block.turn is not None:
+                self._turn(*block.turn)
+            rows, span = block.rows[self._stream], block.span[self._stream]
+            pairs = zip((self.keys, self.values), new, strict=True)
+            yield block.rows[self._asking], *(self._see(store, x[:, :, rows], span) for store, x in pairs)
 
     @staticmethod
-    def _place(store: Tensor, x: Tensor, span: Span) -> Tensor:
+    def _see(store: Tensor, x: Tensor, span: Span) -> Tensor:
+        if torch.is_grad_enabled():
+            return torch.cat([*(store[:, :, s].clone() for s in span.history), x], dim=2)
         store[:, :, span.write] = x
         if span.all is not None:
             return store[:, :, span.all]
@@ -87,23 +116,24 @@ class TextSlot:
     def __init__(self) -> None:
         self.held: tuple[Tensor, Tensor] | None = None
 
-    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Reuse what is held, or project and hold it."""
+    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Reuse what is held, or project and hold it; all rows see all of it."""
         if torch.is_grad_enabled():
-            return project()
+            yield slice(None), *project()
+            return
         if self.held is None:
             self.held = project()
-        return self.held
+        yield slice(None), *self.held
 
 
 class Memo:
     """What follows from the noise level alone, made once a level; again at every call where gradients flow."""
 
     def __init__(self) -> None:
-        self.held: dict[float, object] = {}
+        self.held: dict[Hashable, object] = {}
 
-    def get(self, level: float | None, make: Callable[[], T]) -> T:
-        """Reuse what is held for a level known on the host, or make and hold it."""
+    def get(self, level: Hashable | None, make: Callable[[], T]) -> T:
+        """Reuse what is held for levels known on the host, or make and hold it."""
         if level is None or torch.is_grad_enabled():
             return make()
         if level not in self.held:
@@ -147,27 +177,27 @@ class KVCache:
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
     latents: AV[range] | None = field(default=None, init=False)
-    span: AV[Span] | None = field(default=None, init=False)
+    opened: tuple[Opened, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         if self.window < 0:
             raise ValueError(f"the window is 0 or more past blocks, found {self.window}")
         tokens = self.grid[0] * self.grid[1]
         self._per_latent = AV(tokens, 1)
-        self._pinned = AV(self.layout.first.video * tokens, self.layout.sinks + self.layout.first.audio)
+        self.pinned = AV(self.layout.first.video * tokens, self.layout.sinks + self.layout.first.audio)
         self._step = self.layout.step.map(lambda n, tokens: n * tokens, self._per_latent)
-        places = self._pinned.map(lambda pinned, step: pinned + step * (self.window + 1), self._step)
+        places = self.pinned.map(lambda pinned, step: pinned + step * (self.window + 1), self._step)
         heads = self.config.num_attention_heads
         dims = AV(self.config.attention_head_dim, self.config.audio_attention_head_dim)
         kind = {"device": self.device, "dtype": self.dtype}
 
         def slots(stream: int) -> Slots:
             shape = (self.batch, heads, places[stream])
-            own = Ring((*shape, dims[stream]), self, stream, **kind)
-            cross = Ring((*shape, dims.audio), self, stream, **kind)
+            own = Ring((*shape, dims[stream]), self, stream, "own", **kind)
+            cross = Ring((*shape, dims.audio), self, stream, "cross", **kind)
             return Slots(own, TextSlot(), cross, Memo())
 
-        self.levels = Memo()
+        self.levels, self._restarted = Memo(), 0
         self._layers = [AV(slots(0), slots(1)) for _ in range(self.config.num_layers)]
 
     def layer(self, index: int) -> AV[Slots]:
@@ -177,29 +207,59 @@ class KVCache:
     def open(self, k: int, block: AV[range] | None = None) -> None:
         """Make block `k` the one that is written; `block` gives its latents where it is partial."""
         block = block or self.layout.block(k)
-        self.latents, self._k = block, k
-        sizes = block.map(lambda span, tokens: len(span) * tokens, self._per_latent)
-        self.span = AV(*(self._span(stream, k, sizes[stream]) for stream in (0, 1)))
-        if self.reanchor and k > self.window + 1:
-            self._follow(k)
+        self.opened, self.latents = (self._opened(k, block),), block
 
-    def _follow(self, k: int) -> None:
-        """Turn the pinned keys by the time that the window has moved since it first filled."""
-        starts = (self.clock.seconds(self.layout.block(i)) for i in (k - self.window, 1))
+    @contextmanager
+    def behind(self) -> Iterator[None]:
+        """Open the block before the open one too, for a call in which it stands in front and sees nothing of it."""
+        after, latents, k = self.opened[0], self.latents, self.opened[0].k - 1
+        block = self.layout.block(k)
+        edge = self._tokens(k, block)
+        before = self._opened(k, block)._replace(rows=edge.map(lambda n: slice(0, n)))
+        self.opened = (before, after._replace(rows=edge.map(lambda n: slice(n, None))))
+        self.latents = block.map(lambda a, b: range(a.start, b.stop), latents)
+        yield
+        self.opened, self.latents = (after,), latents
+
+    def restart(self, k: int) -> tuple[int, ...]:
+        """Begin anew for block `k`: give the blocks that it sees, to be remembered again, in order.
+
+        They see block 0 and one another, at the distances that they have for block `k`, and nothing older: what a
+        clip of just these blocks sees.
+        """
+        self._restarted = k
+        self.forget_text()
+        for ring in self._rings().values():
+            ring.forget_anchor()
+        return (0, *range(max(1, k - self.window), k))
+
+    def _opened(self, k: int, block: AV[range]) -> Opened:
+        spans = AV(*(self._span(stream, k, size) for stream, size in enumerate(self._tokens(k, block))))
+        return Opened(k, AV(slice(None), slice(None)), spans, self._turn(k))
+
+    def _tokens(self, k: int, block: AV[range]) -> AV[int]:
+        """Count the tokens of a block, sinks among them."""
+        return self.pinned if k == 0 else block.map(lambda span, per: len(span) * per, self._per_latent)
+
+    def _turn(self, k: int) -> tuple[int, Ropes] | None:
+        """Tell by how much the window has moved since it first filled, for block `k` or the one restarted for."""
+        at = max(k, self._restarted)
+        if not self.reanchor or k == 0 or at <= self.window + 1:
+            return None
+        if self.opened and (held := self.opened[-1].turn) and held[0] == at:
+            return held
+        starts = (self.clock.seconds(self.layout.block(i)) for i in (at - self.window, 1))
         moved = AV(*zip(*starts, strict=True)).map(lambda ends: float(ends[0][0] - ends[1][0]))
-        by = turns(self.config, moved, torch.device(self.device))
-        for slots in self._layers:
-            for slot, own, cross, pinned in zip(slots, by.own, by.cross, self._pinned, strict=True):
-                slot.own.turn_anchor(own, pinned, self.config.rope_type)
-                slot.cross.turn_anchor(cross, pinned, self.config.rope_type)
+        return at, turns(self.config, moved, torch.device(self.device))
 
     def _span(self, stream: int, k: int, size: int) -> Span:
-        pinned, step = self._pinned[stream], self._step[stream]
+        pinned, step, places = self.pinned[stream], self._step[stream], self.window + 1
         if k == 0:
             return _spanned(slice(0, pinned))
-        start = pinned + (k - 1) % (self.window + 1) * step
-        stop = pinned + min(k, self.window + 1) * step
-        return _spanned(slice(start, start + size), slice(0, start), slice(start + step, stop))
+        past = range(max(1, k - self.window, self._restarted - self.window), k)
+        starts = [pinned + (i - 1) % places * step for i in (*past, k)]
+        history = (slice(start, start + step) for start in starts[:-1])
+        return _spanned(slice(starts[-1], starts[-1] + size), slice(0, pinned), *history)
 
     @property
     def sinks(self) -> int:
@@ -209,7 +269,7 @@ class KVCache:
     @property
     def at_start(self) -> bool:
         """Tell whether block 0 is open, so that the sinks run with it."""
-        return self._k == 0
+        return self.opened[0].k == 0
 
     @property
     def knows_text(self) -> bool:
@@ -246,6 +306,7 @@ class KVCache:
             ring.keys.copy_(tensors[f"{at}.keys"])
             ring.values.copy_(tensors[f"{at}.values"])
             anchor = tensors.get(f"{at}.anchor")
+            ring.forget_anchor()
             ring.anchor = None if anchor is None else anchor.to(ring.keys)
 
     def _rings(self) -> dict[str, Ring]:

@@ -87,10 +87,13 @@ def seen(causal: Causal, tokens: int, k: int) -> AV[int]:
 
 
 def block_work(config: ModelConfig, causal: Causal, tokens: int, k: int, text: int) -> Work:
-    """Count a streamed block: its denoising steps and the pass that remembers it."""
+    """Count a streamed block: its denoising steps and its being remembered, a pass of its own or not."""
     video, audio = causal.layout.block(k).map(len)
     queries = AV(tokens * video, audio + (causal.layout.sinks if k == 0 else 0))
-    return pass_work(config, queries, seen(causal, tokens, k), text).times(len(causal.steps))
+    steps, once = len(causal.steps_of(k)) - 1, pass_work(config, queries, seen(causal, tokens, k), text)
+    if causal.context_pass == "none":
+        return once.times(steps)
+    return once.times(steps + 1)._replace(passes=steps + (causal.context_pass == "own"))
 
 
 def stream_works(config: ModelConfig, causal: Causal, tokens: int, text: int, blocks: int) -> list[Work]:

@@ -1,7 +1,8 @@
 """Roll a causal student out: denoise one block, remember it clean, go on (paper Sec. 3.3; spec 5.7, 6.3).
 
-One function serves streaming, evaluation and training. Where gradients flow is one argument, `exit_step`: every block
-stops at that step, which alone is run with gradients; all earlier steps and the history are detached.
+One function, `next_block`, serves streaming, evaluation and training. Where gradients flow is one argument,
+`exit_step`: every block stops at that step, which alone is run with gradients; all earlier steps and the history are
+detached.
 
 Shapes: B batch, F video and T audio latents of a block, K blocks.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ Noise = Callable[[int, AV[tuple[int, ...]], int], AV[Tensor]]
 """noise(block, shapes [F, ...] of each stream, draw) -> AV [B, F, ...]; draw i is added before step i."""
 
 
+CONTEXT_PASSES = ("own", "merged", "none")
+
+
 @dataclass(frozen=True)
 class Causal:
     """Say how a student generates; stored in its checkpoint.
@@ -33,6 +38,9 @@ class Causal:
         window: past blocks that a block sees besides block 0; 4 is all of a 5-second clip.
         reanchor: past the window, let sinks and block 0 follow it (see `KVCache`).
         context_noise: sigma at which a finished block is remembered; 0 is clean.
+        context_pass: how a finished block gets into the cache: in a pass of its `own`; `merged` into the pass of the
+            next block's first step, which is the same to rounding; or `none`, as its last step left it, still noisy.
+        later_steps: noise levels of the blocks from 2 on, where they are others than `steps`.
     """
 
     layout: BlockLayout = PAPER
@@ -40,11 +48,26 @@ class Causal:
     window: int = 4
     reanchor: bool = True
     context_noise: float = 0.0
+    context_pass: str = "own"
+    later_steps: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.context_pass not in CONTEXT_PASSES:
+            raise ValueError(f"context_pass is one of {', '.join(CONTEXT_PASSES)}; found {self.context_pass!r}")
 
     @property
     def sigmas(self) -> Tensor:
         """Noise levels of the steps, the final 0 included. Shapes: float64 [steps + 1]."""
         return snap(self.steps)
+
+    def steps_of(self, k: int) -> tuple[int, ...]:
+        """Noise levels x 1000 of block `k`."""
+        return self.later_steps if self.later_steps and k > 1 else self.steps
+
+    @property
+    def trainable(self) -> bool:
+        """Tell whether self-forcing can train what this generates: clean history, one list of steps."""
+        return self.context_pass != "none" and not self.later_steps
 
     def to_metadata(self) -> dict[str, object]:
         """Give the `omniforcing` part of a checkpoint's `config`."""
@@ -55,6 +78,8 @@ class Causal:
             "window": self.window,
             "reanchor": self.reanchor,
             "context_noise": self.context_noise,
+            "context_pass": self.context_pass,
+            "later_steps": list(self.later_steps),
         }
 
     @classmethod
@@ -62,8 +87,8 @@ class Causal:
         """Read the `omniforcing` part of a checkpoint's `config`."""
         layout = config["layout"]
         shape = BlockLayout(AV(*layout["first"]), AV(*layout["step"]), layout["sinks"])
-        rest = {k: v for k, v in config.items() if k not in ("layout", "steps")}
-        return cls(shape, tuple(config["steps"]), **rest)
+        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "layout"}
+        return cls(shape, **rest)
 
     @classmethod
     def from_layout(cls, name: str, sinks: int | None = None, **changes: object) -> Causal:
@@ -94,6 +119,18 @@ def predict(model: Transformer, x: AV[Tensor], sigma: float, text: AV[Tensor], c
     return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
 
 
+def predict_behind(
+    model: Transformer, x: AV[Tensor], sigma: float, before: AV[Tensor], level: float, text: AV[Tensor], cache: KVCache
+) -> AV[Tensor]:
+    """Predict x0 of the open block in one pass with the block before it, which gets its keys and values that way."""
+    sizes = before.map(lambda b: b.shape[1])
+    both = before.map(lambda b, x: torch.cat([b.to(x), x], dim=1), x)
+    levels = both.map(lambda t, n: (level,) * n + (sigma,) * (t.shape[1] - n), sizes)
+    with cache.behind():
+        velocity = model(both, levels, text, cache=cache).map(lambda v, n: v[:, n:], sizes)
+    return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
+
+
 def denoise_block(
     model: Transformer,
     cache: KVCache,
@@ -101,8 +138,11 @@ def denoise_block(
     sigmas: Sequence[float],
     noise: Callable[[int], AV[Tensor]],
     exit_step: int | None = None,
+    first: Callable[[AV[Tensor]], AV[Tensor]] | None = None,
 ) -> AV[Tensor]:
     """Denoise the open block from pure noise; with `exit_step` stop there, with gradients (spec 5.7).
+
+    `first` predicts at the first step, where that is done otherwise.
 
     Shapes: `noise(i)` is AV([B, F, h, w, C], [B, T, C]), added before step i; the result is x0 of the same shapes.
     """
@@ -110,7 +150,7 @@ def denoise_block(
     x = noise(0)
     for i in range(last + 1):
         with torch.set_grad_enabled(exit_step is not None and i == last and torch.is_grad_enabled()):
-            x0 = predict(model, x, sigmas[i], text, cache)
+            x0 = first(x) if first and i == 0 else predict(model, x, sigmas[i], text, cache)
         if i < last:
             x = x0.map(lambda data, eps, i=i: renoised(data, eps, sigmas[i + 1]), noise(i + 1))
     return x0
@@ -126,9 +166,57 @@ def remember(
     model: Transformer, cache: KVCache, text: AV[Tensor], block: AV[Tensor], sigma: float, noise: AV[Tensor] | None
 ) -> None:
     """Write a finished block's keys and values to the cache, clean or at the context noise."""
-    if sigma > 0:
-        block = block.map(lambda data, eps: renoised(data, eps, sigma), noise)
-    predict(model, block.map(Tensor.detach), sigma, text, cache)
+    predict(model, as_context(block, sigma, noise), sigma, text, cache)
+
+
+def as_context(block: AV[Tensor], sigma: float, noise: AV[Tensor] | None) -> AV[Tensor]:
+    """Give a finished block as it is remembered: without gradients, clean or at the context noise."""
+    block = block.map(Tensor.detach)
+    return block.map(lambda data, eps: renoised(data, eps, sigma), noise) if sigma > 0 else block
+
+
+def next_block(
+    model: Transformer,
+    causal: Causal,
+    cache: KVCache,
+    text: AV[Tensor],
+    noise: Noise,
+    k: int,
+    before: AV[Tensor] | None,
+    *,
+    block: AV[range] | None = None,
+    exit_step: int | None = None,
+) -> AV[Tensor]:
+    """Remember the block before, then denoise block `k`, in the passes that `causal` says.
+
+    Args:
+        model: the student.
+        causal: blocks, steps, and how a block is remembered.
+        cache: what came before; the block before is the one it has open.
+        text: AV [B, L, C].
+        noise: where noise comes from.
+        k: the block.
+        before: block k - 1; None for block 0.
+        block: latents of block `k` where it is partial.
+        exit_step: see `rollout`; then every block is remembered in a pass of its own.
+
+    Shapes: AV([B, F, h, w, C], [B, T, C]) of block k - 1 to those of block k.
+    """
+    block, level, config = block or causal.layout.block(k), causal.context_noise, model.config
+    sigmas, first = snap(causal.steps_of(k)).tolist(), None
+    shapes = AV((len(block.video), *cache.grid, config.in_channels), (len(block.audio), config.audio_in_channels))
+    if before is not None and causal.context_pass != "none":
+        eps = None
+        if level:
+            eps = noise(k - 1, before.map(lambda t: tuple(t.shape[1:])), len(causal.steps_of(k - 1)))
+        # LTX-2.3 modulates the text, and one stream for the other, by one sigma a sample
+        if causal.context_pass == "merged" and exit_step is None and not config.cross_attention_adaln:
+            context = as_context(before, level, eps)
+            first = partial(predict_behind, model, sigma=sigmas[0], before=context, level=level, text=text, cache=cache)
+        else:
+            remember(model, cache, text, before, level, eps)
+    cache.open(k, block)
+    return denoise_block(model, cache, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first)
 
 
 def new_cache(
@@ -176,19 +264,19 @@ def rollout(
         exit_step: step at which every block stops, with gradients; None runs all steps.
         history: clean latents that are remembered in place of the student's own (teacher forcing), AV of the clip.
     """
-    batch, blocks = len(text.video), causal.layout.blocks(video_latents)
-    cache = new_cache(model, causal, grid, batch, len(blocks))
-    channels = AV(model.config.in_channels, model.config.audio_in_channels)
-    sigmas = causal.sigmas.tolist()
+    if not causal.trainable and exit_step is not None:
+        raise ValueError(
+            "self-forcing remembers blocks clean and leaves all of them at one step; train with context_pass 'own' or "
+            f"'merged' and without later_steps, found {causal.context_pass!r} and {causal.later_steps}"
+        )
+    if causal.context_pass == "none" and history is not None:
+        raise ValueError("a history is remembered by a pass of its own, and context_pass is 'none'; use 'own'")
+    blocks, before = causal.layout.blocks(video_latents), None
+    cache = new_cache(model, causal, grid, len(text.video), len(blocks))
     for k, block in enumerate(blocks):
-        shapes = AV((len(block.video), *grid, channels.video), (len(block.audio), channels.audio))
-        cache.open(k, block)
-        out = denoise_block(model, cache, text, sigmas, lambda i, k=k, s=shapes: noise(k, s, i), exit_step)
+        out = next_block(model, causal, cache, text, noise, k, before, block=block, exit_step=exit_step)
         yield out
-        if k + 1 < len(blocks):
-            kept = out if history is None else history.map(lambda h, span: h[:, span.start : span.stop], block)
-            context = noise(k, shapes, len(sigmas)) if causal.context_noise else None
-            remember(model, cache, text, kept, causal.context_noise, context)
+        before = out if history is None else history.map(lambda h, span: h[:, span.start : span.stop], block)
 
 
 def join(blocks: Sequence[AV[Tensor]]) -> AV[Tensor]:

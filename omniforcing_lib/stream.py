@@ -23,7 +23,7 @@ from omniforcing_lib.codecs import DecodeState, TinyCodec, load_codec
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import Causal, denoise_block, new_cache, remember
+from omniforcing_lib.rollout import Causal, new_cache, next_block, seeded_noise
 from omniforcing_lib.text import TextEncoder, TinyText
 from omniforcing_lib.transformer import Transformer
 
@@ -64,7 +64,6 @@ class Streamer:
     def __post_init__(self) -> None:
         self._cache = new_cache(self.model, self.causal, self.codec.grid, batch=1)
         self._decoder = DecodeState()
-        self._sigmas = self.causal.sigmas.tolist()
         self._last: AV[Tensor] | None = None
         self.set_prompt(self.prompt)
 
@@ -97,10 +96,8 @@ class Streamer:
         """Generate and decode the next block; RuntimeError once the stream is closed."""
         self._check_open()
         k, latents = self.block, self.causal.layout.block(self.block)
-        if self._last is not None:
-            self._remember(k - 1)
-        self._cache.open(k)
-        self._last = denoise_block(self.model, self._cache, self._context, self._sigmas, lambda i: self._noise(k, i))
+        noise = seeded_noise([self.seed], self.model.proj_out.weight)
+        self._last = next_block(self.model, self.causal, self._cache, self._context, noise, k, self._last)
         clip = to_arrays(self.codec.decode(self._last, self._decoder))
         self.block += 1
         start_s = float(self.codec.clock.seconds(latents).video[0])
@@ -132,18 +129,6 @@ class Streamer:
         if self._cache is None:
             raise RuntimeError("this Streamer was closed; make a new one")
 
-    def _remember(self, k: int) -> None:
-        level = self.causal.context_noise
-        noise = self._noise(k, len(self._sigmas)) if level else None
-        remember(self.model, self._cache, self._context, self._last, level, noise)
-
-    def _noise(self, k: int, draw: int) -> AV[Tensor]:
-        config, block = self.model.config, self.causal.layout.block(k)
-        shapes = AV(
-            (len(block.video), *self.codec.grid, config.in_channels), (len(block.audio), config.audio_in_channels)
-        )
-        return block_noise([self.seed], k, shapes, draw).map(lambda x: x.to(self.model.proj_out.weight))
-
 
 def to_arrays(clip: AV[Tensor]) -> AV[np.ndarray]:
     """Turn the first decoded clip of a batch into frames and samples.
@@ -165,7 +150,10 @@ def shipped_codec(device: str | torch.device = "cpu") -> TinyCodec:
     return load_codec(checkpoints.DATA / "codec.safetensors", device)
 
 
-MINIATURE_GUIDANCE = Guidance(cfg=AV(3.0, 3.0))
+MINIATURE_CFG = Guidance(cfg=AV(3.0, 3.0))
+"""Guidance of the miniature's real score and ODE pairs: CFG alone, as the paper's."""
+
+MINIATURE_GUIDANCE = Guidance(cfg=AV(3.0, 3.0), rescale=AV(0.7, 0.7))
 """Guidance of the miniature teacher (LOG.md says how it was chosen)."""
 
 
@@ -179,14 +167,15 @@ def teacher_clips(
     *,
     steps: int = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
+    text: TextEncoder | None = None,
 ) -> list[AV[np.ndarray]]:
     """Sample clips with the guided bidirectional teacher, one a prompt and seed, as one batch."""
     weight, latents = model.proj_out.weight, codec.clock.latents(seconds)
     shapes = AV((latents.video, *codec.grid, model.config.in_channels), (latents.audio, model.config.audio_in_channels))
-    text = TinyText().encode([*prompts, ""], weight.device, weight.dtype)
-    negative = text.map(lambda t: t[-1:])
+    context = (text or TinyText()).encode([*prompts, ""], weight.device, weight.dtype)
+    negative = context.map(lambda t: t[-1:])
     noise = block_noise(seeds, 0, shapes).map(lambda x: x.to(weight.device))
-    denoise = guided_denoiser(model, text.map(lambda t: t[:-1]), negative, guidance)
+    denoise = guided_denoiser(model, context.map(lambda t: t[:-1]), negative, guidance)
     return to_clips(codec.decode(euler(denoise, noise, ltx2_sigmas(steps))))
 
 

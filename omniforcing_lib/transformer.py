@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from omniforcing_lib.cache import KVCache
 
 
+Sigma = AV[Tensor] | AV[float] | AV[tuple[float, ...]]
+
+
 class Transformer(nn.Module):
     """LTX-2's audio-video transformer: velocity from noisy latents, sigma and text.
 
@@ -67,7 +70,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: AV[Tensor],
-        sigma: AV[Tensor] | AV[float],
+        sigma: Sigma,
         text: AV[Tensor],
         *,
         skip: Skip | None = None,
@@ -77,11 +80,11 @@ class Transformer(nn.Module):
         """Predict the velocity eps - x0.
 
         Without `masks` and `cache` every token sees every token (the teacher; sinks are not used). With `masks` the
-        clip is block-causal. With `cache` the latents are those of the block that the cache has open.
+        clip is block-causal. With `cache` the latents are those of the blocks that the cache has open.
 
-        Shapes: x video [B, F, h, w, C], audio [B, T, C]; sigma [B], or video [B, F] and audio [B, T], or the same
-        number for both, whose modulation the cache then holds; text [B, L, caption channels] for each stream; to the
-        shapes of x.
+        Shapes: x video [B, F, h, w, C], audio [B, T, C]; sigma [B], or video [B, F] and audio [B, T], or numbers, one
+        for all latents or a tuple of one a latent, whose modulation the cache then holds; text [B, L, caption
+        channels] for each stream; to the shapes of x.
         """
         skip = skip or Skip()
         sinks = self._sinks(masks, cache)
@@ -129,7 +132,9 @@ class Transformer(nn.Module):
         sees = AV((None, None), (None, None))
         if masks is not None:
             sees = AV((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a))
-        number = sigma.video if isinstance(sigma.video, float) else None
+        number = None if isinstance(sigma.video, Tensor) else sigma
+        if isinstance(sigma.audio, tuple):
+            number = (sigma, sinks)
         make = partial(self._levels, sigma, sinks, masks)
         level = cache.levels.get(number, make) if cache else make()
         text = text.map(lambda t, m: self._text(t, m["caption"], cache), self._modulators)
@@ -141,15 +146,9 @@ class Transformer(nn.Module):
             sees,
         )
 
-    def _levels(self, sigma: AV[Tensor] | AV[float], sinks: int, masks: Masks | None) -> AV[Level]:
+    def _levels(self, sigma: Sigma, sinks: int, masks: Masks | None) -> AV[Level]:
         """Make what every layer needs of sigma."""
-        device = self.proj_out.weight.device
-        # filled on the device: a copy from the host could not be recorded in a CUDA graph
-        sigma = sigma.map(
-            lambda s: (
-                s.to(device).reshape(len(s), -1) if isinstance(s, Tensor) else torch.full((1, 1), s, device=device)
-            )
-        )
+        sigma = sigma.map(partial(_rows, device=self.proj_out.weight.device))
         if sigma.video.shape[1] > 1 and self.config.modulates_prompt_by_sigma and masks is not None:
             raise ValueError("LTX-2.3 modulates the text by one sigma a sample; found a sigma a latent under masks")
         steps = sigma.map(lambda s: s * self.config.timestep_scale_multiplier)
@@ -195,6 +194,16 @@ class Transformer(nn.Module):
     def _project(self, x: Tensor, embedded: Tensor, table: Tensor, out: nn.Linear) -> Tensor:
         shift, scale = (table + embedded[:, :, None]).unbind(2)
         return out(modulate(layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), 1 + scale, shift))
+
+
+def _rows(sigma: Tensor | float | tuple[float, ...], device: torch.device) -> Tensor:
+    """Give noise levels a row a sample. Shapes: to [B, G], B and G 1 where one number is for all."""
+    if isinstance(sigma, Tensor):
+        return sigma.to(device).reshape(len(sigma), -1)
+    if isinstance(sigma, tuple):
+        return torch.tensor([sigma], device=device)
+    # filled on the device: a copy from the host could not be recorded in a CUDA graph
+    return torch.full((1, 1), sigma, device=device)
 
 
 def initialise(model: Transformer, generator: torch.Generator) -> Transformer:

@@ -1,0 +1,112 @@
+"""How a block is remembered: merged = a pass of its own, a restarted cache = a clip of the blocks that it kept."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+import torch
+from test_transformer import GRID, TINY, distance, inputs, tiny
+
+from omniforcing_lib.cache import KVCache
+from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
+from omniforcing_lib.rollout import CONTEXT_PASSES, Causal, join, new_cache, next_block, remember, rollout, seeded_noise
+
+SHORT = BlockLayout(AV(2, 5), AV(2, 5), sinks=3)
+LAYOUTS = {"paper": PAPER, "released": RELEASED, "block 0 as long as the others": SHORT}
+
+
+def rolled(causal: Causal, blocks: int, dtype: torch.dtype = torch.float64, **rest) -> AV:
+    """Roll the tiny model out."""
+    model = tiny(TINY.with_sinks(causal.layout.sinks), dtype=dtype)
+    text = inputs(causal.layout, causal.layout.first.video, dtype=dtype)[2]
+    latents = causal.layout.block(blocks - 1).video.stop - 1
+    return join(list(rollout(model, causal, text, seeded_noise([0], text.video), GRID, latents, **rest)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("kind", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("window", [0, 2, 9])
+def test_merged_equals_a_pass_of_its_own(layout, kind, window):
+    """Two blocks in one call, each at its own sigma: the same latents, past the window, the last block partial."""
+    causal = Causal(layout, steps=(1000, 500, 0), window=window, context_noise=0.1 if window else 0.0)
+    own = rolled(causal, 6, kind[0])
+    assert distance(rolled(replace(causal, context_pass="merged"), 6, kind[0]), own) <= kind[1]
+
+
+@torch.no_grad()
+def test_merged_equals_a_pass_of_its_own_on_a_true_past():
+    causal = Causal(PAPER, steps=(1000, 500, 0), window=2)
+    history = inputs(PAPER, 16)[0]
+    own = rolled(causal, 6, history=history)
+    assert distance(rolled(replace(causal, context_pass="merged"), 6, history=history), own) <= 1e-12
+
+
+@torch.no_grad()
+def test_what_is_not_remembered_clean_is_another_stream():
+    """Block 1 is the first that sees the difference; with fewer steps later on, block 2 is."""
+    causal = Causal(PAPER, steps=(1000, 500, 0), window=2)
+    own = rolled(causal, 4)
+    for other, same in ((replace(causal, context_pass="none"), 1), (replace(causal, later_steps=(1000, 0)), 4)):
+        made = rolled(other, 4)
+        assert torch.equal(made.video[:, :same], own.video[:, :same])
+        assert distance(made.map(lambda x, n=same: x[:, n:]), own.map(lambda x, n=same: x[:, n:])) > 1e-3
+
+
+def test_gradients_do_not_know_how_a_stream_remembers():
+    """Where a step has gradients every block is remembered in a pass of its own; what cannot be trained says so."""
+    text, found = inputs(PAPER, 4)[2], []
+    for way in ("own", "merged"):
+        model = tiny(TINY.with_sinks(16))
+        causal = Causal(PAPER, steps=(1000, 500, 0), context_pass=way)
+        made = join(list(rollout(model, causal, text, seeded_noise([0], text.video), GRID, 7, exit_step=0)))
+        (made.video.square().sum() + made.audio.square().sum()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]) and found[0]
+    for causal in (Causal(context_pass="none"), Causal(later_steps=(1000, 0))):
+        with pytest.raises(ValueError, match="self-forcing"):
+            rolled(causal, 2, exit_step=0)
+    with pytest.raises(ValueError, match="history"):
+        rolled(Causal(context_pass="none"), 2, history=inputs(PAPER, 4)[0])
+
+
+def test_a_checkpoint_says_how_it_remembers():
+    causal = Causal(PAPER, context_pass="merged", later_steps=(1000, 500, 0))
+    assert Causal.from_metadata(causal.to_metadata()) == causal
+    old = {name: value for name, value in Causal().to_metadata().items() if not name.startswith(("context_p", "later"))}
+    assert Causal.from_metadata(old) == Causal()
+    with pytest.raises(ValueError, match=", ".join(CONTEXT_PASSES)):
+        Causal(context_pass="free")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["own", "merged"])
+def test_a_restarted_cache_sees_a_clip_of_the_blocks_that_it_kept(way):
+    """Blocks 0 and 5 to 7 remembered anew: block 8 is what block 4 of a clip of these four blocks would be.
+
+    Positions are float32, so that a shift in time is exact to some 1e-6.
+    """
+    window, k = 3, 8
+    causal = Causal(PAPER, steps=(1000, 500, 0), window=window, context_pass=way)
+    model, (clip, _, old) = tiny(TINY.with_sinks(16)), inputs(PAPER, 22)
+    text, noise = inputs(PAPER, 1, seed=7)[2], seeded_noise([0], old.video)
+    kept = {i: clip.map(lambda x, span: x[:, span.start : span.stop], PAPER.block(i)) for i in range(k)}
+    short = {0: kept[0], **{i + 1: kept[k - window + i] for i in range(window)}}
+
+    def block(at: int, text: AV, cache: KVCache) -> AV:
+        return next_block(model, causal, cache, text, lambda _, shapes, i: noise(0, shapes, i), at, kept[k - 1])
+
+    def filled(cache: KVCache, blocks: dict[int, AV], text: AV, order: Iterable[int]) -> KVCache:
+        for i in order:
+            cache.open(i)
+            remember(model, cache, text, blocks[i], 0.0, None)
+        return cache
+
+    worn = filled(new_cache(model, causal, GRID, 1), kept, old, range(k))
+    fresh = filled(new_cache(model, causal, GRID, 1), short, text, short)
+    plain, stale = block(window + 1, text, fresh), block(k, old, copy.deepcopy(worn))
+    assert distance(block(k, text, filled(worn, kept, text, worn.restart(k))), plain) <= 5e-5
+    assert distance(stale, plain) > 1e-3

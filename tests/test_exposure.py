@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib import checkpoints, evaluate, exposure, stream, world
+from omniforcing_lib import checkpoints, evaluate, exposure, protocol, stream, world
 from omniforcing_lib.anatomy import encoded
 from omniforcing_lib.layout import AV, PAPER
 
@@ -132,3 +134,45 @@ def test_a_seam_is_a_jump_at_block_edges(clips):
         for block in PAPER.blocks(3 * SECONDS + 1)[1:]:
             reading.track.centre[8 * (block.video.start - 1) + 1 :] += 3.0
     assert exposure.seam(readings, PAPER) > 1.5
+
+
+def test_a_seam_is_found_where_it_is_seen_or_heard(clips):
+    """A picture that flickers, or a sound that changes level, at block edges alone."""
+    blocks, found = PAPER.blocks(3 * SECONDS + 1)[1:], {}
+    for of in ("picture", "sound"):
+        broken = []
+        for clip in clips:
+            video, audio = clip.video.copy(), clip.audio.copy() + 1e-2 * np.sin(np.arange(len(clip.audio)))
+            for k, block in enumerate(blocks):
+                frames, samples = world.CLOCK.frames(block.video), world.CLOCK.samples(block.audio)
+                video[frames.start : frames.stop] = np.clip(video[frames.start : frames.stop] + 20.0 * (k % 2), 0, 255)
+                audio[samples.start : samples.stop] *= 1 + k % 2
+            whole = AV(clip.video, clip.audio + 1e-2 * np.sin(np.arange(len(clip.audio))))
+            broken.append(AV(video, whole.audio) if of == "picture" else AV(whole.video, audio))
+        readings = [evaluate.read(clip) for clip in broken]
+        found[of] = {kind: exposure.seam(readings, PAPER, kind) for kind in ("picture", "sound")}
+    assert found["picture"]["picture"] > 5 * found["sound"]["picture"]
+    assert found["sound"]["sound"] > 5 * found["picture"]["sound"]
+
+
+def test_what_is_kept_is_a_ratio_and_for_levels_a_difference():
+    rng = np.random.default_rng(0)
+    first = [{"sync_f1": (int(n), 10), "loudness_db": (-20.0, 1)} for n in rng.integers(6, 10, 30)]
+    last = [{"sync_f1": (t["sync_f1"][0] / 2, 10), "loudness_db": (-23.0, 1)} for t in first]
+    kept = exposure.kept(first, last)
+    assert kept["sync_f1"] == pytest.approx((0.5, 0.5, 0.5)) and kept["loudness_db"] == pytest.approx((-3, -3, -3))
+
+
+def test_true_clips_lose_nothing_in_a_long_roll_out(tmp_path, monkeypatch):
+    trial = protocol.Trial(clips=2, seeds=1, seconds=6)
+    monkeypatch.setattr(protocol, "sample", lambda system, trial, batch: trial.real())
+    text = protocol.run_long({"student": protocol.System("student")}, trial, tmp_path, width=2)
+    record = json.loads((tmp_path / "long.json").read_text())["spans"]
+    assert record["student"] == record["real clips"] and "last / first" in text
+    spans = record["student"]["measures"]
+    assert [*spans] == ["0 to 2 s", "2 to 4 s", "4 to 6 s", "last / first"]
+    assert all(spans[name][m][0] == 1 for name in spans for m in ("one_ball", "colour", "sync_f1"))
+    with pytest.raises(ValueError, match="no causal student"):
+        protocol.run_long({"teacher": protocol.System("teacher")}, trial, tmp_path, width=2)
+    with pytest.raises(ValueError, match="two or more whole spans"):
+        protocol.run_long({}, trial, tmp_path, width=4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,7 @@ def test_a_true_past_is_the_teachers_clip_of_the_same_prompt(codec, prompts, pai
         yield history
 
     monkeypatch.setattr(ablations, "rollout", blocks)
+    pairs = replace(pairs, prompt=pairs.prompt.flip(0))
     sample = ablations.true_past(pairs, prompts, CAUSAL, codec.grid, 3)
     text, made = sample(None, torch.Generator().manual_seed(1), 0)
     assert told["frames"] == 16 and made.video is not told["history"].video

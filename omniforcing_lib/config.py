@@ -19,6 +19,7 @@ _FIXED = {
 }
 _ROPE_TYPES = ("split", "interleaved")
 _PRECISIONS = ("float64", "float32")
+_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[int, ...]": tuple}
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,12 @@ class ModelConfig:
     num_audio_sink_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("positional_embedding_max_pos", "audio_positional_embedding_max_pos"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, count in (("positional_embedding_max_pos", 3), ("audio_positional_embedding_max_pos", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or len(value) != count:
+                raise ValueError(f"{name} is a list of {count}, found {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        self._check_kinds()
         for name, known in (("rope_type", _ROPE_TYPES), ("frequencies_precision", _PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; found {getattr(self, name)!r}")
@@ -71,6 +76,17 @@ class ModelConfig:
                 "cross-modal attention needs the same heads in both streams, found "
                 f"{self.num_attention_heads} video and {self.audio_num_attention_heads} audio"
             )
+
+    def _check_kinds(self) -> None:
+        """Refuse a field of the wrong type or sign by its name: metadata is text that anybody may have written."""
+        for field in fields(self):
+            value, kind = getattr(self, field.name), _KINDS[field.type]
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"{field.name} is of type {field.type}, found {value!r}")
+            least = 0 if field.name == "num_audio_sink_tokens" else 1e-12
+            numbers = () if kind in (bool, str) else value if kind is tuple else (value,)
+            if any(not isinstance(n, int | float) or n < least for n in numbers):
+                raise ValueError(f"{field.name} is above 0, found {value!r}")
 
     @property
     def video_dim(self) -> int:
@@ -110,6 +126,8 @@ def _normal(name: str, value: object) -> object:
     """Accept the spellings found in the wild for the same thing."""
     if name == "frequencies_precision" and isinstance(value, str):
         return value.removeprefix("torch.")
+    if name.endswith("_multiplier") and isinstance(value, float) and value.is_integer():
+        return int(value)
     return value
 
 

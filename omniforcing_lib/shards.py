@@ -1,0 +1,196 @@
+"""Safetensors on disk: headers checked before they are believed, tensors mapped one at a time, never a pickle.
+
+Nothing is read but the files that are named: an index may only name files of its own folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""What a weight may be stored as, by safetensors' name."""
+
+_BYTES = {name: dtype.itemsize for name, dtype in FLOATS.items()} | {
+    "F8_E5M2": 1,
+    **{f"{kind}{bits}": bits // 8 for kind in "IU" for bits in (8, 16, 32, 64)},
+    "BOOL": 1,
+}
+_HEADER_LIMIT = 100_000_000
+# Without it Linux refuses a private map that is larger than its memory, though clean pages need none; 0x4000 is its
+# value in every Linux that PyTorch runs on, and Python names it from 3.13 on.
+_NORESERVE = 0x4000
+
+
+class Entry(NamedTuple):
+    """Say where a tensor lies: bytes `start` to `stop` of a file, and as what."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Name the tensors of one file or of several; nothing of them is loaded."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def one_file(path: Path) -> Shards:
+    """Read and check the header of a safetensors file.
+
+    Raises:
+        ValueError: it is empty, cut off, a pickle, or its header contradicts itself.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or length > min(_HEADER_LIMIT, size - 8):
+            raise ValueError(f"{path} cannot be read as safetensors: {_instead(first, length, size)}")
+        header = _json(path, file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError(f"{path}: the metadata is no table of texts; the file is damaged")
+    entries = {name: _entry(path, name, spec, 8 + length) for name, spec in header.items()}
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][-2:]):
+        if entry.start != end:
+            raise ValueError(f"{path}: {name} starts at byte {entry.start:,}, expected {end:,}; the file is damaged")
+        end = entry.stop
+    if end != size:
+        raise ValueError(f"{path} is cut off or damaged: its tensors end at byte {end:,}, the file at {size:,}")
+    return Shards(entries, metadata)
+
+
+def many_files(index: Path) -> Shards:
+    """Read an index (`*.safetensors.index.json`) and the headers of all the files that it names.
+
+    Raises:
+        ValueError: the index names something outside its folder or a file that is missing, or disagrees with a file.
+    """
+    listing = read_json(index).get("weight_map")
+    if not isinstance(listing, dict) or not all(isinstance(name, str) for name in listing.values()):
+        raise ValueError(f"{index} has no `weight_map` from tensors to files")
+    names = sorted(set(listing.values()))
+    if outside := [n for n in names if Path(n).name != n or "\\" in n or not n.endswith(".safetensors")]:
+        raise ValueError(f"{index} names {outside[0]!r}; an index may only name .safetensors files of its own folder")
+    if missing := [n for n in names if not (index.parent / n).is_file()]:
+        raise ValueError(f"{index} names {len(names)} files, missing: {', '.join(missing)}; fetch them again")
+    entries: dict[str, Entry] = {}
+    metadata: dict[str, str] = {}
+    for name in names:
+        shard = one_file(index.parent / name)
+        if twice := entries.keys() & shard.entries.keys():
+            raise ValueError(f"{min(twice)} is both in {entries[min(twice)].path.name} and in {name} of {index.parent}")
+        entries |= shard.entries
+        metadata |= shard.metadata
+    if astray := [t for t, name in listing.items() if t not in entries or entries[t].path.name != name]:
+        raise ValueError(f"{index} says that {astray[0]} is in {listing[astray[0]]}, but it is not")
+    return Shards(entries, metadata)
+
+
+class Reader:
+    """Give tensors straight in their dtype and on their device; a file's map lives as long as a tensor needs it."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self._entries, self._maps = entries, {}
+
+    def get(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Tensor:
+        """Give one tensor, never in two copies.
+
+        What needs no conversion stays in the map: pages come from the file when they are touched and go when memory is
+        short, writes are private. What is converted or moved leaves its pages at once.
+        """
+        view = self._view(self._entries[name])
+        tensor = view.to(device, dtype or view.dtype)
+        if tensor.data_ptr() != view.data_ptr():
+            self.drop(name)
+        return tensor
+
+    def _view(self, entry: Entry) -> Tensor:
+        if entry.path not in self._maps:
+            self._maps[entry.path] = _private_map(entry.path)
+        raw = torch.frombuffer(
+            self._maps[entry.path], dtype=torch.uint8, count=entry.stop - entry.start, offset=entry.start
+        )
+        kind = FLOATS[entry.dtype]
+        return (raw.clone() if entry.start % kind.itemsize else raw).view(kind).reshape(entry.shape)
+
+    def drop(self, name: str) -> None:
+        """Let go of the pages of a tensor; the file has them if they are asked for again."""
+        entry = self._entries[name]
+        start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[entry.path].madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def _private_map(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        if sys.platform != "linux":
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON table; ValueError where it is damaged, absurdly large, or names something twice."""
+    return _json(path, path.read_bytes())
+
+
+def _instead(first: bytes, length: int, size: int) -> str:
+    """Say what a file is that has no believable header."""
+    if not size:
+        return "it is empty"
+    if first.startswith((b"PK", b"\x80")):
+        return "it is a pickle whatever its name says, and pickles are refused"
+    return f"it has {size:,} bytes and claims a header of {length:,}; it is cut off or something else"
+
+
+def _json(path: Path, text: bytes) -> dict:
+    try:
+        if len(text) > _HEADER_LIMIT:
+            raise ValueError(f"{len(text):,} bytes of JSON")
+        found = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read, its JSON is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} cannot be read, its JSON is no table of names")
+    return found
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return table
+
+
+def _entry(path: Path, name: str, spec: object, begin: int) -> Entry:
+    match spec:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(start), int(stop)]}:
+            if dtype not in _BYTES:
+                raise ValueError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(_BYTES)}")
+            if all(isinstance(n, int) and n >= 0 for n in shape) and math.prod(shape) * _BYTES[dtype] == stop - start:
+                return Entry(path, dtype, tuple(shape), begin + start, begin + stop)
+    raise ValueError(f"{path}: what the header says of {name} cannot be: {spec}")

@@ -1,0 +1,249 @@
+"""The formats in which LTX-2's transformer is found: their tensor names and configs, as functions on names alone.
+
+A *bare* name is the transformer's own (`patchify_proj.weight`, spec 1.2); a *stored* name is what a file calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from omniforcing_lib.config import ModelConfig
+
+PREFIX = "model.diffusion_model."
+DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
+RELEASED_CODE = {
+    "rope_type": "interleaved",
+    "frequencies_precision": "float32",
+    "av_ca_timestep_scale_multiplier": 1,
+}
+"""What OmniForcing's released causal code runs LTX-2's weights with, whatever the file says (spec 1.9)."""
+
+_TO_DIFFUSERS = {
+    "patchify_proj": "proj_in",
+    "audio_patchify_proj": "audio_proj_in",
+    "adaln_single": "time_embed",
+    "audio_adaln_single": "audio_time_embed",
+    "prompt_adaln_single": "prompt_adaln",
+    "audio_prompt_adaln_single": "audio_prompt_adaln",
+    "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
+    "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
+    "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+    "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+    "scale_shift_table_a2v_ca_video": "video_a2v_cross_attn_scale_shift_table",
+    "scale_shift_table_a2v_ca_audio": "audio_a2v_cross_attn_scale_shift_table",
+    "q_norm": "norm_q",
+    "k_norm": "norm_k",
+}
+_FROM_DIFFUSERS = {theirs: ours for ours, theirs in _TO_DIFFUSERS.items()}
+
+_DIFFUSERS_FIELDS = {
+    name: name
+    for name in (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "out_channels",
+        "cross_attention_dim",
+        "audio_num_attention_heads",
+        "audio_attention_head_dim",
+        "audio_in_channels",
+        "audio_out_channels",
+        "audio_cross_attention_dim",
+        "caption_channels",
+        "norm_eps",
+        "rope_type",
+        "timestep_scale_multiplier",
+        "use_prompt_adaln_single",
+        "ff_bias",
+        "audio_ff_bias",
+    )
+} | {
+    "positional_embedding_theta": "rope_theta",
+    "av_ca_timestep_scale_multiplier": "cross_attn_timestep_scale_multiplier",
+    "apply_gated_attention": "gated_attn",
+    "cross_attention_adaln": "cross_attn_mod",
+}
+_DIFFUSERS_FIXED = {
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "audio_patch_size": 1,
+    "audio_patch_size_t": 1,
+    "vae_scale_factors": [8, 32, 32],
+    "audio_scale_factor": 4,
+    "audio_sampling_rate": 16_000,
+    "audio_hop_length": 160,
+    "causal_offset": 1,
+    "activation_fn": "gelu-approximate",
+    "qk_norm": "rms_norm_across_heads",
+    "norm_elementwise_affine": False,
+    "attention_bias": True,
+    "attention_out_bias": True,
+    "use_keyframes_abs_pos_embedding": False,
+}
+_GROUPS = {
+    "text connectors": (PREFIX + "video_embeddings_connector.", PREFIX + "audio_embeddings_connector."),
+    "text projection": ("text_embedding_projection.",),
+    "video VAE": ("vae.",),
+    "audio VAE": ("audio_vae.",),
+    "vocoder": ("vocoder.",),
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """Say how a format calls the transformer's tensors, and whether OmniForcing's causal code made it."""
+
+    name: str
+    prefix: str = ""
+    renamed: bool = False
+    causal_release: bool = False
+
+    def bare(self, stored: str) -> str | None:
+        """Give the transformer's own name for a stored one; None for what is not the transformer's."""
+        if not stored.startswith(self.prefix) or group(stored):
+            return None
+        return _parts(stored.removeprefix(self.prefix), _FROM_DIFFUSERS if self.renamed else {})
+
+    def stored(self, bare: str) -> str:
+        """Give the name under which the format keeps a tensor."""
+        return self.prefix + _parts(bare, _TO_DIFFUSERS if self.renamed else {})
+
+
+LTX2 = Format("LTX-2 single file", PREFIX)
+STUDENT = Format("student of this project", PREFIX)
+DIFFUSERS = Format("diffusers folder", renamed=True)
+RELEASES = (
+    Format("OmniForcing release, bidirectional", "model.velocity_model."),
+    Format("OmniForcing release, causal", "model.", causal_release=True),
+    Format("OmniForcing release, causal, bare names", causal_release=True),
+)
+"""What the released code writes: bidirectional with LTX-2's settings, causal with `RELEASED_CODE` (spec 1.2, 1.9)."""
+
+
+def detect(names: Iterable[str]) -> Format:
+    """Tell the format from the names of its tensors.
+
+    Raises:
+        ValueError: no transformer of a known format.
+    """
+    names = list(names)
+    for known in (LTX2, *RELEASES[:2]):
+        if any(name.startswith(known.prefix + "transformer_blocks.0.") for name in names):
+            return known
+    if any(name.split(".")[0] in _FROM_DIFFUSERS for name in names):
+        return DIFFUSERS
+    if any(name.startswith("transformer_blocks.0.") for name in names):
+        return RELEASES[2]
+    known = ", ".join(f.name for f in (LTX2, STUDENT, DIFFUSERS, *RELEASES))
+    raise ValueError(f"holds no transformer of a known format; known are {known}; it has {', '.join(names[:3]) or '-'}")
+
+
+def group(stored: str) -> str | None:
+    """Say which other part of an LTX-2 file a tensor belongs to; None for the transformer's and for unknown ones."""
+    return next((part for part, prefixes in _GROUPS.items() if stored.startswith(prefixes)), None)
+
+
+def to_diffusers(config: ModelConfig) -> dict[str, object]:
+    """Give the `config.json` of diffusers' transformer.
+
+    Raises:
+        ValueError: diffusers has no setting for it.
+    """
+    if config.audio_cross_attention_dim != config.audio_dim:
+        raise ValueError(
+            "diffusers turns cross-modal keys by audio_cross_attention_dim, which must be the audio width: found "
+            f"{config.audio_cross_attention_dim} and {config.audio_dim}"
+        )
+    time, height, width = config.positional_embedding_max_pos
+    return {
+        "_class_name": DIFFUSERS_CLASS,
+        **_DIFFUSERS_FIXED,
+        **{theirs: getattr(config, ours) for ours, theirs in _DIFFUSERS_FIELDS.items()},
+        "audio_gated_attn": config.apply_gated_attention,
+        "audio_cross_attn_mod": config.cross_attention_adaln,
+        "perturbed_attn": config.cross_attention_adaln,
+        "use_prompt_embeddings": not config.caption_proj_before_connector,
+        "rope_double_precision": config.frequencies_precision == "float64",
+        "pos_embed_max_pos": time,
+        "base_height": height,
+        "base_width": width,
+        "audio_pos_embed_max_pos": config.audio_positional_embedding_max_pos[0],
+    }
+
+
+def from_diffusers(found: Mapping[str, object]) -> ModelConfig:
+    """Read diffusers' `config.json`; what it leaves out has diffusers' own default.
+
+    Raises:
+        ValueError: another class, or a setting that this model would silently do differently.
+    """
+    if found.get("_class_name") != DIFFUSERS_CLASS:
+        raise ValueError(f"config.json describes {found.get('_class_name')!r}, expected {DIFFUSERS_CLASS!r}")
+    for name, expected in _DIFFUSERS_FIXED.items():
+        if (value := found.get(name, expected)) != expected:
+            raise ValueError(f"config.json: {name} is {value!r}; only {expected!r} is supported")
+    for ours in ("gated_attn", "cross_attn_mod"):
+        if found.get(ours, False) != found.get("audio_" + ours, False):
+            raise ValueError(f"config.json: {ours} and audio_{ours} differ; only the same for both is supported")
+    fields = {ours: found[theirs] for ours, theirs in _DIFFUSERS_FIELDS.items() if theirs in found}
+    space = [found.get(n, d) for n, d in (("pos_embed_max_pos", 20), ("base_height", 2048), ("base_width", 2048))]
+    return ModelConfig.from_metadata(
+        {"rope_type": "interleaved"}
+        | fields
+        | {
+            "caption_proj_before_connector": not found.get("use_prompt_embeddings", True),
+            "frequencies_precision": "float64" if found.get("rope_double_precision", True) else "float32",
+            "positional_embedding_max_pos": space,
+            "audio_positional_embedding_max_pos": [found.get("audio_pos_embed_max_pos", 20)],
+        }
+    )
+
+
+def from_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int = 32) -> ModelConfig:
+    """Work a config out from the shapes of the tensors, for files that carry none.
+
+    Shapes do not tell `heads`: it is the 19B's unless there are gates to count.
+
+    Raises:
+        ValueError: a tensor that tells something is missing.
+    """
+    first = "transformer_blocks.0."
+    try:
+        (video, channels), (audio, audio_channels) = (
+            shapes["patchify_proj.weight"],
+            shapes["audio_patchify_proj.weight"],
+        )
+        gates = shapes.get(first + "attn1.to_gate_logits.weight")
+        heads = gates[0] if gates else heads
+        caption = shapes.get("caption_projection.linear_1.weight")
+        fields = {
+            "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("transformer_blocks.")),
+            "num_attention_heads": heads,
+            "audio_num_attention_heads": heads,
+            "attention_head_dim": video // heads,
+            "audio_attention_head_dim": audio // heads,
+            "in_channels": channels,
+            "audio_in_channels": audio_channels,
+            "out_channels": shapes["proj_out.weight"][0],
+            "audio_out_channels": shapes["audio_proj_out.weight"][0],
+            "cross_attention_dim": shapes[first + "attn2.to_k.weight"][1],
+            "audio_cross_attention_dim": shapes[first + "audio_attn2.to_k.weight"][1],
+            "apply_gated_attention": gates is not None,
+            "cross_attention_adaln": shapes[first + "scale_shift_table"][0] == 9,
+            "use_prompt_adaln_single": "prompt_adaln_single.linear.weight" in shapes,
+            "caption_proj_before_connector": caption is None,
+            "ff_bias": first + "ff.net.2.bias" in shapes,
+            "audio_ff_bias": first + "audio_ff.net.2.bias" in shapes,
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        raise ValueError(f"the shapes do not tell the model's config: {error} is missing or misshapen") from error
+    if video % heads or audio % heads:
+        raise ValueError(f"widths {video} and {audio} do not divide into {heads} heads")
+    config = ModelConfig(**fields)
+    return config if caption is None else replace(config, caption_channels=caption[1])
+
+
+def _parts(name: str, renamed: Mapping[str, str]) -> str:
+    return ".".join(renamed.get(part, part) for part in name.split("."))

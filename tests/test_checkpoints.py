@@ -15,7 +15,7 @@ from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.rollout import Causal
 
-PREFIX = checkpoints.PREFIX
+from omniforcing_lib.formats import PREFIX
 
 
 @pytest.fixture

@@ -1,0 +1,142 @@
+"""Run a transformer on a device that does not hold it: weights of blocks in fp8, or in main memory until their turn.
+
+Both change where weights are and as what, not what the model computes: an offloaded model gives the same bits, an
+fp8 model the same function of rounded weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from omniforcing_lib.transformer import Transformer
+
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = 448.0
+_KEPT_WIDE = "to_gate_logits"
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight is kept in e4m3 with a scale for each output, and used in the input's dtype.
+
+    Every e4m3 number is exact in bf16 and in fp32, so the product is that of the rounded weight.
+
+    Shapes: weight e4m3 [out, in], weight_scale fp32 [out, 1], bias [out] or none.
+    """
+
+    def __init__(self, out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+
+        def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+        self.weight = frozen(out, width, dtype=FP8)
+        self.weight_scale = frozen(out, 1, dtype=torch.float32)
+        self.bias = frozen(out, dtype=dtype) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        y = linear(x, self.weight.to(x.dtype)) * self.weight_scale.flatten().to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight to e4m3 with the largest scale that each row allows.
+
+    The error of an entry w of a row with largest entry m is at most max(|w| / 16, m / 458752): half a step of e4m3's
+    3 bits of mantissa, or half its smallest step.
+
+    Shapes: weight [out, in] to e4m3 [out, in] and fp32 [out, 1].
+    """
+    largest = weight.abs().amax(1, keepdim=True).float()
+    scale = torch.where(largest > 0, largest / FP8_LARGEST, 1.0)
+    return (weight.float() / scale).clamp_(-FP8_LARGEST, FP8_LARGEST).to(FP8), scale
+
+
+def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give back the rounded weight. Shapes: [out, in] and [out, 1] to [out, in]."""
+    return (weight.float() * scale).to(dtype)
+
+
+def fp8_names(model: nn.Module) -> set[str]:
+    """Name the layers that `with_fp8_layers` changes: the linear layers of blocks but for their per-head gates."""
+    return {
+        name
+        for name, layer in model.named_modules()
+        if name.startswith("transformer_blocks.")
+        and isinstance(layer, nn.Linear | Fp8Linear)
+        and not name.endswith(_KEPT_WIDE)
+    }
+
+
+def with_fp8_layers(model: Transformer) -> Transformer:
+    """Put empty `Fp8Linear` layers in the place of the blocks' linear layers; their weights are loaded afterwards."""
+    for name in fp8_names(model):
+        old, (parent, _, own) = model.get_submodule(name), name.rpartition(".")
+        new = Fp8Linear(*old.weight.shape, old.bias is not None, old.weight.dtype)
+        setattr(model.get_submodule(parent), own, new)
+    return model
+
+
+class OffloadedBlocks(nn.ModuleList):
+    """Blocks that stay in main memory: each is copied to one of two seats on the device when its turn comes.
+
+    While a block runs in one seat the next is copied to the other; on CUDA from pinned memory, beside the computation.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
+        super().__init__(blocks)
+        self.device = device
+        # in a list, so that the seats are no part of the model's state
+        self._seats = [deepcopy(blocks[0]).to(device) for _ in range(min(2, len(blocks)))]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """Yield each block on the device, valid until the block after it is asked for.
+
+        Raises:
+            ValueError: gradients are on; the seats would be overwritten before the way back.
+        """
+        if torch.is_grad_enabled():
+            raise ValueError("offloaded blocks are for inference; run the model under torch.no_grad()")
+        aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        blocks = list(self._modules.values())
+        self._fill(0, blocks[0], aside)
+        for index in range(len(blocks)):
+            if aside:
+                torch.cuda.current_stream(self.device).wait_stream(aside)
+            if index + 1 < len(blocks):
+                self._fill(index + 1, blocks[index + 1], aside)
+            yield self._seats[index % 2]
+
+    def _fill(self, index: int, block: nn.Module, aside: torch.cuda.Stream | None) -> None:
+        """Copy a block into its seat once whoever sat there has finished."""
+        if aside:
+            aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.no_grad(), torch.cuda.stream(aside):
+            for seat, weight in zip(self._seats[index % 2].parameters(), block.parameters(), strict=True):
+                seat.copy_(weight, non_blocking=True)
+
+
+def offload(model: Transformer, device: str | torch.device, *, pinned: bool = True) -> Transformer:
+    """Keep a model's blocks in main memory and the rest of it on `device`, where it runs; the same bits come out.
+
+    Args:
+        model: any transformer, also with fp8 layers; it is changed in place.
+        device: where it runs.
+        pinned: on CUDA, keep the blocks in pinned memory, which is copied faster and beside the computation. Without,
+            blocks that `checkpoints.load` mapped stay on the disk until their turn.
+    """
+    device = torch.device(device)
+    blocks = model.transformer_blocks
+    model.transformer_blocks = nn.ModuleList()
+    model.to(device)
+    for parameter in blocks.parameters():
+        parameter.data = parameter.data.cpu()
+        if pinned and device.type == "cuda":
+            parameter.data = parameter.data.pin_memory()
+    model.transformer_blocks = OffloadedBlocks(blocks, device)
+    return model

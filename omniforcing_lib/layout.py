@@ -91,6 +91,15 @@ class Clock:
         mels = self.mels(latents)
         return range(mels.start * self.hop, mels.stop * self.hop)
 
+    def samples_of(self, frames: int) -> int:
+        """Samples that go with the first `frames` pixel frames: one mel hop for the first, so 24K + 1 have whole K s."""
+        return self.hop + round(Fraction((frames - 1) * self.sample_rate, self.fps)) if frames else 0
+
+    def frames_of(self, samples: int) -> int:
+        """Pixel frames whose sound is all among the first `samples`."""
+        frames = max(0, (samples - self.hop) * self.fps // self.sample_rate + 2)
+        return next(count for count in range(frames, -1, -1) if self.samples_of(count) <= samples)
+
     def seconds(self, latents: AV[range]) -> AV[tuple[Fraction, Fraction]]:
         """Exact start and end of a range of latents of each stream, in seconds."""
         frames, samples = self.frames(latents.video), self.samples(latents.audio)

@@ -1,0 +1,210 @@
+"""A whole LTX-2 file at tiny dims in its true format: transformer, connectors, VAEs and vocoder, and a Gemma beside it.
+
+Everything is random and everything matters: no weight is zero, statistics are not 0 and 1.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from synthetic import PREFIX, metadata_of, weights
+from torch import nn
+
+from omniforcing_lib import ltx2_parts
+from omniforcing_lib.config import MINIATURE, ModelConfig
+from omniforcing_lib.files import write_tensors
+
+SIZE = (64, 64)
+MODEL = replace(
+    MINIATURE,
+    num_layers=3,
+    num_attention_heads=2,
+    attention_head_dim=12,
+    cross_attention_dim=24,
+    audio_num_attention_heads=2,
+    audio_attention_head_dim=8,
+    audio_cross_attention_dim=16,
+    in_channels=16,
+    out_channels=16,
+    audio_in_channels=32,
+    audio_out_channels=32,
+    caption_channels=32,
+)
+NEWER = replace(MODEL, apply_gated_attention=True, cross_attention_adaln=True, caption_proj_before_connector=True)
+RES = {"num_layers": 1}
+VAE = {
+    "latent_channels": 16,
+    "encoder_blocks": [
+        ["res_x", RES],
+        ["compress_space_res", {"multiplier": 1}],
+        ["res_x", RES],
+        ["compress_time_res", {"multiplier": 2}],
+        ["res_x", 1],
+        ["compress_all_res", {"multiplier": 2}],
+        ["res_x", RES],
+        ["compress_all_res", {"multiplier": 1}],
+        ["res_x", RES],
+    ],
+    "decoder_base_channels": 8,
+    "decoder_blocks": [
+        ["res_x", RES],
+        ["compress_all", {"residual": True, "multiplier": 2}],
+        ["res_x", RES],
+        ["compress_all", {"residual": True, "multiplier": 2}],
+        ["res_x", RES],
+        ["compress_all", {"residual": True, "multiplier": 2}],
+        ["res_x", RES],
+    ],
+    "causal_decoder": False,
+    "timestep_conditioning": False,
+    "encoder_spatial_padding_mode": "zeros",
+    "decoder_spatial_padding_mode": "reflect",
+}
+NEWER_VAE = VAE | {
+    "decoder_blocks": [
+        ["res_x", RES],
+        ["compress_space", {"multiplier": 2}],
+        ["res_x", RES],
+        ["compress_time", {"multiplier": 1}],
+        ["res_x", RES],
+        ["compress_all", {"multiplier": 2}],
+        ["res_x", RES],
+        ["compress_all", {"multiplier": 2}],
+        ["res_x", {"num_layers": 2}],
+    ],
+    "decoder_spatial_padding_mode": "zeros",
+}
+AUDIO_VAE = {
+    "model": {"params": {"sampling_rate": 16000, "ddconfig": {"ch": 32, "ch_mult": [1, 1, 1], "z_channels": 2}}},
+    "preprocessing": {"stft": {"hop_length": 160}, "mel": {"n_mel_channels": 64}},
+}
+AUDIO_VAE["model"]["params"]["ddconfig"] |= {"num_res_blocks": 1}
+KERNELS = {"resblock_kernel_sizes": [3, 7], "resblock_dilation_sizes": [[1, 3], [1, 5]]}
+VOCODER = {"resblock": "1", "upsample_initial_channel": 64} | KERNELS
+AMP = {"resblock": "AMP1", "activation": "snakebeta", "use_bias_at_final": False, "use_tanh_at_final": False} | KERNELS
+NEWER_VOCODER = {
+    "vocoder": AMP
+    | {"upsample_initial_channel": 64, "upsample_rates": [5, 2, 2, 2, 2, 2]}
+    | {"upsample_kernel_sizes": [11, 4, 4, 4, 4, 4]},
+    "bwe": AMP
+    | {"upsample_initial_channel": 32, "upsample_rates": [6, 5, 2, 2, 2], "upsample_kernel_sizes": [12, 11, 4, 4, 4]}
+    | {"input_sampling_rate": 16000, "output_sampling_rate": 48000, "hop_length": 80, "n_fft": 512, "num_mels": 64},
+}
+CONNECTOR = {
+    "connector_num_attention_heads": 2,
+    "connector_num_layers": 1,
+    "connector_positional_embedding_max_pos": [4096],
+}
+LAYERS = 2  # of the tiny Gemma
+WORDS = ("a", "red", "blue", "ball", "bell", "wood", "worst", "quality", "blurry", ",")
+
+
+def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every weight of a module so that activations keep their size and no output is loud."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, old: torch.Tensor) -> torch.Tensor:
+        noise = torch.randn(old.shape, generator=generator)
+        if "filter" in name:
+            return old
+        if name.endswith(("latents_std", "norm_q.weight", "norm_k.weight")):
+            return 1 + 0.2 * noise
+        if "basis" in name:
+            return 0.05 * noise.abs()
+        size = 0.3 if "conv_out" in name and "coder" in type(module).__name__ else 1.0
+        return size * noise / old[0].numel() ** 0.5 if old.ndim > 1 else 0.1 * noise
+
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(draw(name, tensor))
+    return module.requires_grad_(False).eval()
+
+
+def parts(version: str = "2.0", *, causal: bool = False) -> dict[str, nn.Module]:
+    """Build the random modules of a tiny LTX-2 of `version` as diffusers' classes."""
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
+
+    old, names = version == "2.0", ("vae", "audio_vae", "vocoder")
+    vae, audio, vocoder = (configs(version)[name] for name in names)
+    vocoders = LTX2Vocoder if old else LTX2VocoderWithBWE
+    text = {"text_proj_in_factor": LAYERS + 1, "caption_channels": 32, "rope_type": "split"}
+    for stream in ("video", "audio"):
+        text |= {f"{stream}_connector_{k}": v for k, v in {"num_attention_heads": 2, "num_layers": 1}.items()}
+        text[f"{stream}_connector_num_learnable_registers"] = 8
+        width = 32 if old else (MODEL.video_dim if stream == "video" else MODEL.audio_dim)
+        text |= {f"{stream}_connector_attention_head_dim": width // 2, f"{stream}_gated_attn": not old}
+    if not old:
+        text |= {"per_modality_projections": True, "proj_bias": True}
+        text |= {"video_hidden_dim": MODEL.video_dim, "audio_hidden_dim": MODEL.audio_dim}
+    made = {
+        "vae": AutoencoderKLLTX2Video(**ltx2_parts.video_config(vae) | {"decoder_causal": causal}),
+        "audio_vae": AutoencoderKLLTX2Audio(**ltx2_parts.audio_config(audio)),
+        "vocoder": vocoders(**ltx2_parts.vocoder_config(vocoder)),
+        "connectors": LTX2TextConnectors(**text),
+    }
+    return {name: shaken(module, seed) for seed, (name, module) in enumerate(made.items())}
+
+
+def configs(version: str = "2.0") -> dict[str, object]:
+    """Give the JSON `config` of a tiny LTX-2 file."""
+    if version == "2.0":
+        return metadata_of(MODEL) | {"vae": VAE, "audio_vae": AUDIO_VAE, "vocoder": VOCODER}
+    return metadata_of(NEWER) | {"vae": NEWER_VAE, "audio_vae": AUDIO_VAE, "vocoder": NEWER_VOCODER}
+
+
+def whole_file(path: str | Path, version: str = "2.0", *, model: ModelConfig | None = None) -> Path:
+    """Write a whole tiny LTX-2 single file, fp32; give its path."""
+    model = model or (MODEL if version == "2.0" else NEWER)
+    names = {
+        "vae": ltx2_parts.video_names(configs(version)["vae"]),
+        "audio_vae": ltx2_parts.AUDIO_VAE,
+        "vocoder": ltx2_parts.VOCODER,
+        "connectors": ltx2_parts.TEXT,
+    }
+    tensors = {PREFIX + n: t for n, t in weights(model, torch.Generator().manual_seed(0)).items()}
+    for part, module in parts(version).items():
+        tensors |= {names[part].to_ltx2(name): tensor for name, tensor in module.state_dict().items()}
+    config = configs(version)
+    config["transformer"] |= CONNECTOR
+    return write_tensors(path, tensors, {"config": json.dumps(config), "model_version": version})
+
+
+def diffusers_folder(path: str | Path, version: str = "2.0") -> Path:
+    """Save the same parts as a diffusers folder."""
+    for name, module in parts(version).items():
+        module.save_pretrained(Path(path) / name)
+    return Path(path)
+
+
+def gemma_folder(path: str | Path) -> Path:
+    """Save a tiny random Gemma 3 text model with a word-level tokenizer, as transformers saves them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
+
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    tokens = {word: i for i, word in enumerate([*special, *WORDS])}
+    words = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    named = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(path)
+    config = Gemma3TextConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=8,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    shaken(Gemma3TextModel(config), 7).save_pretrained(path)
+    return Path(path)

@@ -95,7 +95,12 @@ def _parser() -> Parser:
     ablate.add_argument("--out", type=Path, default=Path("reports/ablations"), help="finished runs there are kept")
 
     inspect = command("inspect", _inspect, "print a checkpoint's configuration, size and keys")
-    inspect.add_argument("checkpoint", help="teacher, stage2, student, or a file")
+    inspect.add_argument("checkpoint", help="teacher, stage2, student, a file, an index or a folder")
+
+    export = command("export", _export, "write a checkpoint's transformer in another format, bit for bit")
+    export.add_argument("checkpoint", help="teacher, stage2, student, a file, an index or a folder")
+    export.add_argument("--to", choices=("ltx2", "diffusers"), required=True)
+    export.add_argument("--out", type=Path, required=True, help="a .safetensors file, or for diffusers a new folder")
 
     train = command("train", _train, "train one stage of the miniature")
     train.add_argument("stage", choices=("codec", "teacher", "stage2", "stage3"))
@@ -203,6 +208,13 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from omniforcing_lib import checkpoints
 
     print(checkpoints.inspect(arguments.checkpoint))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import checkpoints
+
+    written = checkpoints.export(arguments.checkpoint, arguments.out, to=arguments.to)
+    print("\n".join([str(written), *checkpoints.left_out(checkpoints.read(arguments.checkpoint), arguments.to)]))
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from omniforcing_lib import checkpoints
 from omniforcing_lib.files import write_json
 from omniforcing_lib.flow import noise_like
 from omniforcing_lib.layout import AV
@@ -177,6 +180,23 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
+def load(model: str, team: Team, device: torch.device, *, amp: bool = False, sinks: int | None = None) -> Transformer:
+    """Load a model in float32: whole onto one process, or each process's shards alone.
+
+    A team maps the file and copies what it needs of it, a tensor at a time: no process ever holds a whole model.
+    """
+    if team.mesh is None:
+        return checkpoints.load(model, device=device, sinks=sinks)
+    kinds = set(checkpoints.read(model).dtypes.values())
+    mapped = checkpoints.load(model, dtype=torch.bfloat16 if kinds == {"BF16"} else torch.float32, sinks=sinks)
+    with torch.device("meta"):
+        made = Transformer(mapped.config, mapped.clock)
+    made = team.shard(made, amp=amp).to_empty(device=device).requires_grad_(False).eval()
+    for mine, whole in zip(made.parameters(), mapped.parameters(), strict=True):
+        local(mine).copy_(local(team.cut(whole, mine)))
+    return made
+
+
 def started() -> bool:
     """Tell whether torchrun, or whoever sets its variables, started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -205,10 +225,22 @@ def joined(device: str = "cpu", *, replicas: int = 1) -> Iterator[Team]:
     if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
+    # nothing here writes into what a sharded module returns
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=UNHURRIED_S))
     shape, names = ((size,), ("shard",)) if replicas == 1 else ((replicas, size // replicas), ("replicate", "shard"))
-    yield Team(rank, size, place, init_device_mesh(place.type, shape, mesh_dim_names=names))
+    try:
+        yield Team(rank, size, place, init_device_mesh(place.type, shape, mesh_dim_names=names))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(
+            f"rank {rank} of {size} ends: {reason}\nIf another rank is gone or was silent for {PATIENCE_S} s, its own "
+            "message says why; the same command goes on from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise
     # only where all went well: with a process gone, this would wait for it
     dist.destroy_process_group()
 
@@ -249,5 +281,7 @@ def restore(folder: Path, blank: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name not in blank or tuple(kept.size) != tuple(blank[name].shape):
             found = tuple(blank[name].shape) if name in blank else "nothing of that name"
             raise ValueError(f"{folder}: {name} is {tuple(kept.size)}, here is {found}; use the settings of that run")
-    dcp.load(wanted, storage_reader=reader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(wanted, storage_reader=reader)
     return wanted

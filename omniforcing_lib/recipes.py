@@ -1,7 +1,8 @@
 """How every shipped file is made, from nothing: codec, teacher, Stage 2, Stage 3.
 
 Each function runs one stage, resumes from its working folder, and writes one file with its settings and last numbers
-in the metadata. `python -m omniforcing_lib train STAGE --help` lists the options, which are the arguments here.
+in the metadata. `python -m omniforcing_lib train STAGE --help` lists the options, which are the arguments here and the
+fields of `Job`. Under torchrun the same command trains with all its processes.
 """
 
 from __future__ import annotations
@@ -9,22 +10,94 @@ from __future__ import annotations
 import argparse
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 
-from omniforcing_lib import checkpoints, dataset, train, world
-from omniforcing_lib.codecs import TinyCodec, load_codec
+from omniforcing_lib import checkpoints, dataset, distributed, train, world
+from omniforcing_lib.codecs import load_codec
 from omniforcing_lib.config import MINIATURE
-from omniforcing_lib.dataset import Pairs, Prompts
+from omniforcing_lib.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
+from omniforcing_lib.distributed import Team
 from omniforcing_lib.flow import Guidance
-from omniforcing_lib.layout import AV
+from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.text import TinyText
+from omniforcing_lib.train import Player, Recipe
 from omniforcing_lib.transformer import Transformer, initialise
 
 CODEC = str(checkpoints.DATA / "codec.safetensors")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Say what every stage wants to know: how a run runs, whatever it learns.
+
+    Attributes:
+        seed: of everything random.
+        device: cpu or cuda.
+        folder: where the run keeps its state and history; without one nothing is kept, and nothing goes on.
+        every: steps between two checkpoints.
+        minutes: after which the run ends early, with a checkpoint; 0 has no limit.
+        amp: compute in bfloat16; master weights stay float32.
+        accumulate: parts that each process cuts its rows of a batch into.
+        checkpoint_activations: keep the inputs of blocks alone, and run the blocks again for their gradients.
+        limit: gradient norm above which a step changes nothing.
+        replicas: copies of the models over the processes; 1 shards over all of them.
+        prompts: folder of shards with prompts and their contexts; without one those of the world.
+        team: the processes, see `distributed.joined`.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    folder: str = ""
+    every: int = 500
+    minutes: float = 0.0
+    amp: bool = False
+    accumulate: int = 1
+    checkpoint_activations: bool = False
+    limit: float = 1e4
+    replicas: int = 1
+    prompts: str = ""
+    team: Team = field(default_factory=Team)
+
+    @property
+    def place(self) -> torch.device:
+        """The device of this process."""
+        return self.team.device if self.team.mesh else torch.device(self.device)
+
+    def contexts(self) -> Prompts | StoredPrompts:
+        """Give the prompts to train on."""
+        if self.prompts:
+            return StoredPrompts(self.prompts, self.place, self.team)
+        return Prompts.of(TinyText(), world.prompts(), self.place)
+
+    def load(self, model: str, sinks: int | None = None) -> Transformer:
+        """Load a model onto this process, or its shards onto every process."""
+        return distributed.load(model, self.team, self.place, amp=self.amp, sinks=sinks)
+
+    def player(self, model: Transformer, **recipe: object) -> Player:
+        """Let a model learn as this job says."""
+        how = {"amp": self.amp, "accumulate": self.accumulate, "recompute": self.checkpoint_activations}
+        return Player(model, Recipe(limit=self.limit, **how, **recipe), self.team)
+
+    def run(self, step: train.Step, players: Mapping[str, Player], steps: int, label: str) -> train.History:
+        """Fit, within the limit in minutes."""
+        deadline = time.monotonic() + 60 * self.minutes if self.minutes else float("inf")
+        how = {"seed": self.seed, "folder": self.folder or None, "every": self.every, "label": label}
+        return train.fit(step, players, steps, **how, stop=lambda: time.monotonic() > deadline)
+
+    def save(
+        self, player: Player, out: str, history: train.History, names: Sequence[str], causal: Causal | None = None, **of
+    ) -> Path:
+        """Write what was learnt, with its settings and the last means of the named numbers."""
+        numbers = {name: round(history.mean(name), 5) for name in names if name in history.numbers}
+        whole = self.team.gathered(player.best, torch.bfloat16)
+        if whole is None:
+            return Path(out)
+        return checkpoints.save(whole, out, causal=causal, notes={**of, "seed": self.seed} | numbers)
 
 
 def teacher(
@@ -35,24 +108,23 @@ def teacher(
     clips: int = 8_192,
     seconds: int = 5,
     lr: float = 1.5e-3,
-    seed: int = 0,
-    device: str = "cpu",
-    folder: str = "",
-    minutes: float = 0.0,
-    amp: bool = False,
+    job: Job = Job(),
 ) -> Path:
     """Train the bidirectional miniature LTX-2 on clips of the world by flow matching."""
+    seed, place = job.seed, job.place
     data = dataset.world_clips(
-        load_codec(codec, device), range(seed * clips, (seed + 1) * clips), seconds, device=device
+        load_codec(codec, place),
+        range(seed * clips, (seed + 1) * clips),
+        seconds,
+        device=place,
+        progress=job.team.leads,
     )
-    prompts = Prompts.of(TinyText(), world.prompts(), device)
-    model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(seed)).to(device)
-    recipe = train.Recipe(lr=lr, steps=steps, warmup=min(500, steps // 10), ema=average(steps), amp=amp)
-    player = train.Player(model, recipe)
-    step = train.flow_stage(player, data, prompts, batch)
-    history = run(step, {"teacher": player}, steps, seed, folder, minutes, "teacher")
-    settings = {"stage": "teacher", "steps": steps, "batch": batch, "clips": clips, "lr": lr, "seed": seed}
-    return checkpoints.save(player.best, out, notes=settings | last(history, "video", "audio"))
+    model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(seed)).to(place)
+    player = job.player(model, lr=lr, steps=steps, warmup=min(500, steps // 10), ema=average(steps))
+    step = train.flow_stage(player, data, job.contexts(), batch)
+    history = job.run(step, {"teacher": player}, steps, "teacher")
+    settings = {"stage": "teacher", "steps": steps, "batch": batch, "clips": clips, "lr": lr}
+    return job.save(player, out, history, ("video", "audio"), **settings)
 
 
 def stage2(
@@ -66,26 +138,24 @@ def stage2(
     steps: int = 1_500,
     batch: int = 8,
     seconds: int = 5,
+    grid: Sequence[int] = (0, 0),
     lr: float = 5e-4,
     cfg: Sequence[float] = (3.0, 3.0),
-    seed: int = 0,
-    device: str = "cpu",
-    folder: str = "",
-    minutes: float = 0.0,
-    amp: bool = False,
+    job: Job = Job(),
 ) -> Path:
-    """Make the teacher causal: ODE pairs, then regression under the causal masks."""
-    world_codec = load_codec(codec, device)
+    """Make the teacher causal: ODE pairs, then regression under the causal masks.
+
+    `pairs` is a .safetensors file or a folder of shards; what is not there is made and kept there.
+    """
     causal = Causal.from_layout(layout, None if sinks < 0 else sinks)
-    prompts = Prompts.of(TinyText(), world.prompts(), device)
-    data = ode_pairs(pairs, teacher, world_codec, prompts, causal, count, seconds, tuple(cfg), seed, device)
-    model = checkpoints.load(teacher, device=device, sinks=causal.layout.sinks)
-    recipe = train.Recipe(lr=lr, steps=steps, warmup=min(100, steps // 10), ema=average(steps), amp=amp)
-    player = train.Player(model, recipe)
+    prompts, (clock, shape) = job.contexts(), geometry(codec, grid)
+    data = ode_pairs(pairs, teacher, prompts, causal, count, clock.latents(seconds), shape, tuple(cfg), job)
+    model = job.load(teacher, causal.layout.sinks)
+    player = job.player(model, lr=lr, steps=steps, warmup=min(100, steps // 10), ema=average(steps))
     step = train.ode_stage(player, data, prompts, causal, batch)
-    history = run(step, {"student": player}, steps, seed, folder, minutes, "stage 2")
-    settings = {"stage": "stage 2", "steps": steps, "batch": batch, "pairs": len(data), "lr": lr, "seed": seed}
-    return checkpoints.save(player.best, out, causal=causal, notes=settings | last(history, "video", "audio"))
+    history = job.run(step, {"student": player}, steps, "stage 2")
+    settings = {"stage": "stage 2", "steps": steps, "batch": batch, "pairs": len(data), "lr": lr}
+    return job.save(player, out, history, ("video", "audio"), causal, **settings)
 
 
 def stage3(
@@ -96,36 +166,30 @@ def stage3(
     steps: int = 3_000,
     batch: int = 8,
     seconds: int = 5,
+    grid: Sequence[int] = (0, 0),
     lr: float = 1e-4,
     critic_lr: float = 1e-4,
     ratio: int = 5,
     cfg: Sequence[float] = (3.0, 3.0),
-    seed: int = 0,
-    device: str = "cpu",
-    folder: str = "",
-    minutes: float = 0.0,
-    amp: bool = False,
+    job: Job = Job(),
 ) -> Path:
     """Distil on the student's own roll-outs: joint self-forcing DMD; `steps` counts critic steps."""
-    world_codec = load_codec(codec, device)
     causal = checkpoints.read(student).causal
     if causal is None:
         raise ValueError(f"{student} is no causal student (its config has no `omniforcing` part); train stage2 first")
-    prompts = Prompts.of(TinyText(), world.prompts(), device)
-    updates = steps // ratio
-    recipe = train.Recipe(lr=lr, betas=(0.0, 0.999), warmup=10, ema=min(0.99, average(updates)), amp=amp)
-    player = train.Player(checkpoints.load(student, device=device), recipe)
-    critic_recipe = train.Recipe(lr=critic_lr, betas=(0.0, 0.999), warmup=10, ema=0.0, amp=amp)
-    critic = train.Player(checkpoints.load(teacher, device=device), critic_recipe)
-    real = checkpoints.load(teacher, device=device)
-    latents, guidance = world_codec.clock.latents(seconds), Guidance(cfg=AV(*cfg))
+    (clock, shape), betas = geometry(codec, grid), (0.0, 0.999)
+    player = job.player(job.load(student), lr=lr, betas=betas, warmup=10, ema=min(0.99, average(steps // ratio)))
+    critic = job.player(job.load(teacher), lr=critic_lr, betas=betas, warmup=10, ema=0.0)
+    how = {"guidance": Guidance(cfg=AV(*cfg)), "ratio": ratio}
+    frames = clock.latents(seconds).video
     step = train.self_forcing_stage(
-        player, critic, real, prompts, causal, world_codec.grid, latents.video, batch, guidance=guidance, ratio=ratio
+        player, critic, job.load(teacher), job.contexts(), causal, shape, frames, batch, **how
     )
-    history = run(step, {"student": player, "critic": critic}, steps, seed, folder, minutes, "stage 3")
-    settings = {"stage": "stage 3", "steps": steps, "batch": batch, "lr": lr, "seed": seed, "cfg": list(cfg)}
-    numbers = last(history, "dmd_video", "dmd_audio", "critic_video", "critic_audio")
-    return checkpoints.save(player.best, out, causal=causal, notes=settings | numbers)
+    history = job.run(step, {"student": player, "critic": critic}, steps, "stage 3")
+    settings = {"stage": "stage 3", "steps": steps, "batch": batch, "lr": lr, "cfg": list(cfg)}
+    return job.save(
+        player, out, history, ("dmd_video", "dmd_audio", "critic_video", "critic_audio"), causal, **settings
+    )
 
 
 def codec(out: str = "codec.safetensors", steps: int = 4_000, seed: int = 0, device: str = "cpu") -> Path:
@@ -136,33 +200,56 @@ def codec(out: str = "codec.safetensors", steps: int = 4_000, seed: int = 0, dev
     return save_codec(train_codec(seed=seed, steps=steps, device=device), out)
 
 
+def geometry(codec: str, grid: Sequence[int]) -> tuple[Clock, tuple[int, int]]:
+    """Give the clock and the tokens of a video frame: the codec's, or LTX-2's clock with a `grid` that is given."""
+    if any(grid):
+        return Clock(), tuple(grid)
+    world_codec = load_codec(codec)
+    return world_codec.clock, world_codec.grid
+
+
 def ode_pairs(
     path: str,
     teacher: str,
-    codec: TinyCodec,
-    prompts: Prompts,
+    prompts: Prompts | StoredPrompts,
     causal: Causal,
     count: int,
-    seconds: int,
+    latents: AV[int],
+    grid: tuple[int, int],
     cfg: tuple[float, float],
-    seed: int,
-    device: str,
-) -> Pairs:
-    """Read ODE pairs from a file, or make them (and keep them there if a path is given)."""
-    if path and Path(path).exists():
-        return Pairs.load(path, device)
-    made = dataset.ode_pairs(
-        checkpoints.load(teacher, device=device),
-        prompts,
-        Guidance(cfg=AV(*cfg)),
-        causal.steps,
-        range(seed * count, (seed + 1) * count),
-        codec.clock.latents(seconds),
-        codec.grid,
-    )
-    if path:
-        made.save(path, prompts.names)
-    return made
+    job: Job,
+) -> Pairs | StoredPairs:
+    """Read ODE pairs from a file or a folder of shards, or make them (and keep them there if a path is given).
+
+    Every process of a team makes its own shards with a teacher of its own, in bfloat16 with `amp`.
+
+    Raises:
+        ValueError: a team has no folder to share out the work over.
+    """
+    file = path.endswith(".safetensors")
+    if file and Path(path).exists():
+        return Pairs.load(path, job.place)
+    if path and not file and (Path(path) / "index.json").exists():
+        return StoredPairs(path, job.place, job.team)
+    if job.team.mesh and (file or not path):
+        raise ValueError(f"several processes share out their ODE pairs in a folder: give --pairs one, found {path!r}")
+    dtype = torch.bfloat16 if job.amp and path and not file else torch.float32
+    model = checkpoints.load(teacher, device=job.place, dtype=dtype)
+    seeds, guidance = range(job.seed * count, (job.seed + 1) * count), Guidance(cfg=AV(*cfg))
+
+    def make(rows: range) -> Pairs:
+        how = {"first": rows.start, "progress": job.team.leads}
+        some = seeds[rows.start : rows.stop]
+        return dataset.ode_pairs(model, prompts, guidance, causal.steps, some, latents, grid, **how)
+
+    if not path or file:
+        made = make(range(count))
+        if path:
+            made.save(path, prompts.names)
+        return made
+    notes = {"teacher": Path(teacher).name, "cfg": list(cfg), "seed": job.seed, "grid": list(grid)}
+    notes |= {"steps": list(causal.steps), "sigmas": causal.sigmas.float().tolist(), "latents": list(latents)}
+    return StoredPairs(dataset.store_pairs(path, make, count, notes, team=job.team), job.place, job.team)
 
 
 def average(steps: int) -> float:
@@ -170,36 +257,35 @@ def average(steps: int) -> float:
     return max(0.9, min(0.9995, 1 - 20 / max(1, steps)))
 
 
-def run(step, players, steps, seed, folder, minutes, label) -> train.History:
-    """Fit with an optional working folder and an optional limit in minutes."""
-    deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
-    return train.fit(
-        step, players, steps, seed=seed, folder=folder or None, label=label, stop=lambda: time.monotonic() > deadline
-    )
-
-
-def last(history: train.History, *names: str) -> dict[str, float]:
-    """Last means of the named numbers, for a file's metadata."""
-    return {name: round(history.mean(name), 5) for name in names if name in history.numbers}
-
-
 STAGES = {"codec": codec, "teacher": teacher, "stage2": stage2, "stage3": stage3}
 
 
 def main(argv: Sequence[str]) -> Path:
-    """Run a stage from the command line; every argument of its function is an option."""
+    """Run a stage from the command line; every argument of its function, and every field of `Job`, is an option."""
     stage, *rest = argv
     function = STAGES[stage]
     parser = argparse.ArgumentParser(prog=f"omniforcing train {stage}", description=function.__doc__)
-    for name, parameter in inspect.signature(function).parameters.items():
-        option = f"--{name.replace('_', '-')}"
-        default = parameter.default
-        if isinstance(default, bool):
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
-        elif isinstance(default, tuple):
-            parser.add_argument(option, nargs=len(default), type=type(default[0]), default=default)
-        else:
-            parser.add_argument(option, type=type(default), default=default, help=f"default {default!r}")
-    path = function(**vars(parser.parse_args(rest)))
+    own = {name: p.default for name, p in inspect.signature(function).parameters.items() if name != "job"}
+    shared = {f.name: f.default for f in fields(Job) if f.name != "team"} if stage != "codec" else {}
+    for name, default in (own | shared).items():
+        _add(parser, f"--{name.replace('_', '-')}", default)
+    given = vars(parser.parse_args(rest))
+    if stage == "codec":
+        path = function(**given)
+    else:
+        with distributed.joined(given["device"], replicas=given["replicas"]) as team:
+            job = Job(**{name: given[name] for name in shared}, team=team)
+            path = function(**{name: given[name] for name in own}, job=job)
+            if not team.leads:
+                return path
     print(path)
     return path
+
+
+def _add(parser: argparse.ArgumentParser, option: str, default: object) -> None:
+    if isinstance(default, bool):
+        parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+    elif isinstance(default, tuple):
+        parser.add_argument(option, nargs=len(default), type=type(default[0]), default=default)
+    else:
+        parser.add_argument(option, type=type(default), default=default, help=f"default {default!r}")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.files import write_tensors
+from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.transformer import Transformer
 
 PREFIX = "model.diffusion_model."
@@ -101,6 +102,15 @@ def weights(config: ModelConfig, generator: torch.Generator) -> dict[str, Tensor
         return noise / shape[-1] ** 0.5 if name.endswith("weight") else 0.1 * noise
 
     return {name: draw(name, shape) for name, shape in shapes.items()}
+
+
+def inputs(video_latents: int = 4, seed: int = 0) -> tuple[AV[Tensor], AV[Tensor]]:
+    """Draw latents of the miniature's shape and text for both streams."""
+    generator = torch.Generator().manual_seed(seed)
+    audio_latents = PAPER.audio_latents(video_latents)
+    shapes = ((1, video_latents, 4, 4, 32), (1, audio_latents, 32), (1, 6, 64), (1, 6, 64))
+    drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+    return AV(*drawn[:2]), AV(*drawn[2:])
 
 
 def metadata_of(config: ModelConfig) -> dict[str, object]:

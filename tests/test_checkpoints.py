@@ -6,16 +6,16 @@ import json
 from dataclasses import replace
 
 import pytest
+import synthetic
 import torch
 from safetensors.torch import load_file, save_file
-from test_transformer import TINY, inputs, tiny
+from synthetic import PREFIX, STUBS
+from test_transformer import TINY, tiny
 
-from omniforcing_lib import checkpoints
+from omniforcing_lib import checkpoints, files, formats
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.layout import AV, BlockLayout
+from omniforcing_lib.layout import AV, PAPER, BlockLayout
 from omniforcing_lib.rollout import Causal
-
-from omniforcing_lib.formats import PREFIX
 
 
 @pytest.fixture
@@ -46,62 +46,45 @@ def test_a_student_keeps_its_layout_and_steps(tmp_path):
     assert checkpoint.causal == causal and checkpoint.config.num_audio_sink_tokens == 5
 
 
-def test_text_connectors_of_the_19b_file_are_left_out(path):
-    rewrite(path, lambda t, c: t.update({PREFIX + "video_embeddings_connector.x": torch.zeros(2)}))
-    assert checkpoints.read(path).report().ok
-    checkpoints.load(path)
+@pytest.mark.parametrize("version", synthetic.CONFIGS)
+def test_a_whole_ltx2_file_loads_strictly_and_its_other_parts_are_counted(version, tmp_path):
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.safetensors", version)
+    checkpoint, text = checkpoints.read(path), checkpoints.inspect(path)
+    assert checkpoint.format is formats.LTX2 and checkpoint.config == synthetic.CONFIGS[version]
+    assert checkpoint.report().ok and len(checkpoint.transformer) == len(checkpoint.entries) - len(STUBS[version])
+    for part in ("text connectors", "text projection", "video VAE (4)", "audio VAE (4)", "vocoder"):
+        assert part in text
+    assert ("gated attention" in text) == (version == "2.3") and "unknown" not in text
+    stored, loaded = load_file(path), checkpoints.load(path, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, stored[PREFIX + name]) for name, tensor in loaded.items())
 
 
-def test_fresh_sinks_leave_the_weights_alone(path):
-    teacher, student = checkpoints.load(path), checkpoints.load(path, sinks=4)
-    assert student.audio_sink_tokens.shape == (1, 4, TINY.audio_dim)
-    x, _, text = inputs(BlockLayout(AV(1, 1), AV(3, 25)), 4, dtype=torch.float32)
+@pytest.mark.parametrize("version", synthetic.CONFIGS)
+def test_with_sinks_off_the_student_is_the_teacher_to_the_bit(version, tmp_path):
+    """Fresh sinks of the paper's layout leave the bidirectional mode alone, and masks see the same weights."""
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.safetensors", version)
+    teacher, student = checkpoints.load(path), checkpoints.load(path, sinks=PAPER.sinks)
+    assert student.audio_sink_tokens.shape == (1, PAPER.sinks, synthetic.CONFIGS[version].audio_dim)
+    x, text = synthetic.inputs()
     sigma = AV(torch.tensor([0.5]), torch.tensor([0.5]))
     with torch.no_grad():
         assert all(map(torch.equal, teacher(x, sigma, text), student(x, sigma, text)))
 
 
-CASES = {
-    "missing": (lambda t, c: t.pop(PREFIX + "proj_out.bias"), r"missing: proj_out\.bias"),
-    "unexpected": (lambda t, c: t.update({PREFIX + "extra": torch.zeros(1)}), "unexpected: extra"),
-    "renamed": (
-        lambda t, c: t.update({PREFIX + "proj_out.wait": t.pop(PREFIX + "proj_out.weight")}),
-        r"proj_out\.wait",
-    ),
-    "shape": (
-        lambda t, c: t.update({PREFIX + "proj_out.bias": torch.zeros(7)}),
-        r"mismatched: proj_out\.bias is \[7\], expected \[3\]",
-    ),
-    "not finite": (
-        lambda t, c: t[PREFIX + "proj_out.bias"].fill_(torch.nan),
-        r"proj_out\.bias holds values .* not finite",
-    ),
-    "rope": (lambda t, c: c["transformer"].update(rope_type="spiral"), "split, interleaved; found 'spiral'"),
-    "fixed": (lambda t, c: c["transformer"].update(qk_norm="layer"), "qk_norm is 'layer'; only 'rms_norm'"),
-}
+def test_weights_of_the_files_own_dtype_stay_mapped_and_private(path):
+    """Nothing is copied, what is written to the weights does not reach the file, and the file may be replaced."""
+    before, model = path.read_bytes(), checkpoints.load(path)
+    bias = model.proj_out.bias.clone()
+    model.proj_out.bias.add_(1)
+    checkpoints.save(tiny(seed=9), path, dtype=torch.float32)
+    assert torch.equal(model.proj_out.bias, bias + 1)
+    assert path.read_bytes() != before and torch.equal(model.proj_out.weight, tiny(dtype=torch.float32).proj_out.weight)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_does_not_fit_is_named(path, case):
-    change, message = CASES[case]
-    rewrite(path, change)
-    with pytest.raises(ValueError, match=message):
-        checkpoints.load(path)
-
-
-def test_files_that_are_no_checkpoint_are_refused(path, tmp_path):
-    rewrite(path, lambda t, c: None, metadata={})
-    with pytest.raises(ValueError, match="no `config` in its metadata"):
-        checkpoints.read(path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        checkpoints.read(path)
-    pickled = tmp_path / "model.pt"
-    pickled.write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"pickles .* are refused"):
-        checkpoints.read(pickled)
-    with pytest.raises(ValueError, match="no checkpoint at"):
-        checkpoints.read(tmp_path / "none.safetensors")
+def test_metadata_that_is_absent_is_said_to_be_assumed(path):
+    assert "settings" not in checkpoints.inspect(path)
+    rewrite(path, lambda t, c: c["transformer"].pop("rope_type"))
+    assert "the file does not say rope_type; taken from LTX-2.0" in checkpoints.inspect(path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, monkeypatch):
@@ -110,7 +93,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, monkeypatch):
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoints.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         checkpoints.save(tiny(seed=3), path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
@@ -136,50 +119,3 @@ def test_shipped_files_are_the_ones_that_are_described():
     expected = dict(zip(lines[1::2], lines[::2], strict=True))
     files = sorted(checkpoints.DATA.glob("*.safetensors"))
     assert {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files} == expected
-
-
-@torch.no_grad()
-def test_the_shipped_teacher_is_the_same_through_diffusers():
-    """bf16-rounded weights in fp32 arithmetic, both implementations: equal to 1e-4."""
-    from diffusers import LTX2VideoTransformer3DModel
-    from diffusers.loaders.single_file_utils import convert_ltx2_transformer_to_diffusers
-
-    checkpoint, ours = checkpoints.read("teacher"), checkpoints.load("teacher")
-    config = checkpoint.config
-    reference = LTX2VideoTransformer3DModel(
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
-        cross_attention_dim=config.cross_attention_dim,
-        audio_in_channels=config.audio_in_channels,
-        audio_out_channels=config.audio_out_channels,
-        audio_num_attention_heads=config.audio_num_attention_heads,
-        audio_attention_head_dim=config.audio_attention_head_dim,
-        audio_cross_attention_dim=config.audio_cross_attention_dim,
-        num_layers=config.num_layers,
-        caption_channels=config.caption_channels,
-        rope_type=config.rope_type,
-    ).eval()
-    reference.load_state_dict(convert_ltx2_transformer_to_diffusers(load_file(checkpoint.path)))
-    generator = torch.Generator().manual_seed(0)
-    video, audio, text = (
-        torch.randn(*shape, generator=generator) for shape in ((1, 256, 32), (1, 126, 32), (1, 6, 64))
-    )
-    level = torch.tensor([0.6])
-    mine = ours(AV(video.reshape(1, 16, 4, 4, 32), audio), AV(level, level), AV(text, text))
-    steps = level[:, None] * 1000
-    theirs = reference(
-        hidden_states=video,
-        audio_hidden_states=audio,
-        encoder_hidden_states=text,
-        audio_encoder_hidden_states=text,
-        timestep=steps.expand(1, 256),
-        audio_timestep=steps.expand(1, 126),
-        num_frames=16,
-        height=4,
-        width=4,
-        audio_num_frames=126,
-    )
-    assert (mine.video.reshape(1, 256, 32) - theirs.sample).abs().max() <= 1e-4
-    assert (mine.audio - theirs.audio_sample).abs().max() <= 1e-4

@@ -1,0 +1,225 @@
+"""What is no checkpoint, or not the one it says: each case has its own word, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from dataclasses import replace
+
+import pytest
+import synthetic
+import torch
+from safetensors.torch import load_file, save_file
+from synthetic import PREFIX
+
+from omniforcing_lib import checkpoints
+
+BIAS, INDEX = PREFIX + "proj_out.bias", "model.safetensors.index.json"
+CONFIG = replace(synthetic.CONFIGS["2.0"], num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Bytes of a checkpoint with nothing wrong."""
+    path = synthetic.ltx2_file(tmp_path_factory.mktemp("good") / "x.safetensors", config=CONFIG, dtype=torch.float32)
+    return path.read_bytes()
+
+
+def header(edit):
+    """Store the file again with its header edited."""
+
+    def damage(path):
+        data = path.read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        text = edit(data[8 : 8 + length].decode()).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+    return damage
+
+
+def field(name, **changes):
+    """Edit what the header says of one tensor."""
+
+    def edit(text):
+        table = json.loads(text)
+        table[name] |= changes
+        return json.dumps(table)
+
+    return header(edit)
+
+
+def tensors(change):
+    """Store the file again with its tensors changed."""
+
+    def damage(path):
+        metadata, found = checkpoints.read(path).metadata, load_file(path)
+        change(found)
+        save_file(found, path, {"config": json.dumps(metadata["config"])})
+
+    return damage
+
+
+def config(change):
+    """Store the file again with its config changed."""
+
+    def damage(path):
+        parts = checkpoints.read(path).metadata["config"]
+        save_file(load_file(path), path, {"config": json.dumps(change(parts) or parts)})
+
+    return damage
+
+
+def pickled(name):
+    """Leave a pickle where the checkpoint was."""
+
+    def damage(path):
+        path.unlink()
+        torch.save({"proj_out.bias": torch.zeros(3)}, path.with_name(name))
+        return path.with_name(name)
+
+    return damage
+
+
+def one(name):
+    return {name: torch.zeros(2)}
+
+
+def indexed(weight_map, second="b", *, text=None):
+    """Leave an index over shards `1.safetensors`, which holds a, and `2.safetensors`, which holds `second`."""
+
+    def damage(path):
+        path.unlink()
+        save_file(one("a"), path.with_name("1.safetensors"))
+        save_file(one(second), path.with_name("2.safetensors"))
+        path.with_name(INDEX).write_text(text or json.dumps({"weight_map": weight_map}))
+        return path.parent
+
+    return damage
+
+
+def diffusers(change):
+    """Turn the checkpoint into a diffusers folder with its config changed; None removes the config."""
+
+    def damage(path):
+        folder = checkpoints.export(path, path.parent / "folder", to="diffusers")
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").unlink()
+        if change is not None:
+            (folder / "config.json").write_text(json.dumps(settings | change))
+        return folder
+
+    return damage
+
+
+def transformer(**changes):
+    return config(lambda parts: parts["transformer"].update(changes))
+
+
+CASES = {
+    "text": (lambda p: p.write_text("<html>not found</html>"), "22 bytes and claims a header of"),
+    "empty": (lambda p: p.write_bytes(b""), "it is empty"),
+    "absurd header": (lambda p: p.write_bytes(b"\xff" * 8 + p.read_bytes()[8:]), "claims a header of 18,446,744"),
+    "header cut off": (lambda p: p.write_bytes(p.read_bytes()[:100]), "100 bytes and claims a header"),
+    "tensors cut off": (lambda p: p.write_bytes(p.read_bytes()[:-9]), "is cut off or damaged: its tensors end"),
+    "header no JSON": (header(lambda t: t[:-1] + "!"), "its JSON is damaged"),
+    "a list for a header": (header(lambda t: "[]"), "its JSON is no table"),
+    "a name twice": (header(lambda t: t.rstrip()[:-1] + "," + t[1:]), "is there twice"),
+    "overlapping": (field(BIAS, data_offsets=[0, 128]), "starts at byte .* expected"),
+    "size against shape": (field(BIAS, shape=[31]), "what the header says of .*proj_out.bias cannot be"),
+    "negative shape": (field(BIAS, shape=[-32]), "what the header says of .*proj_out.bias cannot be"),
+    "no shape": (field(BIAS, shape=None), "what the header says of .*proj_out.bias cannot be"),
+    "unknown dtype": (field(BIAS, dtype="F3"), "has dtype 'F3'; known are F64, F32"),
+    "pickle .pt": (pickled("model.pt"), "is not a .safetensors file; pickles"),
+    "pickle .ckpt": (pickled("model.ckpt"), "is not a .safetensors file; pickles"),
+    "pickle .bin": (pickled("model.bin"), "is not a .safetensors file; pickles"),
+    "pickle renamed": (pickled("x.safetensors"), "is a pickle whatever its name says"),
+    "old pickle renamed": (lambda p: p.write_bytes(pickle.dumps([0] * 99, 2)), "is a pickle whatever its name says"),
+    "missing": (tensors(lambda t: t.pop(BIAS)), r"missing: proj_out\.bias"),
+    "unexpected": (tensors(lambda t: t.update({PREFIX + "extra": torch.zeros(1)})), "unexpected: extra"),
+    "renamed": (tensors(lambda t: t.update({BIAS[:-4] + "bios": t.pop(BIAS)})), r"missing: .*; unexpected: .*bios"),
+    "wrong shape": (tensors(lambda t: t.update({BIAS: torch.zeros(7)})), r"proj_out\.bias is \[7\], expected \[32\]"),
+    "integers": (tensors(lambda t: t.update({BIAS: t[BIAS].long()})), r"proj_out\.bias is I64, expected one of F64"),
+    "one NaN": (tensors(lambda t: t[BIAS][3:4].fill_(torch.nan)), r"proj_out\.bias holds values .* not finite"),
+    "one infinity": (tensors(lambda t: t[BIAS][3:4].fill_(torch.inf)), r"proj_out\.bias holds values .* not finite"),
+    "NaN throughout": (tensors(lambda t: [x.fill_(torch.nan) for x in t.values()]), "holds values .* not finite"),
+    "no config": (lambda p: save_file(load_file(p), p), "no `config` in its metadata"),
+    "config no JSON": (lambda p: save_file(load_file(p), p, {"config": "{"}), "is no JSON table"),
+    "config of something else": (config(lambda c: {"vae": {}}), "with a `transformer` part"),
+    "rope": (transformer(rope_type="spiral"), "rope_type is one of split, interleaved; found 'spiral'"),
+    "precision": (transformer(frequencies_precision="int8"), "is one of float64, float32; found 'int8'"),
+    "multiplier": (transformer(av_ca_timestep_scale_multiplier="1k"), "is of type int, found '1k'"),
+    "layers": (transformer(num_layers=-1), "num_layers is above 0, found -1"),
+    "qk norm": (transformer(qk_norm="layer"), "qk_norm is 'layer'; only 'rms_norm'"),
+    "keyframes": (transformer(use_keyframes_abs_pos_embedding=True), "use_keyframes_abs_pos_embedding is True"),
+    "student damaged": (config(lambda c: c.update(omniforcing={"layout": 1})), "its `omniforcing` part is damaged"),
+    "unknown names": (lambda p: save_file(one("unet.weight"), p), "no transformer of a known format; .* unet.weight"),
+    "no such file": (lambda p: p.with_name("y.safetensors"), "no checkpoint at"),
+    "folder with nothing": (lambda p: p.unlink() or p.parent, "one index .* found neither"),
+    "folder with two": (lambda p: save_file(one("a"), p.with_name("b.safetensors")) or p.parent, "found b.*, x"),
+    "index upwards": (indexed({"a": "../x.safetensors"}), "of its own folder"),
+    "index absolute": (indexed({"a": "/etc/x.safetensors"}), "of its own folder"),
+    "index to a pickle": (indexed({"a": "1.bin"}), "may only name .safetensors files"),
+    "index no JSON": (indexed({}, text="weight_map"), "its JSON is damaged"),
+    "index without map": (indexed({}, text='{"weight_map": ["a"]}'), "has no `weight_map`"),
+    "missing shard": (indexed({"a": "1.safetensors", "b": "3.safetensors"}), "2 files, missing: 3.safetensors"),
+    "key in two shards": (
+        indexed({"a": "1.safetensors", "b": "2.safetensors"}, "a"),
+        "a is both in 1.safetensors and in 2.safetensors",
+    ),
+    "key in the other shard": (
+        indexed({"a": "2.safetensors", "b": "1.safetensors"}),
+        "says that a is in 2.safetensors, but it is not",
+    ),
+    "diffusers without config": (diffusers(None), "there is no config.json beside them"),
+    "diffusers, other class": (
+        diffusers({"_class_name": "WanTransformer3DModel"}),
+        "describes 'WanTransformer3DModel'",
+    ),
+    "diffusers, other setting": (diffusers({"causal_offset": 2}), "causal_offset is 2; only 1 is supported"),
+    "diffusers, half gated": (diffusers({"audio_gated_attn": True}), "gated_attn and audio_gated_attn differ"),
+    "diffusers, unknown rope": (diffusers({"rope_type": "spiral"}), "split, interleaved; found 'spiral'"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_file_has_its_own_word_and_leaves_nothing_behind(case, good, tmp_path):
+    damage, message = CASES[case]
+    path = tmp_path / "files" / "x.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(good)
+    given = damage(path)
+    given = given if hasattr(given, "exists") else path
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for use in (checkpoints.load, lambda given: checkpoints.export(given, tmp_path / "out" / "y.safetensors")):
+        with pytest.raises(ValueError, match=message):
+            use(given)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_without_a_meaning_are_refused(good, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(good)
+    with pytest.raises(ValueError, match=r"weights is None .* or 'fp8', found 'int4'"):
+        checkpoints.load(path, weights="int4")
+    with pytest.raises(ValueError, match=r"dtype is one of torch.float32, .* found torch.int8"):
+        checkpoints.load(path, dtype=torch.int8)
+    with pytest.raises(ValueError, match="one of ltx2, diffusers, found 'gguf'"):
+        checkpoints.export(path, tmp_path / "y.safetensors", to="gguf")
+    with pytest.raises(ValueError, match=r"ends in .safetensors"):
+        checkpoints.export(path, tmp_path / "y.pt")
+    with pytest.raises(ValueError, match="is there already"):
+        checkpoints.export(path, tmp_path, to="diffusers")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nan_in_fp8_weights_is_found(good, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(good)
+    model = checkpoints.load(path, weights="fp8")
+    model.transformer_blocks[0].attn1.to_q.weight.view(torch.uint8)[0, 0] = 0x7F
+    broken = checkpoints.save(model, path)
+    for weights in (None, "fp8"):
+        with pytest.raises(ValueError, match=r"attn1\.to_q\.weight holds values .* not finite"):
+            checkpoints.load(broken, weights=weights)

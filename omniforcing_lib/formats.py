@@ -217,7 +217,10 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int = 32) -> Model
         )
         gates = shapes.get(first + "attn1.to_gate_logits.weight")
         heads = gates[0] if gates else heads
-        caption = shapes.get("caption_projection.linear_1.weight")
+        caption, modulated = (
+            shapes.get("caption_projection.linear_1.weight"),
+            shapes[first + "scale_shift_table"][0] == 9,
+        )
         fields = {
             "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("transformer_blocks.")),
             "num_attention_heads": heads,
@@ -231,8 +234,8 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int = 32) -> Model
             "cross_attention_dim": shapes[first + "attn2.to_k.weight"][1],
             "audio_cross_attention_dim": shapes[first + "audio_attn2.to_k.weight"][1],
             "apply_gated_attention": gates is not None,
-            "cross_attention_adaln": shapes[first + "scale_shift_table"][0] == 9,
-            "use_prompt_adaln_single": "prompt_adaln_single.linear.weight" in shapes,
+            "cross_attention_adaln": modulated,
+            "use_prompt_adaln_single": not modulated or "prompt_adaln_single.linear.weight" in shapes,
             "caption_proj_before_connector": caption is None,
             "ff_bias": first + "ff.net.2.bias" in shapes,
             "audio_ff_bias": first + "audio_ff.net.2.bias" in shapes,

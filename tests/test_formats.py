@@ -1,0 +1,209 @@
+"""One transformer in four formats: the same names, the same settings, the same bits, the same velocity."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import synthetic
+import torch
+from safetensors.torch import load_file, save_file
+from test_transformer import distance
+
+from omniforcing_lib import anatomy, checkpoints, exports, formats
+from omniforcing_lib.__main__ import main
+from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.files import write_json
+from omniforcing_lib.flow import RELEASED_STEPS
+from omniforcing_lib.layout import AV, PAPER, RELEASED
+from omniforcing_lib.rollout import Causal
+
+LEVEL = torch.tensor([0.6])
+RELEASED_WIDTHS = replace(
+    synthetic.CONFIGS["2.0"],
+    num_layers=2,
+    num_attention_heads=32,
+    attention_head_dim=4,
+    cross_attention_dim=128,
+    audio_num_attention_heads=32,
+    audio_attention_head_dim=2,
+)
+"""The released code's 32 heads, as thin as can be."""
+
+
+@pytest.fixture(params=synthetic.CONFIGS)
+def version(request):
+    return request.param
+
+
+@pytest.fixture
+def path(version, tmp_path):
+    """An LTX-2 file with everything in it."""
+    return synthetic.ltx2_file(tmp_path / "ltx-2.safetensors", version)
+
+
+def velocity(model):
+    x, text = synthetic.inputs()
+    with torch.no_grad():
+        return model(x, AV(LEVEL, LEVEL), text)
+
+
+def released(path, prefix, sinks=0):
+    """Write a release as OmniForcing does: two shards, an index, a prefix, no word about the model."""
+    generator = torch.Generator().manual_seed(0)
+    state = synthetic.weights(RELEASED_WIDTHS.with_sinks(sinks), generator)
+    state = {prefix + name: tensor.bfloat16() for name, tensor in state.items()}
+    names, where = sorted(state), {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{i}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, path / file)
+        where |= dict.fromkeys(part, file)
+    write_json(path / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    return path
+
+
+def test_names_and_settings_are_those_of_the_installed_diffusers(version):
+    from diffusers import LTX2VideoTransformer3DModel
+
+    config = synthetic.CONFIGS[version]
+    settings = formats.to_diffusers(config)
+    known = inspect.signature(LTX2VideoTransformer3DModel.__init__).parameters
+    assert settings.keys() - {"_class_name"} == known.keys() - {"self"}
+    with torch.device("meta"):
+        reference = LTX2VideoTransformer3DModel(**{k: v for k, v in settings.items() if k in known})
+    theirs = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
+    ours = anatomy.shapes_of(config)
+    assert {formats.DIFFUSERS.stored(name): shape for name, shape in ours.items()} == theirs
+    assert {formats.DIFFUSERS.bare(name) for name in theirs} == ours.keys()
+    assert formats.from_diffusers(settings) == config
+
+
+def test_absent_settings_are_those_of_the_installed_diffusers():
+    """A config.json may leave out what is diffusers' default, which is not always LTX-2's."""
+    from diffusers import LTX2VideoTransformer3DModel
+
+    known = inspect.signature(LTX2VideoTransformer3DModel.__init__).parameters
+    defaults = {name: p.default for name, p in known.items() if name != "self"}
+    defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in defaults.items()}
+    said = formats.to_diffusers(formats.from_diffusers({"_class_name": formats.DIFFUSERS_CLASS}))
+    assert said == {"_class_name": formats.DIFFUSERS_CLASS} | defaults
+
+
+@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+def test_an_exported_folder_gives_the_same_velocity_in_diffusers(version, rope_type, tmp_path, monkeypatch):
+    """Shards, index and config as `from_pretrained` wants them; equal to 1e-5 in fp32."""
+    monkeypatch.setattr(exports, "_SHARD_BYTES", 500_000)
+    config = replace(synthetic.CONFIGS[version], rope_type=rope_type)
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.safetensors", version, config=config)
+    folder = checkpoints.export(path, tmp_path / "folder", to="diffusers")
+    assert len(list(folder.glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 1
+    mine, theirs = velocity(checkpoints.load(path)), in_diffusers(folder)
+    assert distance(mine, theirs) <= 1e-5
+    assert all(map(torch.equal, mine, velocity(checkpoints.load(folder))))
+
+
+@torch.no_grad()
+def in_diffusers(folder):
+    from diffusers import LTX2VideoTransformer3DModel
+
+    reference = LTX2VideoTransformer3DModel.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    (video, audio), text = synthetic.inputs()
+    step = LEVEL * 1000
+    out = reference(
+        hidden_states=video.flatten(1, 3),
+        audio_hidden_states=audio,
+        encoder_hidden_states=text.video,
+        audio_encoder_hidden_states=text.audio,
+        timestep=step[:, None].expand(1, video[0, ..., 0].numel()),
+        audio_timestep=step[:, None].expand(1, audio.shape[1]),
+        sigma=step,
+        num_frames=video.shape[1],
+        height=video.shape[2],
+        width=video.shape[3],
+        audio_num_frames=audio.shape[1],
+        use_cross_timestep=reference.config.cross_attn_mod,
+    )
+    return AV(out.sample.reshape(video.shape), out.audio_sample)
+
+
+def test_the_shipped_teacher_is_the_same_through_diffusers(tmp_path):
+    """bf16-rounded weights in fp32 arithmetic, both implementations: equal to 1e-4."""
+    folder = checkpoints.export("teacher", tmp_path / "teacher", to="diffusers")
+    assert distance(velocity(checkpoints.load("teacher")), in_diffusers(folder)) <= 1e-4
+
+
+def test_exports_and_their_way_back_are_bit_identical(path, tmp_path):
+    """LTX-2 to LTX-2, to diffusers, and back: the same tensors, config and dtype; only other parts stay behind."""
+    again = checkpoints.export(path, tmp_path / "again.safetensors")
+    folder = checkpoints.export(path, tmp_path / "folder", to="diffusers")
+    back = checkpoints.export(folder, tmp_path / "back.safetensors")
+    first, config = load_file(path), checkpoints.read(path).config
+    for other in (again, back):
+        second, checkpoint = load_file(other), checkpoints.read(other)
+        assert checkpoint.config == config and checkpoint.metadata["model_version"] in synthetic.CONFIGS
+        assert second.keys() == {n for n in first if n.startswith(formats.PREFIX) and not formats.group(n)}
+        assert all(torch.equal(tensor, first[name]) for name, tensor in second.items())
+    assert "vocoder" in checkpoints.left_out(checkpoints.read(path), "ltx2")[0]
+
+
+def test_a_student_survives_every_export(tmp_path):
+    """Sinks, layout and steps lie beside what diffusers reads, and come back; it is said that they do."""
+    student = checkpoints.read("student")
+    folder = checkpoints.export("student", tmp_path / "folder", to="diffusers")
+    back = checkpoints.export(folder, tmp_path / "back.safetensors")
+    for other in (folder, back):
+        found = checkpoints.read(other)
+        assert (found.causal, found.config) == (student.causal, student.config)
+        assert found.metadata["notes"] == student.metadata["notes"]
+    first, second = load_file(student.path), load_file(back)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert "omniforcing.safetensors" in checkpoints.left_out(student, "diffusers")[-1]
+    assert checkpoints.read(back).format is student.format is formats.STUDENT
+
+
+RELEASES = {
+    "model.": (Causal(RELEASED, RELEASED_STEPS), ("interleaved", "float32", 1)),
+    "": (Causal(RELEASED, RELEASED_STEPS), ("interleaved", "float32", 1)),
+    "model.velocity_model.": (None, ("split", "float64", 1000)),
+}
+
+
+@pytest.mark.parametrize("prefix", RELEASES, ids=["causal", "bare", "bidirectional"])
+def test_a_release_is_run_as_it_was_trained(prefix, tmp_path):
+    """No metadata: the settings follow from the format's name, the config from the shapes (spec 1.9)."""
+    causal, settings = RELEASES[prefix]
+    for given in (released(tmp_path, prefix), tmp_path / "model.safetensors.index.json"):
+        checkpoint = checkpoints.read(given)
+        config = checkpoint.config
+        assert checkpoint.format in formats.RELEASES and checkpoint.report().ok and checkpoint.causal == causal
+        assert (config.rope_type, config.frequencies_precision, config.av_ca_timestep_scale_multiplier) == settings
+        assert "settings: the file carries none" in checkpoints.inspect(given)
+    named = dict(zip(formats.RELEASED_CODE, settings, strict=True))
+    assert config == replace(RELEASED_WIDTHS, **named)
+    exported = checkpoints.export(tmp_path, tmp_path / "student" / "own.safetensors")
+    assert checkpoints.read(exported).causal == causal and checkpoints.read(exported).config == config
+    assert all(map(torch.equal, velocity(checkpoints.load(tmp_path)), velocity(checkpoints.load(exported))))
+
+
+def test_a_release_with_sinks_has_the_papers_layout(tmp_path):
+    checkpoint = checkpoints.read(released(tmp_path, "model.", sinks=16))
+    assert checkpoint.causal == Causal(PAPER) and checkpoint.config.num_audio_sink_tokens == 16
+    assert checkpoint.report().ok
+
+
+@pytest.mark.parametrize("config", [ModelConfig(), *synthetic.CONFIGS.values()], ids=["19B", *synthetic.CONFIGS])
+def test_shapes_tell_the_config(config):
+    """All but the settings, and heads where no gates show them."""
+    default = ModelConfig().caption_channels
+    known = replace(config, caption_channels=default) if config.caption_proj_before_connector else config
+    assert formats.from_shapes(anatomy.shapes_of(config), config.num_attention_heads) == known
+
+
+def test_the_command_line_exports_and_says_what_stays_behind(path, tmp_path, capsys):
+    assert main(["export", str(path), "--to", "diffusers", "--out", str(tmp_path / "folder")]) == 0
+    assert "vocoder" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "folder")]) == 0
+    assert "folder/: diffusers folder" in capsys.readouterr().out
+    assert main(["export", str(path), "--to", "diffusers", "--out", str(tmp_path / "folder")]) == 2
+    assert "is there already" in capsys.readouterr().err

@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from omniforcing_lib.layout import AV
 
 STRIDES = {"compress_time": "temporal", "compress_space": "spatial", "compress_all": "spatiotemporal"}
 UNUSED = ("per_channel_statistics.channel", "per_channel_statistics.mean-of-stds")
@@ -287,6 +290,17 @@ def connectors(source: Source, **place: torch.device | torch.dtype) -> nn.Module
         return _from_folder(source, "connectors", LTX2TextConnectors, **place)
     tensors = tensors_of(source, (*CONNECTORS, PROJECTIONS), TEXT)
     return filled(LTX2TextConnectors, connector_config(part_config(source, "transformer"), tensors), tensors, **place)
+
+
+def context_widths(source: Source) -> AV[int]:
+    """Read how wide a text context is in each stream, from the connectors' own description; nothing is loaded."""
+    if Path(source).is_dir():
+        config = json.loads((Path(source) / "connectors" / "config.json").read_text())
+        sizes = ("num_attention_heads", "attention_head_dim")
+        return AV(*(prod(config[f"{stream}_connector_{size}"] for size in sizes) for stream in AV._fields))
+    with _opened(source) as file:
+        first = "transformer_1d_blocks.0.attn1.to_q.weight"
+        return AV(*(file.get_slice(prefix + first).get_shape()[0] for prefix in CONNECTORS))
 
 
 def part_config(source: Source, part: str) -> dict:

@@ -224,13 +224,10 @@ def test_a_single_file_and_a_folder_load_the_same_codec(version, tmp_path):
     made, z = parts(version), latents(1)
     one = load_ltx2_codec(whole_file(tmp_path / "ltx2.safetensors", version), SIZE)
     other = load_ltx2_codec(diffusers_folder(tmp_path / "folder", version), SIZE)
-    for part, modules in zip(
-        ("vae", "audio_vae", "vocoder"), zip(*((c.video, c.audio, c.vocoder) for c in (one, other)))
-    ):
-        for module in modules:
-            state = module.state_dict()
-            assert state.keys() == made[part].state_dict().keys()
-            assert all(torch.equal(state[name], tensor) for name, tensor in made[part].state_dict().items())
+    for codec in (one, other):
+        for part, module in (("vae", codec.video), ("audio_vae", codec.audio), ("vocoder", codec.vocoder)):
+            state, written = module.state_dict(), made[part].state_dict()
+            assert state.keys() == written.keys() and all(torch.equal(state[n], t) for n, t in written.items())
     assert all(torch.equal(a, b) for a, b in zip(one.decode(z), other.decode(z), strict=True))
     assert one.clock.sample_rate == {"2.0": 24_000, "2.3": 48_000}[version]
 

@@ -1,0 +1,97 @@
+"""Laws of the text path: what diffusers' pipeline makes of a prompt, once, and from the disk ever after."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import LTX2Pipeline
+from tiny_ltx2 import MODEL, diffusers_folder, gemma_folder, whole_file
+
+from omniforcing_lib import gemma, ltx2_parts
+from omniforcing_lib.gemma import GemmaText
+from omniforcing_lib.layout import AV
+
+LENGTH = 16
+PROMPTS = ["a red ball, bell", "a blue ball", ""]
+
+
+@pytest.fixture(scope="module", params=["2.0", "2.3"])
+def files(request, tmp_path_factory):
+    """A folder with a tiny Gemma, a whole LTX-2 file and the same as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("text")
+    whole_file(folder / "ltx2.safetensors", request.param)
+    diffusers_folder(folder / "diffusers", request.param)
+    gemma_folder(folder / "gemma")
+    return folder
+
+
+def encoder(files, source: str = "ltx2.safetensors", **changes) -> GemmaText:
+    return GemmaText(files / "gemma", files / source, **{"length": LENGTH, "dtype": torch.float32} | changes)
+
+
+def test_contexts_are_those_of_diffusers_pipeline(files):
+    """Tokens, hidden states, normalisation, connectors: the pipeline's own functions give the same two contexts."""
+    text = encoder(files)
+    ours = text.encode(PROMPTS)
+    tokenizer, model, connectors = text._load()
+    pipeline = LTX2Pipeline.__new__(LTX2Pipeline)
+    pipeline.register_modules(tokenizer=tokenizer, text_encoder=model)
+    asked = [*PROMPTS[:2], gemma.NEGATIVE]
+    with torch.no_grad():
+        hidden, mask = pipeline._get_gemma_prompt_embeds(asked, max_sequence_length=LENGTH, device="cpu")
+        video, audio, seen = connectors(hidden, mask, padding_side="left")
+    assert seen.all() and not mask.all()
+    assert torch.allclose(ours.video, video, atol=1e-5) and torch.allclose(ours.audio, audio, atol=1e-5)
+    assert ours.map(lambda t: t.shape[1:]) == text.widths.map(lambda width: (LENGTH, width))
+    assert not torch.allclose(ours.video[0], ours.video[1], atol=1e-2)
+
+
+def test_a_single_file_and_a_folder_give_the_same_contexts(files):
+    one, other = encoder(files), encoder(files, "diffusers")
+    assert one.widths == other.widths
+    assert all(torch.equal(a, b) for a, b in zip(one.encode(PROMPTS), other.encode(PROMPTS), strict=True))
+    assert one.channels == (MODEL.caption_channels if "text_proj_in.weight" in one._modules[2].state_dict() else 24)
+
+
+def test_a_cached_prompt_loads_nothing(files, tmp_path, monkeypatch):
+    """The second encoder, a new process for all it knows, reads what the first one wrote; one file a prompt."""
+    first = encoder(files, cache=tmp_path)
+    made = first.encode(PROMPTS)
+    assert first.loaded and len(list(tmp_path.iterdir())) == len(PROMPTS)
+    first.unload()
+    assert not first.loaded
+    second = encoder(files, cache=tmp_path)
+    monkeypatch.setattr(GemmaText, "_load", lambda self: pytest.fail("the encoder was loaded"))
+    for text in (first, second):
+        again = text.encode(PROMPTS[::-1])
+        assert not text.loaded and all(torch.equal(a, b.flip(0)) for a, b in zip(again, made, strict=True))
+    half = second.encode(PROMPTS[:1], dtype=torch.bfloat16)
+    assert half.video.dtype == torch.bfloat16
+
+
+def test_another_encoder_does_not_find_the_cache(files, tmp_path):
+    """One number changed in the weights, another length, another precision: other contexts, under other names."""
+    texts = [encoder(files), encoder(files, length=24), encoder(files, dtype=torch.bfloat16)]
+    assert len({text.identity for text in texts}) == 3
+    assert encoder(files).identity == encoder(files).identity
+    copy, names = tmp_path / "weights.safetensors", []
+    raw = bytearray((files / "ltx2.safetensors").read_bytes())
+    for last in (0, 1):
+        raw[-1] = last
+        copy.write_bytes(raw)
+        names.append(gemma.fingerprint([copy]))
+    assert names[0] != names[1]
+
+
+def test_a_bad_cache_or_model_is_refused_by_name(files, tmp_path):
+    text = encoder(files, cache=tmp_path)
+    text.encode(PROMPTS[:1])
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="delete it"):
+        text.encode(PROMPTS[:1])
+    with pytest.raises(ValueError, match=r"config\.json"):
+        GemmaText(tmp_path, files / "ltx2.safetensors")
+    with pytest.raises(ValueError, match="registers"):
+        encoder(files, length=12).encode(["a ball"])
+    assert ltx2_parts.context_widths(files / "diffusers") == AV(*text.widths)

@@ -11,6 +11,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +20,13 @@ import torch
 from torch import Tensor
 
 from omniforcing_lib import detect, evaluate, world
+from omniforcing_lib.attention import Attention
 from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Model, noise_like, noised
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.probes import steps
+from omniforcing_lib.rope import Rotation, rotate
 from omniforcing_lib.stream import to_clips
 from omniforcing_lib.text import TinyText
 from omniforcing_lib.transformer import Transformer
@@ -88,6 +92,13 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Give the names and shapes of a model's tensors; on the meta device, nothing is allocated."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+
+
+def giant(config: ModelConfig) -> ModelConfig:
+    """Give the 19B with the features of a file's generation: gates, text modulation, where captions are projected."""
+    features = ("apply_gated_attention", "cross_attention_adaln", "use_prompt_adaln_single")
+    features += ("caption_proj_before_connector", "ff_bias", "audio_ff_bias")
+    return replace(ModelConfig(), **{name: getattr(config, name) for name in features})
 
 
 def patterns(names: Iterable[str]) -> set[str]:
@@ -239,6 +250,56 @@ def velocity_loss(
         velocity = model(latents.map(noised, eps, AV(level, level)), AV(level, level), text)
         losses.append(velocity.map(lambda v, x0, e: (v - (e - x0)).square().flatten(1).mean(1), latents, eps))
     return AV(*(torch.stack(stream).mean(0) for stream in zip(*losses, strict=True)))
+
+
+class Astray(NamedTuple):
+    """What other settings make of the same weights, by stream.
+
+    Attributes:
+        logits: correlation of self-attention's logits under both rotations of the same queries and keys.
+        output: distance of the velocities, as a share of the right one's length.
+    """
+
+    logits: AV[float]
+    output: AV[float]
+
+
+@torch.no_grad()
+def astray(
+    right: Transformer, wrong: Transformer, latents: AV[Tensor], text: AV[Tensor], *, sigma: float = 0.5, seed: int = 0
+) -> Astray:
+    """Compare two models of the same weights on noised latents: what they attend to, and what comes out.
+
+    Shapes: latents AV([N, F, h, w, C], [N, T, C]), text AV [N, L, C].
+    """
+    level = torch.full((len(latents.video),), sigma, device=latents.video.device)
+    x = latents.map(noised, noise_like(latents, torch.Generator().manual_seed(seed)), AV(level, level))
+    spans, grid = latents.map(lambda part: range(part.shape[1])), tuple(x.video.shape[2:4])
+    ropes = [(model.rotations(spans, grid, 0).own, model.config.rope_type) for model in (right, wrong)]
+    found: AV[list[float]] = AV([], [])
+
+    def note(stream: int, attention: Attention, args: tuple, kwargs: dict) -> None:
+        logits = [_some_logits(attention, args[0][:1], own[stream], kind) for own, kind in ropes]
+        found[stream].append(torch.corrcoef(torch.stack(logits))[0, 1].item())
+
+    watched = [
+        (s, attn) for block in right.transformer_blocks for s, attn in enumerate((block.attn1, block.audio_attn1))
+    ]
+    hooks = [attn.register_forward_pre_hook(partial(note, s), with_kwargs=True) for s, attn in watched]
+    true = right(x, AV(level, level), text)
+    for hook in hooks:
+        hook.remove()
+    apart = true.map(lambda a, b: ((a - b).norm() / a.norm()).item(), wrong(x, AV(level, level), text))
+    return Astray(found.map(lambda layers: sum(layers) / len(layers)), apart)
+
+
+def _some_logits(attention: Attention, x: Tensor, by: Rotation, rope_type: str, most: int = 128) -> Tensor:
+    """Give logits of every head between at most so many tokens, spread evenly. Shapes: x [1, T, D] to [H n n]."""
+    some = slice(None, None, -(-x.shape[1] // most))
+    x, by = x[:, some], Rotation(*(table[:, some] for table in by))
+    pair = (attention.q_norm(attention.to_q(x)), attention.k_norm(attention.to_k(x)))
+    q, k = (rotate(t.unflatten(-1, (attention.heads, -1)).transpose(1, 2), by, rope_type) for t in pair)
+    return (q @ k.transpose(-1, -2)).flatten().float()
 
 
 def silent(x: AV[Tensor], sigma: AV[Tensor], text: AV[Tensor]) -> AV[Tensor]:

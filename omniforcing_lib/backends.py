@@ -67,7 +67,8 @@ def chosen(q: Tensor) -> Choice:
 def computed_in(q: Tensor) -> torch.dtype:
     """Give the dtype that attention computes in: autocast's where it is on, else the tensor's own."""
     kind = q.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device knows no casts
+    return torch.get_autocast_dtype(kind) if casts else q.dtype
 
 
 @torch.compiler.assume_constant_result

@@ -10,14 +10,17 @@ Shapes: FLOPs count a multiplication and an addition as two.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.optimize import nnls
 
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal
+from omniforcing_lib.transformer import Transformer
 
 GPUS = {"H100": (989.0, 3.35), "H200": (989.0, 4.8), "B200": (2250.0, 8.0)}
 """Dense bf16 TFLOP/s and memory TB/s that NVIDIA states for the SXM boards."""
@@ -112,6 +115,80 @@ def clip_work(config: ModelConfig, latents: AV[int], tokens: int, text: int, pas
     """Count a clip by the bidirectional teacher, where every pass runs all tokens and every token sees all."""
     whole = AV(tokens * latents.video, latents.audio)
     return pass_work(config, whole, whole, text).times(passes)
+
+
+class Memory(NamedTuple):
+    """Bytes of a model at work: weights, keys and values of a stream, what a pass holds at once."""
+
+    weights: float
+    cache: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """All bytes."""
+        return self.weights + self.cache + self.working
+
+
+def parameters(config: ModelConfig) -> int:
+    """Count a model's parameters; on the meta device, nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def cache_bytes(config: ModelConfig, causal: Causal, tokens: int, bytes_each: int = 2) -> int:
+    """Count the rolling cache's bytes: keys and values, of both attentions that read a stream, in every layer."""
+    places, own = seen(causal, tokens, causal.window + 1), AV(config.video_dim, config.audio_dim)
+    wide = own.map(lambda dim, n: n * (dim + config.audio_dim), places)
+    return 2 * bytes_each * config.num_layers * sum(wide)
+
+
+def working_bytes(config: ModelConfig, queries: AV[int], rows: int = 1, bytes_each: int = 2) -> int:
+    """Estimate what a pass holds at once: the MLP's widest layer, and half a dozen tensors of a stream's width."""
+    return bytes_each * rows * 10 * (queries.video * config.video_dim + queries.audio * config.audio_dim)
+
+
+def streaming_memory(config: ModelConfig, causal: Causal, tokens: int, bytes_each: int = 2) -> Memory:
+    """Give the bytes of a stream in its steady state; `bytes_each` is of a weight (1 in fp8)."""
+    step = causal.layout.step
+    working = working_bytes(config, AV(tokens * step.video, step.audio))
+    return Memory(bytes_each * parameters(config), cache_bytes(config, causal, tokens), working)
+
+
+def sampling_memory(config: ModelConfig, latents: AV[int], tokens: int, rows: int = 4, bytes_each: int = 2) -> Memory:
+    """Give the bytes of a guided teacher on a whole clip, `rows` passes at once."""
+    working = working_bytes(config, AV(tokens * latents.video, latents.audio), rows)
+    return Memory(bytes_each * parameters(config), 0, working)
+
+
+def training_bytes(config: ModelConfig, average: bool = True) -> int:
+    """Count what one model that learns holds: fp32 weights, gradients, both moments of AdamW, and the average."""
+    return (20 if average else 16) * parameters(config)
+
+
+def memory_rows(config: ModelConfig, causal: Causal, tokens: int = 384, seconds: int = 5) -> list[dict[str, str]]:
+    """Table what needs how much memory, in GB of 1e9 bytes; codec and text encoder come on top.
+
+    Stage 2 holds a student that learns, Stage 3 a critic that learns and a frozen teacher besides, all in fp32.
+    """
+
+    def gb(nbytes: float) -> str:
+        return f"{nbytes / 1e9:.1f}"
+
+    windows = [replace(causal, window=window) for window in (causal.window, 20)]
+    uses = {f"stream, bf16, window of {c.window} s": streaming_memory(config, c, tokens) for c in windows} | {
+        "stream, fp8 weights": streaming_memory(config, causal, tokens, 1)
+    }
+    clip = causal.layout.step.map(lambda rate: rate * seconds + 1)
+    uses[f"teacher, {seconds} s, four passes a step"] = sampling_memory(config, clip, tokens)
+    rows = [{"use": use} | {k: gb(getattr(m, k)) for k in (*Memory._fields, "total")} for use, m in uses.items()]
+    student, critic = (training_bytes(config, average) for average in (True, False))
+    held = {"Stage 2, all processes together": student}
+    held["Stage 3, all processes together"] = student + critic + 4 * parameters(config)
+    rows += [
+        {"use": use, "weights": gb(n), "cache": "", "working": "by batch", "total": gb(n)} for use, n in held.items()
+    ]
+    return rows
 
 
 class Rates(NamedTuple):

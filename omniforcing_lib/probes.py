@@ -20,14 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniforcing_lib import masks, world
+from omniforcing_lib import masks
 from omniforcing_lib.attention import attend
 from omniforcing_lib.cache import KVCache
-from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.flow import noise_like, noised
 from omniforcing_lib.layout import AV, BlockLayout, Clock
 from omniforcing_lib.masks import Masks, Run, Visibility
-from omniforcing_lib.text import TinyText
 from omniforcing_lib.transformer import Transformer
 
 CLOCK = Clock()
@@ -47,17 +45,19 @@ class Inputs(NamedTuple):
 
 
 @torch.no_grad()
-def noisy_clip(codec: TinyCodec, seed: int, seconds: int, layout: BlockLayout) -> Inputs:
-    """Encode a clip of the world and noise each block to a level of its own, as causal training does (spec 3.6).
+def noisy_clip(x0: AV[Tensor], text: AV[Tensor], seed: int, layout: BlockLayout, *, by_block: bool = True) -> Inputs:
+    """Noise each block of clean latents to a level of its own, as causal training does (spec 3.6).
 
-    Shapes: x AV([1, F, h, w, C], [1, T, C]), sigma AV([1, F], [1, T]), text AV [1, L, C].
+    `by_block` False gives all blocks one level: LTX-2.3 modulates its text by it, and takes no other.
+
+    Shapes: x0 AV([1, F, h, w, C], [1, T, C]), text AV [1, L, C]; sigma of the result AV([1, F], [1, T]), or AV [1].
     """
-    scene, generator = world.scene(seed), torch.Generator().manual_seed(seed)
-    x0 = codec.encode(world.render_batch([scene], seconds))
-    frames = x0.video.shape[1]
-    level = torch.rand(1, layout.count(frames), generator=generator)
-    sigma = layout.block_index(frames).map(lambda blocks: level[:, blocks])
-    return Inputs(x0.map(noised, noise_like(x0, generator), sigma), sigma, TinyText().encode([scene.prompt]))
+    generator, frames = torch.Generator().manual_seed(seed), x0.video.shape[1]
+    level = torch.rand(1, layout.count(frames), generator=generator).to(x0.video.device)
+    sigma = (
+        layout.block_index(frames).map(lambda blocks: level[:, blocks]) if by_block else AV(level[:, 0], level[:, 0])
+    )
+    return Inputs(x0.map(noised, noise_like(x0, generator), sigma), sigma, text)
 
 
 def block_rows(layout: BlockLayout, seconds: int, clock: Clock = CLOCK) -> list[dict[str, object]]:
@@ -202,8 +202,9 @@ def cached_pass(model: Transformer, inputs: Inputs, layout: BlockLayout) -> AV[T
     cache, parts = KVCache(model.config, layout, tuple(x.video.shape[2:4]), len(x.video), **kind), []
     for k, block in enumerate(layout.blocks(x.video.shape[1])):
         cache.open(k, block)
-        own_x, own_sigma = (pair.map(lambda t, span: t[:, span.start : span.stop], block) for pair in (x, sigma))
-        parts.append(model(own_x, own_sigma, text, cache=cache))
+        own = x.map(lambda t, span: t[:, span.start : span.stop], block)
+        level = sigma.map(lambda t, span: t if t.ndim == 1 else t[:, span.start : span.stop], block)
+        parts.append(model(own, level, text, cache=cache))
     return AV(*zip(*parts, strict=True)).map(lambda part: torch.cat(part, dim=1))
 
 

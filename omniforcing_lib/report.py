@@ -119,6 +119,19 @@ class Run:
         self.metrics[name] = {"value": True, "unit": "check", "tol": None, "better": None}
         print(f"{name}: True" + (f" ({detail})" if detail else ""))
 
+    def leave_out(self, mark: str, why: str) -> None:
+        """From here on do not run cells whose first line is the comment `mark`; each says `why` in one line instead.
+
+        The notebook stays the same for every teacher. Outside a kernel this does nothing.
+        """
+        from IPython import get_ipython
+
+        def skipped(lines: list[str]) -> list[str]:
+            return [f"print({f'left out: {why}'!r})\n"] if lines and lines[0].strip() == f"# {mark}" else lines
+
+        if shell := get_ipython():
+            shell.input_transformers_cleanup.append(skipped)
+
     def metric(
         self,
         name: str,

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from omniforcing_lib import checkpoints, dataset, flow, losses, masks, rows, world
+from omniforcing_lib import checkpoints, dataset, flow, losses, masks, rows
 from omniforcing_lib import train as training
-from omniforcing_lib.codecs import TinyCodec
+from omniforcing_lib.companions import Companions
 from omniforcing_lib.dataset import Pairs, Prompts
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal
-from omniforcing_lib.text import TinyText
 from omniforcing_lib.transformer import Transformer
 from omniforcing_lib.variants import Variant, build
 
@@ -94,24 +93,22 @@ class Study:
         return states, AV(sigma, sigma), self.prompts.take(self.held.prompt), clean
 
 
-def prepare(
-    teacher: str, codec: TinyCodec, *, pairs: int, held: int, seconds: int, steps: int = 40, device: str = "cpu"
-) -> Study:
+def prepare(beside: Companions, *, pairs: int, held: int, seconds: int, steps: int = 40) -> Study:
     """Take the stored trajectories of the shipped teacher, or sample another teacher's; keep the first `seconds`.
 
     Trajectories last 5 seconds, as in training; the last `held` of them are kept for judging.
     """
-    prompts = Prompts.of(TinyText(), world.prompts(), device)
-    if teacher == "teacher" and STORED_PAIRS.exists():
-        found = Pairs.load(STORED_PAIRS, device)
+    prompts, codec = beside.context(), beside.codec
+    if beside.source == "teacher" and STORED_PAIRS.exists():
+        found = Pairs.load(STORED_PAIRS, beside.device)
     else:
-        model, guidance = checkpoints.load(teacher, device=device), flow.Guidance(cfg=AV(3.0, 3.0))
         shape, seeds = (codec.clock.latents(CLIP_SECONDS), codec.grid), range(pairs + held)
-        found = dataset.ode_pairs(model, prompts, guidance, Causal().steps, seeds, *shape, steps=steps, progress=False)
+        how = {"steps": steps, "progress": False}
+        found = dataset.ode_pairs(beside.load(), prompts, beside.guidance, Causal().steps, seeds, *shape, **how)
     if len(found) < pairs + held:
         raise ValueError(f"{pairs} + {held} trajectories wanted, found {len(found)} in {STORED_PAIRS.name}")
     first, last = range(pairs), range(len(found) - held, len(found))
-    return Study(teacher, prompts, *(_cut(found, span, codec.clock.latents(seconds)) for span in (first, last)))
+    return Study(beside.source, prompts, *(_cut(found, span, codec.clock.latents(seconds)) for span in (first, last)))
 
 
 def _cut(pairs: Pairs, span: range, latents: AV[int]) -> Pairs:

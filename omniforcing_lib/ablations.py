@@ -116,7 +116,7 @@ def late_windows(
 
     def sample(student: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
         skipped = int(torch.randint(late + 1, (), generator=generator, device=generator.device))
-        text, frames = prompts.take(train.pick(len(prompts.names), batch, generator)), video_latents
+        text = prompts.take(train.pick(len(prompts.names), batch, generator))
         noise, frames = fresh_noise(generator, batch), video_latents + skipped * causal.layout.step.video
         blocks = rollout(student, causal, text, noise, codec.grid, frames, exit_step=exit_step)
         if not skipped:
@@ -168,7 +168,9 @@ def run(
         for name in arms:
             path = folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
             if not path.exists():
-                files.write_json(path, {"arm": name, "seed": seed} | vars(budget) | bench.trial(ARMS[name], seed))
+                record = {"arm": name, "seed": seed} | vars(budget) | bench.trial(ARMS[name], seed)
+                # on one line: a thousand small numbers that nobody reads one by one
+                files.write_text(path, json.dumps(record, allow_nan=False) + "\n")
                 print(f"{time.strftime('%H:%M:%S')} {path.name}", flush=True)
     return folder
 
@@ -190,10 +192,8 @@ class _Bench:
     def trial(self, arm: Arm, seed: int) -> dict[str, object]:
         """Train and measure one arm with one seed."""
         start = self._start(arm)
-        begun, causal = time.process_time(), replace(self.causal, **arm.causal)
-        student = self._distil(arm, start, causal, seed) if arm.share else start
-        minutes = (time.process_time() - begun) / 60
-        return {"minutes": round(minutes, 2)} | self._judge(student, causal, seed)
+        causal = replace(self.causal, **arm.causal)
+        return self._judge(self._distil(arm, start, causal, seed) if arm.share else start, causal, seed)
 
     def _start(self, arm: Arm) -> Transformer:
         steps = self.budget.start + arm.regression * ODE_STEPS * self.budget.steps
@@ -254,17 +254,18 @@ def _check(records: Sequence[Mapping], budget: Budget) -> None:
             raise ValueError(f"the folder holds runs of {found}, asked for {budget}: use another folder")
 
 
-def _pooled(folder: str | Path) -> dict[str, list[dict]]:
+def runs(folder: str | Path = STORED) -> dict[str, list[dict]]:
+    """Read the runs of every arm, one a seed; ValueError where there is none, or where budgets differ."""
     records = _records(Path(folder))
     if not records:
         raise ValueError(f"{folder} holds no runs; `python -m omniforcing_lib ablate` makes them")
     _check(records, Budget(**{name: records[0][name] for name in vars(Budget())}))
     found = {name: [r for r in records if r["arm"] == name] for name in ARMS}
-    return {name: runs for name, runs in found.items() if runs}
+    return {name: trials for name, trials in found.items() if trials}
 
 
-def _counts(runs: Sequence[Mapping], measure: str) -> np.ndarray:
-    return np.concatenate([run["counts"][measure] for run in runs])
+def _counts(trials: Sequence[Mapping], measure: str) -> np.ndarray:
+    return np.concatenate([trial["counts"][measure] for trial in trials])
 
 
 def table(folder: str | Path = STORED) -> dict[str, dict[str, Estimate]]:
@@ -273,24 +274,21 @@ def table(folder: str | Path = STORED) -> dict[str, dict[str, Estimate]]:
     The interval of a Fréchet distance is its range over seeds.
     """
     found = {}
-    for name, runs in _pooled(folder).items():
-        tallies = [{m: tuple(_counts(runs, m)[i]) for m in runs[0]["counts"]} for i in range(_clips(runs))]
-        found[name] = evaluate.estimates(tallies)
+    for name, trials in runs(folder).items():
+        counts = {measure: _counts(trials, measure) for measure in trials[0]["counts"]}
+        clips = range(len(counts["sync_f1"]))
+        found[name] = evaluate.estimates([{m: tuple(pairs[i]) for m, pairs in counts.items()} for i in clips])
         for s in AV._fields:
-            apart = [run["frechet"][s] for run in runs]
+            apart = [trial["frechet"][s] for trial in trials]
             found[name][f"frechet, {s}"] = Estimate(float(np.mean(apart)), min(apart), max(apart))
     return found
 
 
-def _clips(runs: Sequence[Mapping]) -> int:
-    return sum(run["clips"] for run in runs)
-
-
 def gains(folder: str | Path = STORED, base: str = BASE) -> dict[str, dict[str, Estimate]]:
     """Subtract the paper's recipe from every other arm: arm -> measure -> difference with its 95 % interval."""
-    pooled = _pooled(folder)
+    pooled = runs(folder)
     return {
-        name: {m: exposure.gap(_counts(runs, m), _counts(pooled[base], m)) for m in runs[0]["counts"]}
-        for name, runs in pooled.items()
+        name: {m: exposure.gap(_counts(trials, m), _counts(pooled[base], m)) for m in trials[0]["counts"]}
+        for name, trials in pooled.items()
         if name != base
     }

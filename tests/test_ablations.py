@@ -130,7 +130,7 @@ class FakeBench:
         rng = np.random.default_rng(seed)
         hits = rng.integers(5, 9, self.budget.clips) - 4 * (arm is ARMS["true past"])
         counts = {name: [[int(hit), 10] for hit in hits] for name in ablations.MEASURES}
-        return {"counts": counts, "frechet": {"video": 10.0 + seed, "audio": 1.0}, "minutes": 1.0}
+        return {"counts": counts, "frechet": {"video": 10.0 + seed, "audio": 1.0}}
 
 
 def test_runs_go_on_where_they_stopped_and_tables_pool_them(tmp_path, monkeypatch):

@@ -283,8 +283,16 @@ def wav_bytes(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> bytes:
             sound.setnchannels(1)
             sound.setsampwidth(2)
             sound.setframerate(rate)
-            sound.writeframes(np.rint(samples.clip(-1, 1) * 32767).astype("<i2").tobytes())
+            sound.writeframes(pcm(samples))
         return buffer.getvalue()
+
+
+def pcm(samples: np.ndarray) -> bytes:
+    """Render mono sound as 16-bit numbers, low byte first; louder than 1 is clipped.
+
+    Shapes: samples float [N].
+    """
+    return np.rint(samples.clip(-1, 1) * 32767).astype("<i2").tobytes()
 
 
 def _whole_scale(size: tuple[int, int]) -> int:

@@ -1,8 +1,6 @@
 """Figures say what the numbers say, fit a page, and leave matplotlib alone; widgets show what their twins show."""
 
 import io
-import threading
-import time
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -155,92 +153,3 @@ def test_clip_browser_shows_and_sounds_the_chosen_clip():
     choice.value = 1
     assert picture.value == widgets.png(plots.strip(clips[1], title="b"))
     assert sound.value == wav_bytes(clips[1].audio)
-
-
-class Piece(NamedTuple):
-    frames: np.ndarray
-    samples: np.ndarray
-    start_s: float
-    prompt: str
-
-
-class FakeStream:
-    """Chunks of 6 frames, each frame of its own grey level."""
-
-    def __init__(self, chunks=3, fail=False):
-        self.prompt, self.chunks, self.fail, self.made = "a red ball, bell", chunks, fail, 0
-
-    def __iter__(self):
-        for k in range(self.chunks):
-            self.made += 1
-            levels = np.arange(6 * k, 6 * k + 6, dtype=np.uint8) * 8
-            yield Piece(
-                np.ones((6, 8, 8, 3), np.uint8) * levels[:, None, None, None], np.zeros(4000), k / 4, self.prompt
-            )
-        if self.fail:
-            raise RuntimeError("out of memory")
-
-    def set_prompt(self, prompt):
-        if "ball" not in prompt:
-            raise ValueError(f"unknown word {prompt!r}")
-        self.prompt = prompt
-
-
-def played(stream):
-    """Play a stream and note every picture shown."""
-    player, shown = widgets.Player(stream), []
-    player.picture.observe(lambda change: shown.append((time.perf_counter(), change.new)), "value")
-    return player, shown
-
-
-def until(condition, seconds=10):
-    end = time.perf_counter() + seconds
-    while not condition() and time.perf_counter() < end:
-        time.sleep(0.005)
-    assert condition()
-
-
-def test_a_player_shows_every_frame_in_order_and_not_too_fast():
-    player, shown = played(FakeStream())
-    player.play()
-    until(lambda: "ended" in player.readout.value)
-    player.stop()
-    levels = [np.asarray(Image.open(io.BytesIO(data))).mean() for _, data in shown]
-    assert np.abs(np.array(levels) - 8 * np.arange(18)).max() < 3
-    assert shown[-1][0] - shown[0][0] > 0.9 * 17 / 24
-    assert "frames a second" in player.readout.value and not player.button.value
-
-
-def test_a_paused_player_holds_still_and_makes_at_most_one_chunk_more():
-    stream = FakeStream(chunks=100)
-    player, shown = played(stream)
-    player.play()
-    until(lambda: len(shown) > 2)
-    player.pause()
-    time.sleep(0.1)
-    held, made = len(shown), stream.made
-    time.sleep(0.3)
-    assert len(shown) == held and stream.made == made <= held // 6 + 2
-    player.button.value = True
-    until(lambda: len(shown) > held)
-    player.stop()
-
-
-def test_a_prompt_reaches_the_stream_and_a_wrong_one_is_told():
-    player, _ = played(FakeStream(chunks=100))
-    player.play()
-    player.prompt.value = "a blue ball, wood"
-    until(lambda: "a blue ball, wood" in player.readout.value)
-    player.prompt.value = "a dog"
-    until(lambda: "unknown word 'a dog'" in player.readout.value)
-    assert player.stream.prompt == "a blue ball, wood"
-    player.stop()
-
-
-def test_a_failing_stream_is_told_and_leaves_no_thread():
-    before = threading.active_count()
-    player, _ = played(FakeStream(chunks=1, fail=True))
-    player.play()
-    until(lambda: player.readout.value == "the stream failed: out of memory")
-    player.stop()
-    assert threading.active_count() == before

@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+LONGEST_LINE = 600
+LONGEST_CLIP = 600  # seconds that are held in memory; `stream.Streamer` goes on without end
+LARGEST_SEED = 2**63 - 1  # what torch's generators take
+
 
 class Parser(argparse.ArgumentParser):
     """Answer bad input with one line on stderr and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2, without the usage text that hides the message."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {_one_line(message)} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {_one_line(str(error))}", file=sys.stderr)
     return code
+
+
+def _one_line(text: str) -> str:
+    """Give a message that quotes what somebody typed, or a file says, as one line of bounded length."""
+    line = "".join(sign if sign.isprintable() else " " for sign in " ".join(text.split()))
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 3 :]}"
 
 
 def _parser() -> Parser:
@@ -171,10 +181,10 @@ def _render(arguments: argparse.Namespace) -> None:
 
 
 def _check_clip(arguments: argparse.Namespace) -> None:
-    if arguments.seconds < 1:
-        raise ValueError(f"--seconds is a whole number from 1 on, found {arguments.seconds}")
-    if arguments.seed < 0:
-        raise ValueError(f"--seed is 0 or more, found {arguments.seed}")
+    if not 1 <= arguments.seconds <= LONGEST_CLIP:
+        raise ValueError(f"--seconds is a whole number from 1 to {LONGEST_CLIP}, found {arguments.seconds}")
+    if not 0 <= arguments.seed <= LARGEST_SEED:
+        raise ValueError(f"--seed is from 0 to {LARGEST_SEED}, found {arguments.seed}")
     if arguments.out.suffix != ".mp4":
         raise ValueError(f"--out is an .mp4 file, found {arguments.out}")
     if not arguments.out.resolve().parent.is_dir():

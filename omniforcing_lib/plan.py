@@ -179,12 +179,7 @@ def table(counted: Counted, gpus: Sequence[int], *, amp: bool = True) -> str:
         how = "recomputed" if recompute else "kept"
         rows.append((f"fits {name}, activations {how}", *("yes" if t <= room else "no" for t in totals)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
 def plan(
@@ -201,7 +196,6 @@ def plan(
     config = checkpoints.read(model).config if model else ModelConfig()
     clip = Clip(batch, seconds, tuple(grid), text)
     counted = count(config, Causal.from_layout(layout), clip, torch.bfloat16 if amp else torch.float32)
-    head = (
-        f"{counted.parameters[0] / 1e9:,.2f} G parameters; {batch} x {seconds} s, {grid[0]} x {grid[1]} tokens a frame"
-    )
-    return f"{head}; {'bf16 compute' if amp else 'fp32'}\n{table(counted, tuple(gpus), amp=amp)}"
+    size, compute = f"{counted.parameters[0] / 1e9:,.3g} G parameters", "bf16" if amp else "fp32"
+    head = f"{size}; {batch} x {seconds} s a GPU, {grid[0]} x {grid[1]} tokens a frame, computed in {compute}"
+    return f"{head}\n{table(counted, tuple(gpus), amp=amp)}"

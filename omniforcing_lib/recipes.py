@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from omniforcing_lib import checkpoints, dataset, distributed, train, world
+from omniforcing_lib import checkpoints, dataset, distributed, plan, train, world
 from omniforcing_lib.codecs import load_codec
 from omniforcing_lib.config import MINIATURE
 from omniforcing_lib.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
@@ -74,9 +74,9 @@ class Job:
             return StoredPrompts(self.prompts, self.place, self.team)
         return Prompts.of(TinyText(), world.prompts(), self.place)
 
-    def load(self, model: str, sinks: int | None = None) -> Transformer:
+    def load(self, model: str, sinks: int | None = None, *, frozen: bool = False) -> Transformer:
         """Load a model onto this process, or its shards onto every process."""
-        return distributed.load(model, self.team, self.place, amp=self.amp, sinks=sinks)
+        return distributed.load(model, self.team, self.place, amp=self.amp, sinks=sinks, frozen=frozen)
 
     def player(self, model: Transformer, **recipe: object) -> Player:
         """Let a model learn as this job says."""
@@ -183,7 +183,7 @@ def stage3(
     how = {"guidance": Guidance(cfg=AV(*cfg)), "ratio": ratio}
     frames = clock.latents(seconds).video
     step = train.self_forcing_stage(
-        player, critic, job.load(teacher), job.contexts(), causal, shape, frames, batch, **how
+        player, critic, job.load(teacher, frozen=True), job.contexts(), causal, shape, frames, batch, **how
     )
     history = job.run(step, {"student": player, "critic": critic}, steps, "stage 3")
     settings = {"stage": "stage 3", "steps": steps, "batch": batch, "lr": lr, "cfg": list(cfg)}
@@ -257,35 +257,36 @@ def average(steps: int) -> float:
     return max(0.9, min(0.9995, 1 - 20 / max(1, steps)))
 
 
-STAGES = {"codec": codec, "teacher": teacher, "stage2": stage2, "stage3": stage3}
+STAGES = {"codec": codec, "teacher": teacher, "stage2": stage2, "stage3": stage3, "plan": plan.plan}
 
 
-def main(argv: Sequence[str]) -> Path:
+def main(argv: Sequence[str]) -> Path | str:
     """Run a stage from the command line; every argument of its function, and every field of `Job`, is an option."""
     stage, *rest = argv
     function = STAGES[stage]
     parser = argparse.ArgumentParser(prog=f"omniforcing train {stage}", description=function.__doc__)
-    own = {name: p.default for name, p in inspect.signature(function).parameters.items() if name != "job"}
-    shared = {f.name: f.default for f in fields(Job) if f.name != "team"} if stage != "codec" else {}
+    own = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    shared = {f.name: f.default for f in fields(Job) if f.name != "team"} if own.pop("job", None) else {}
     for name, default in (own | shared).items():
         _add(parser, f"--{name.replace('_', '-')}", default)
     given = vars(parser.parse_args(rest))
-    if stage == "codec":
-        path = function(**given)
-    else:
-        with distributed.joined(given["device"], replicas=given["replicas"]) as team:
-            job = Job(**{name: given[name] for name in shared}, team=team)
-            path = function(**{name: given[name] for name in own}, job=job)
-            if not team.leads:
-                return path
-    print(path)
-    return path
+    if not shared:
+        made = function(**given)
+        print(made)
+        return made
+    with distributed.joined(given["device"], replicas=given["replicas"]) as team:
+        job = Job(**{name: given[name] for name in shared}, team=team)
+        made = function(**{name: given[name] for name in own}, job=job)
+        if team.leads:
+            print(made)
+    return made
 
 
 def _add(parser: argparse.ArgumentParser, option: str, default: object) -> None:
     if isinstance(default, bool):
         parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
     elif isinstance(default, tuple):
-        parser.add_argument(option, nargs=len(default), type=type(default[0]), default=default)
+        pair = len(default) == 2
+        parser.add_argument(option, nargs=2 if pair else "+", type=type(default[0]), default=default)
     else:
         parser.add_argument(option, type=type(default), default=default, help=f"default {default!r}")

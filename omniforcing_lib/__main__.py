@@ -112,8 +112,8 @@ def _parser() -> Parser:
     export.add_argument("--to", choices=("ltx2", "diffusers"), required=True)
     export.add_argument("--out", type=Path, required=True, help="a .safetensors file, or for diffusers a new folder")
 
-    train = command("train", _train, "train one stage of the miniature")
-    train.add_argument("stage", choices=("codec", "teacher", "stage2", "stage3"))
+    train = command("train", _train, "train one stage, alone or under torchrun, or plan the memory of Stage 3")
+    train.add_argument("stage", choices=("codec", "teacher", "stage2", "stage3", "plan"))
     train.add_argument("rest", nargs=argparse.REMAINDER, help="options of that stage; --help lists them")
     return parser
 
@@ -227,10 +227,14 @@ def _export(arguments: argparse.Namespace) -> None:
     print("\n".join([str(written), *checkpoints.left_out(checkpoints.read(arguments.checkpoint), arguments.to)]))
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import recipes
+def _train(arguments: argparse.Namespace) -> int:
+    from omniforcing_lib import journal, recipes
 
-    recipes.main([arguments.stage, *arguments.rest])
+    try:
+        recipes.main([arguments.stage, *arguments.rest])
+    except journal.Diverged as error:
+        return _fail(error, 1)
+    return 0
 
 
 if __name__ == "__main__":

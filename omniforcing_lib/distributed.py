@@ -180,10 +180,19 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def load(model: str, team: Team, device: torch.device, *, amp: bool = False, sinks: int | None = None) -> Transformer:
+def load(
+    model: str,
+    team: Team,
+    device: torch.device,
+    *,
+    amp: bool = False,
+    sinks: int | None = None,
+    frozen: bool = False,
+) -> Transformer:
     """Load a model in float32: whole onto one process, or each process's shards alone.
 
-    A team maps the file and copies what it needs of it, a tensor at a time: no process ever holds a whole model.
+    A team maps the file and copies what it needs of it, a tensor at a time: no process ever holds a whole model. With
+    `amp` it keeps a `frozen` model of a bfloat16 file as it is stored.
     """
     if team.mesh is None:
         return checkpoints.load(model, device=device, sinks=sinks)
@@ -191,6 +200,7 @@ def load(model: str, team: Team, device: torch.device, *, amp: bool = False, sin
     mapped = checkpoints.load(model, dtype=torch.bfloat16 if kinds == {"BF16"} else torch.float32, sinks=sinks)
     with torch.device("meta"):
         made = Transformer(mapped.config, mapped.clock)
+    made = made.to(mapped.proj_out.weight.dtype if amp and frozen else torch.float32)
     made = team.shard(made, amp=amp).to_empty(device=device).requires_grad_(False).eval()
     for mine, whole in zip(made.parameters(), mapped.parameters(), strict=True):
         local(mine).copy_(local(team.cut(whole, mine)))

@@ -82,7 +82,7 @@ CLAIMS = {
     12: Claim(
         "joint self-forcing corrects accumulated cross-modal error",
         "04",
-        "free-running error and sync by block, before and after",
+        "free-running error and sync by block, before and after; beside it the same training on a true past",
         "qualitative",
     ),
     13: Claim(

@@ -84,14 +84,14 @@ def ltx2_file(
     """Write an LTX-2 single file of `version` 2.0 or 2.3, random weights that matter everywhere; give its path."""
     config = config or CONFIGS[version]
     generator = torch.Generator().manual_seed(seed)
-    stubs = {name: torch.randn(shape, generator=generator) for name, shape in STUBS[version].items()}
-    tensors = {PREFIX + name: tensor for name, tensor in weights(config, generator).items()} | stubs
+    stubs = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in STUBS[version].items()}
+    tensors = {PREFIX + name: tensor for name, tensor in weights(config, generator, dtype).items()} | stubs
     metadata = {"config": json.dumps(metadata_of(config)), "model_version": version}
-    return write_tensors(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, metadata)
+    return write_tensors(path, tensors, metadata)
 
 
-def weights(config: ModelConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw a transformer's tensors in fp32: nothing is zero, and activations keep their size."""
+def weights(config: ModelConfig, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Draw a transformer's tensors: nothing is zero, and activations keep their size."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
 
@@ -101,7 +101,7 @@ def weights(config: ModelConfig, generator: torch.Generator) -> dict[str, Tensor
             return 1 + 0.1 * noise
         return noise / shape[-1] ** 0.5 if name.endswith("weight") else 0.1 * noise
 
-    return {name: draw(name, shape) for name, shape in shapes.items()}
+    return {name: draw(name, shape).to(dtype) for name, shape in shapes.items()}
 
 
 def inputs(video_latents: int = 4, seed: int = 0) -> tuple[AV[Tensor], AV[Tensor]]:

@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -54,8 +55,51 @@ class DecodeState:
     latents: AV[int] = START
     knots: Tensor | None = None
 
+    def shown(self, clock: Clock) -> int:
+        """Frames given so far."""
+        return clock.frames(range(self.latents.video)).stop
 
-class TinyCodec(nn.Module):
+    def tensors(self) -> dict[str, Tensor]:
+        """Give all of it as named tensors, to be stored."""
+        knots = {} if self.knots is None else {"decoder.knots": self.knots}
+        return {"decoder.latents": torch.tensor(self.latents), **knots}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], device: str | torch.device = "cpu") -> DecodeState:
+        """Take up a decoding where `tensors` left it."""
+        knots = tensors.get("decoder.knots")
+        return cls(AV(*tensors["decoder.latents"].tolist()), None if knots is None else knots.to(device))
+
+
+class Codec(Protocol):
+    """Turn latents into frames and samples, whole or as they come; what the transformer's latents mean.
+
+    Attributes:
+        grid: tokens of a video latent, (h, w).
+        clock: of its frames and samples.
+    """
+
+    grid: tuple[int, int]
+    clock: Clock
+
+    def decode(self, latents: AV[Tensor], state: DecodeState | None = None) -> AV[Tensor]:
+        """Decode latents whole, or the next ones of a stream when a state is given (which it moves on).
+
+        A codec that looks ahead gives the frames and samples of a stream later, always of one time in both streams.
+
+        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n] or [B, n, 2], both in [-1, 1].
+        """
+
+    def start(self) -> DecodeState:
+        """Begin a streamed decoding; the state can be stored (`tensors`) and says what was `shown`."""
+        return DecodeState()
+
+    def finish(self, state: DecodeState) -> AV[Tensor] | None:
+        """Give what is still owed at the end of a stream; None where each latent is decoded at once."""
+        return None
+
+
+class TinyCodec(nn.Module, Codec):
     """Encode clips of the world to latents of about unit variance, and decode them, whole or as a stream (spec 2)."""
 
     def __init__(self, config: CodecConfig | None = None, clock: Clock | None = None) -> None:

@@ -44,6 +44,10 @@ class LTX2DecodeState:
     held: AV[Tensor] | None = None
     given: AV[int] = START
 
+    def shown(self, clock: Clock) -> int:
+        """Frames given so far."""
+        return self.given.video
+
     def tensors(self) -> dict[str, Tensor]:
         """Give all of it as named tensors, to be stored."""
         tails = {"video": self.video, "mel": self.mel, "wave": self.wave}

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from omniforcing_lib import checkpoints
-from omniforcing_lib.codecs import DecodeState, TinyCodec, load_codec
+from omniforcing_lib.codecs import Codec, TinyCodec, load_codec
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.layout import AV
@@ -31,7 +31,7 @@ from omniforcing_lib.transformer import Transformer
 class Chunk(NamedTuple):
     """One block as a viewer gets it.
 
-    Shapes: frames uint8 [F, H, W, 3], samples float32 [N] mono.
+    Shapes: frames uint8 [F, H, W, 3], samples float32 [N] mono or [N, 2] stereo.
     """
 
     frames: np.ndarray
@@ -55,7 +55,7 @@ class Streamer:
 
     model: Transformer
     causal: Causal
-    codec: TinyCodec
+    codec: Codec
     text: TextEncoder
     prompt: str
     seed: int = 0
@@ -63,7 +63,7 @@ class Streamer:
 
     def __post_init__(self) -> None:
         self._cache = new_cache(self.model, self.causal, self.codec.grid, batch=1)
-        self._decoder = DecodeState()
+        self._decoder = self.codec.start()
         self._last: AV[Tensor] | None = None
         self.set_prompt(self.prompt)
 
@@ -95,19 +95,26 @@ class Streamer:
     def step(self) -> Chunk:
         """Generate and decode the next block; RuntimeError once the stream is closed."""
         self._check_open()
-        k, latents = self.block, self.causal.layout.block(self.block)
+        k = self.block
         noise = seeded_noise([self.seed], self.model.proj_out.weight)
         self._last = next_block(self.model, self.causal, self._cache, self._context, noise, k, self._last)
+        start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
         clip = to_arrays(self.codec.decode(self._last, self._decoder))
         self.block += 1
-        start_s = float(self.codec.clock.seconds(latents).video[0])
         return Chunk(clip.video, clip.audio, start_s, self.prompt)
+
+    @torch.inference_mode()
+    def finish(self) -> Chunk | None:
+        """Give what a codec that looks ahead still owes of the blocks so far; None where it owes nothing."""
+        start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
+        rest = self.codec.finish(self._decoder)
+        return None if rest is None else Chunk(*to_arrays(rest), start_s, self.prompt)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Store where the stream stands, atomically: `resume` goes on with the same bits."""
         if self._last is None:
             raise ValueError("nothing to save before the first block; step once")
-        tensors = {**self._cache.tensors(), "knots": self._decoder.knots, "video": self._last.video}
+        tensors = {**self._cache.tensors(), **self._decoder.tensors(), "video": self._last.video}
         tensors["audio"] = self._last.audio
         said = {"prompt": self.prompt, "seed": self.seed, "block": self.block}
         return write_tensors(path, tensors, {"stream": json.dumps(said)})
@@ -121,8 +128,7 @@ class Streamer:
         self.seed, self.block = said["seed"], said["block"]
         self._cache.fill(tensors)
         self._cache.open(self.block - 1)
-        done = self.causal.layout.block(self.block - 1).map(lambda latents: latents.stop)
-        self._decoder = DecodeState(done, tensors["knots"].to(weight.device))
+        self._decoder = type(self._decoder).from_tensors(tensors, weight.device)
         self.set_prompt(said["prompt"])
 
     def _check_open(self) -> None:
@@ -133,7 +139,7 @@ class Streamer:
 def to_arrays(clip: AV[Tensor]) -> AV[np.ndarray]:
     """Turn the first decoded clip of a batch into frames and samples.
 
-    Shapes: AV([B, F, H, W, 3], [B, N]) in [-1, 1] to AV(uint8 [F, H, W, 3], float32 [N]).
+    Shapes: AV([B, F, H, W, 3], [B, N] or [B, N, 2]) in [-1, 1] to AV(uint8 [F, H, W, 3], float32 [N] or [N, 2]).
     """
     # one half more, and the cast to whole numbers rounds; a decoder has clamped already
     frames = (clip.video[0] * 127.5).add_(128).to(torch.uint8)
@@ -160,7 +166,7 @@ MINIATURE_GUIDANCE = Guidance(cfg=AV(3.0, 3.0), rescale=AV(0.7, 0.7))
 @torch.inference_mode()
 def teacher_clips(
     model: Transformer,
-    codec: TinyCodec,
+    codec: Codec,
     prompts: list[str],
     seeds: list[int],
     seconds: int,
@@ -179,20 +185,32 @@ def teacher_clips(
     return to_clips(codec.decode(euler(denoise, noise, ltx2_sigmas(steps))))
 
 
-def generate(prompt: str, seconds: int, seed: int, model: str | os.PathLike[str] = "student") -> AV[np.ndarray]:
-    """Make one clip: streamed by a causal student, sampled whole by a bidirectional teacher.
+def generate(
+    prompt: str,
+    seconds: int,
+    seed: int,
+    model: str | os.PathLike[str] = "student",
+    *,
+    codec: Codec | None = None,
+    text: TextEncoder | None = None,
+    guidance: Guidance = MINIATURE_GUIDANCE,
+) -> AV[np.ndarray]:
+    """Make one clip: streamed by a causal student, sampled whole by a bidirectional teacher under `guidance`.
 
-    Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [16000K + 160]).
+    Codec and text encoder are the miniature's unless others are given.
+
+    Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples a second.
     """
     if seconds < 1:
         raise ValueError(f"a clip lasts 1 second or more, found {seconds}")
-    causal, codec = checkpoints.read(model).causal, shipped_codec()
+    causal, codec, text = checkpoints.read(model).causal, codec or shipped_codec(), text or TinyText()
     loaded = checkpoints.load(model)
     if causal is None:
-        return teacher_clips(loaded, codec, [prompt], [seed], seconds)[0]
+        return teacher_clips(loaded, codec, [prompt], [seed], seconds, guidance=guidance, text=text)[0]
     wanted = codec.clock.latents(seconds)
-    with Streamer(loaded, causal, codec, TinyText(), prompt, seed) as stream:
+    with Streamer(loaded, causal, codec, text, prompt, seed) as stream:
         chunks = [stream.step() for _ in range(causal.layout.count(wanted.video))]
+        chunks += [rest] if (rest := stream.finish()) else []
     frames, samples = (np.concatenate(part) for part in zip(*((c.frames, c.samples) for c in chunks), strict=True))
     ends = codec.clock.frames(range(wanted.video)).stop, codec.clock.samples(range(wanted.audio)).stop
     return AV(frames[: ends[0]], samples[: ends[1]])

@@ -82,9 +82,15 @@ AUDIO_VAE = {
     "preprocessing": {"stft": {"hop_length": 160}, "mel": {"n_mel_channels": 64}},
 }
 AUDIO_VAE["model"]["params"]["ddconfig"] |= {"num_res_blocks": 1}
-KERNELS = {"resblock_kernel_sizes": [3, 7], "resblock_dilation_sizes": [[1, 3], [1, 5]]}
-VOCODER = {"resblock": "1", "upsample_initial_channel": 64} | KERNELS
-AMP = {"resblock": "AMP1", "activation": "snakebeta", "use_bias_at_final": False, "use_tanh_at_final": False} | KERNELS
+KERNELS = {"resblock_kernel_sizes": [3, 7], "resblock_dilation_sizes": [[1, 2, 1], [1, 1, 2]]}
+VOCODER = {"resblock": "1", "stereo": True, "upsample_initial_channel": 64} | KERNELS
+AMP = {
+    "resblock": "AMP1",
+    "stereo": True,
+    "activation": "snakebeta",
+    "use_bias_at_final": False,
+    "use_tanh_at_final": False,
+} | KERNELS
 NEWER_VOCODER = {
     "vocoder": AMP
     | {"upsample_initial_channel": 64, "upsample_rates": [5, 2, 2, 2, 2, 2]}

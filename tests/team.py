@@ -1,55 +1,94 @@
-"""What the processes of a test run: a tiny model's stages in a team; also the script that torchrun starts."""
+"""What the processes of a test do: stages of a tiny model, alone or in a team; torchrun starts this file as a script.
+
+python tests/team.py STAGE STEPS FOLDER [nap=SECONDS] [die=RANK:STEP] [silent=RANK:STEP]
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_train import CAUSAL, FRAMES, GRID, QUICK, pairs, player, prompts
+from test_train import CAUSAL, FRAMES, GRID, QUICK, pairs, prompts
+from test_transformer import TINY
 
 from omniforcing_lib import distributed, train
 from omniforcing_lib.distributed import Team
-from omniforcing_lib.files import write_json
+from omniforcing_lib.files import write_json, write_tensors
 from omniforcing_lib.train import Player, Recipe
+from omniforcing_lib.transformer import Transformer
 
 
-def stage(name: str, team: Team, *, batch: int = 4, **changes: object) -> tuple[dict[str, Player], train.Step]:
-    """Build Stage 2 or 3 of the tiny model for a team; every process draws the same weights."""
+def model(sinks: int, seed: int = 0) -> Transformer:
+    """Build the tiny model with one layer; every process draws the same weights."""
+    made = Transformer(replace(TINY, num_layers=1).with_sinks(sinks))
+    generator = torch.Generator().manual_seed(seed)
+    for weight in made.parameters():
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.15
+    return made
+
+
+def stage(name: str, team: Team, **changes: object) -> tuple[dict[str, Player], train.Step]:
+    """Build Stage 2 (`ode`) or Stage 3 (`forcing`) for a team."""
     recipe = replace(QUICK, **changes)
 
-    def learner(recipe: Recipe, **how: int) -> Player:
-        return Player(player(**how).model, recipe, team)
+    def learner(recipe: Recipe, sinks: int, seed: int = 0) -> Player:
+        return Player(model(sinks, seed), recipe, team)
 
     if name == "ode":
-        student = learner(recipe)
-        return {"student": student}, train.ode_stage(student, pairs(), prompts(), CAUSAL, batch)
-    student, critic = learner(recipe, seed=1), learner(replace(recipe, ema=0.0), sinks=0)
-    teacher = team.shard(player(sinks=0).model.requires_grad_(False).eval(), amp=recipe.amp)
-    step = train.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch, ratio=2)
+        student = learner(recipe, 2)
+        return {"student": student}, train.ode_stage(student, pairs(), prompts(), CAUSAL, batch=4)
+    student, critic = learner(recipe, 2, 1), learner(replace(recipe, ema=0.0), 0)
+    teacher = team.shard(model(0).requires_grad_(False).eval(), amp=recipe.amp)
+    step = train.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=4, ratio=4)
     return {"student": student, "critic": critic}, step
 
 
 def run(name: str, team: Team, steps: int, folder: str | None = None, **changes: object) -> dict[str, list[float]]:
+    """Train; give the numbers of the steps that ran."""
     players, step = stage(name, team, **changes)
     return train.fit(step, players, steps, folder=folder, every=7, progress=False).numbers
 
 
-def weights(name: str, team: Team, steps: int, folder: str) -> dict[str, torch.Tensor]:
-    players, step = stage(name, team)
-    train.fit(step, players, steps, folder=folder, every=7, progress=False)
-    whole = team.gathered(players["student"].best, torch.float32)
-    return {} if whole is None else dict(whole.state_dict())
-
-
-def work(rank: int, size: int, port: int, out: str, jobs: list[tuple]) -> None:
-    """Be one of `size` processes that do the jobs; the first one writes what they give."""
+def work(rank: int, size: int, port: int, out: str, jobs: list[tuple[str, int, str | None, dict]]) -> None:
+    """Be one of `size` processes that do the jobs one after another; the first one writes their numbers."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    with distributed.joined() as team:
+    changes = dict(jobs[0][3])
+    with distributed.joined(replicas=changes.pop("replicas", 1)) as team:
         for number, (name, steps, folder, changes) in enumerate(jobs):
+            changes.pop("replicas", None)
             numbers = run(name, team, steps, folder, **changes)
             if team.leads:
-                write_json(Path(out) / f"{size}-{number}.json", numbers)
+                write_json(Path(out) / f"{number}.json", numbers)
+
+
+def main(name: str, steps: str, folder: str, *faults: str) -> None:
+    """Train with faults; the first process writes the weights that it ends with."""
+    fault = dict(text.split("=") for text in faults)
+    rank = os.environ.get("RANK", "0")
+    with distributed.joined() as team:
+        players, plain = stage(name, team)
+
+        def step(i: int, generator: torch.Generator) -> train.Numbers:
+            time.sleep(float(fault.get("nap", 0)))
+            if fault.get("die") == f"{rank}:{i}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault.get("silent") == f"{rank}:{i}":
+                time.sleep(600)
+            return plain(i, generator)
+
+        train.fit(step, players, int(steps), folder=folder, every=3, progress=False)
+        whole = team.gathered(players["student"].best, torch.float32)
+        if whole is not None:
+            write_tensors(Path(folder) / "final.safetensors", whole.state_dict())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -31,6 +31,7 @@ CLOCK = Clock()
 SHORT_SIDE = 256  # small clips are enlarged to this: players show them, and halved chroma loses nothing
 BT709, LIMITED_RANGE = 1, 1  # the colour tags of ISO 23091-2
 AAC_BIT_RATE = 192_000
+LAYOUTS = {1: "mono", 2: "stereo"}
 AAC_BITS_PER_SAMPLE = 6  # the format's limit, 6144 bits a frame of 1024 samples: 96 kb/s at 16 kHz
 TAIL_SECONDS = Fraction(1, 4)  # how much earlier than its header says a whole file may end
 
@@ -55,7 +56,7 @@ class _Sound(NamedTuple):
 
 def samples_of(frames: int, clock: Clock = CLOCK) -> int:
     """Count the samples that go with `frames` pixel frames: one mel hop for the first, so 24K + 1 give 16000K + 160."""
-    return clock.hop + round(Fraction((frames - 1) * clock.sample_rate, clock.fps))
+    return clock.samples_of(frames)
 
 
 def read_clip(
@@ -166,7 +167,8 @@ class ClipWriter:
     """Write an mp4 (H.264 and AAC) piece by piece; the file appears, whole, when the `with` block ends well.
 
     Frames are enlarged by a whole factor `scale`; None takes the smallest that makes the short side at least
-    SHORT_SIDE and both sides even, as H.264's halved chroma needs. `read_clip` scales back.
+    SHORT_SIDE and both sides even, as H.264's halved chroma needs. `read_clip` scales back. Sound has 1 or 2
+    `channels`.
 
     Raises:
         ValueError: a side is odd after `scale`, a piece has another shape, or nothing was written.
@@ -179,8 +181,9 @@ class ClipWriter:
         size: tuple[int, int] = (64, 64),
         *,
         scale: int | None = None,
+        channels: int = 1,
     ) -> None:
-        self.path, self.clock, self.size = Path(path), clock, size
+        self.path, self.clock, self.size, self.channels = Path(path), clock, size, channels
         self.scale = _whole_scale(size) if scale is None else scale
         self.written = AV(0, 0)
         if any(side * self.scale % 2 or side < 1 for side in size):
@@ -211,9 +214,9 @@ class ClipWriter:
     def write(self, piece: AV[np.ndarray]) -> None:
         """Append frames and samples; a piece may hold any number of either.
 
-        Shapes: frames uint8 [F, H, W, 3], samples float [N]; louder than 1 is clipped, as a player would.
+        Shapes: frames uint8 [F, H, W, 3], samples float [N], or [N, 2]; louder than 1 is clipped, as a player would.
         """
-        _check_piece(self.path, piece, self.size)
+        _check_piece(self.path, piece, self.size, self.channels)
         for frame in piece.video:
             self._write_frame(frame)
         if len(piece.audio):
@@ -230,7 +233,7 @@ class ClipWriter:
 
     def _add_sound(self) -> av.AudioStream:
         rate = self.clock.sample_rate
-        stream = self._container.add_stream("aac", rate=rate, layout="mono")
+        stream = self._container.add_stream("aac", rate=rate, layout=LAYOUTS[self.channels])
         stream.bit_rate = min(AAC_BIT_RATE, AAC_BITS_PER_SAMPLE * rate)
         return stream
 
@@ -247,7 +250,8 @@ class ClipWriter:
         self.written = self.written._replace(video=self.written.video + 1)
 
     def _write_samples(self, samples: np.ndarray) -> None:
-        frame = av.AudioFrame.from_ndarray(samples[None], "fltp", "mono")
+        planes = np.ascontiguousarray(samples.reshape(len(samples), self.channels).T)
+        frame = av.AudioFrame.from_ndarray(planes, "fltp", LAYOUTS[self.channels])
         frame.sample_rate = self.clock.sample_rate
         # Without its time on it a frame is muxed as if the encoder's priming were sound: 64 ms late at 16 kHz.
         frame.pts, frame.time_base = self.written.audio, Fraction(1, self.clock.sample_rate)
@@ -258,9 +262,10 @@ class ClipWriter:
 def write_clip(path: str | Path, clip: AV[np.ndarray], clock: Clock = CLOCK, *, scale: int | None = None) -> Path:
     """Write a whole clip as an mp4, atomically, and return its path; `scale` as in `ClipWriter`.
 
-    Shapes: frames uint8 [F, H, W, 3], samples float [N] in [-1, 1].
+    Shapes: frames uint8 [F, H, W, 3], samples float [N], or [N, 2] for stereo, in [-1, 1].
     """
-    with ClipWriter(path, clock, clip.video.shape[1:3], scale=scale) as writer:
+    channels = 1 if clip.audio.ndim == 1 else clip.audio.shape[1]
+    with ClipWriter(path, clock, clip.video.shape[1:3], scale=scale, channels=channels) as writer:
         writer.write(clip)
     return Path(path)
 
@@ -300,13 +305,18 @@ def _whole_scale(size: tuple[int, int]) -> int:
     return scale + 1 if scale % 2 and any(side % 2 for side in size) else scale
 
 
-def _check_piece(path: Path, piece: AV[np.ndarray], size: tuple[int, int]) -> None:
+def _check_piece(path: Path, piece: AV[np.ndarray], size: tuple[int, int], channels: int) -> None:
     frames, samples = piece
     if frames.dtype != np.uint8 or frames.shape[1:] != (*size, 3):
         found = f"{frames.dtype} {list(frames.shape)}"
         raise ValueError(f"{path}: expected frames uint8 [F, {size[0]}, {size[1]}, 3], found {found}")
-    if samples.ndim != 1 or samples.dtype.kind != "f" or not np.isfinite(samples).all():
+    if (
+        samples.shape[1:] != ((channels,) if channels > 1 else ())
+        or samples.dtype.kind != "f"
+        or not np.isfinite(samples).all()
+    ):
         found = f"{samples.dtype} {list(samples.shape)}"
         raise ValueError(
-            f"{path}: expected finite float samples [N], found {found}; mix to mono, mend what is not finite"
+            f"{path}: expected finite float samples {'[N]' if channels == 1 else '[N, 2]'}, found {found}; "
+            "mix to mono or make a stereo writer, mend what is not finite"
         )

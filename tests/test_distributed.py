@@ -177,16 +177,31 @@ def test_the_others_end_within_a_minute_of_a_lost_process_and_say_why(fault, tmp
     assert [path.name for path in tmp_path.glob("state-*")] == ["state-00000003"]
 
 
-@pytest.mark.slow
-def test_a_team_that_is_told_to_end_stores_its_state_and_goes_on(tmp_path):
-    run = torchrun(2, str(HERE / "team.py"), "ode", "12", str(tmp_path / "told"), "nap=.2")
-    until(tmp_path / "told" / "history.jsonl", 4)
+def end(run: subprocess.Popen) -> None:
+    """Ask torchrun to end, as a scheduler does."""
     run.send_signal(signal.SIGTERM)
+
+
+def kill(run: subprocess.Popen) -> None:
+    """Kill torchrun and its processes at once, as a lost node does."""
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    for pid in (run.pid, *map(int, workers)):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [end, kill])
+def test_a_team_that_is_ended_or_killed_goes_on_to_the_same_bits(fault, tmp_path):
+    """After SIGTERM it goes on from the step it was in, after kill -9 from the last of every third."""
+    run = torchrun(2, str(HERE / "team.py"), "ode", "12", str(tmp_path / "cut"), "nap=.2")
+    until(tmp_path / "cut" / "history.jsonl", 5)
+    fault(run)
     text, _ = run.communicate(timeout=120)
-    assert run.returncode != 0 and "told to end after step" in text
-    (state,) = (tmp_path / "told").glob("state-*")
-    assert 4 <= int(state.name.removeprefix("state-")) < 12
-    for folder in ("told", "unbroken"):
+    (state,) = (tmp_path / "cut").glob("state-*")
+    assert run.returncode != 0 and 3 <= int(state.name.removeprefix("state-")) < 12
+    assert fault is kill or "told to end after step" in text
+    for folder in ("cut", "unbroken"):
         again = torchrun(2, str(HERE / "team.py"), "ode", "12", str(tmp_path / folder))
-        assert again.wait(timeout=300) == 0
-    assert same(*(load_file(tmp_path / name / "final.safetensors") for name in ("told", "unbroken")))
+        text, _ = again.communicate(timeout=300)
+        assert again.returncode == 0, text
+    assert same(*(load_file(tmp_path / name / "final.safetensors") for name in ("cut", "unbroken")))

@@ -1,0 +1,232 @@
+"""Laws of bad days: a run killed at any moment goes on as if it had not been; what is wrong is refused by name.
+
+The slow one: `pytest tests/test_journal.py -m slow`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import team
+import torch
+from safetensors.torch import load_file
+from test_train import CAUSAL, QUICK, ode_stage, pairs, player, prompts, same
+
+from omniforcing_lib import dataset, journal, records, train
+from omniforcing_lib.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
+from omniforcing_lib.distributed import ALONE
+from omniforcing_lib.layout import AV
+from omniforcing_lib.train import Player
+
+
+def test_a_run_that_is_told_to_end_stores_its_state_first(tmp_path, capsys):
+    """SIGTERM in step 2: that step is finished and stored, the exit code is 143, the rest runs another time."""
+    players, plain = ode_stage()
+
+    def step(i: int, generator: torch.Generator) -> train.Numbers:
+        if i == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(i, generator)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        train.fit(step, players, 6, folder=tmp_path, progress=False)
+    assert end.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert "told to end after step 3" in capsys.readouterr().out
+    rest = train.fit(plain, players, 6, folder=tmp_path, progress=False)
+    others, step = ode_stage()
+    whole = train.fit(step, others, 6, progress=False)
+    assert len(rest.numbers["norm"]) == 3 and same(players["student"].state(), others["student"].state())
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(6)]
+    assert [line["video"] for line in lines] == whole.numbers["video"]
+
+
+def test_two_runs_that_share_a_folder_refuse_each_other(tmp_path):
+    players, step = ode_stage()
+    with journal.opened(tmp_path, players, 0, ALONE):
+        with pytest.raises(ValueError, match=rf"in use by {socket.gethostname()} process {os.getpid()}"):
+            train.fit(step, players, 1, folder=tmp_path, progress=False)
+    train.fit(step, players, 1, folder=tmp_path, progress=False)
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_aloud_and_of_another_host_is_not(tmp_path, capsys):
+    players, step = ode_stage()
+    (tmp_path / "lock").write_text(f"{socket.gethostname()} process 999999\n")
+    train.fit(step, players, 1, folder=tmp_path, progress=False)
+    assert "taken over from" in capsys.readouterr().out
+    (tmp_path / "lock").write_text("another-host process 1\n")
+    with pytest.raises(ValueError, match="another-host process 1, which cannot be seen"):
+        train.fit(step, players, 2, folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x80" * 99])
+def test_a_damaged_state_is_refused_by_name(damage, tmp_path):
+    players, step = ode_stage()
+    train.fit(step, players, 1, folder=tmp_path, progress=False)
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged"):
+        train.fit(step, players, 2, folder=tmp_path, progress=False)
+
+
+def failing(when: set[int], limit: float = 1e4) -> tuple[dict[str, Player], train.Step]:
+    """Build a stage whose loss is not a number in some steps."""
+    learner = player(replace(QUICK, limit=limit))
+
+    def step(i: int, generator: torch.Generator) -> train.Numbers:
+        loss = learner.model.proj_out.weight.square().sum() * (float("nan") if i in when else 1.0)
+        return {"video": loss.detach(), "norm": learner.update(loss)}
+
+    return {"student": learner}, step
+
+
+def test_bad_steps_change_nothing_are_counted_and_end_the_run_when_they_follow_each_other(tmp_path):
+    players, step = failing({1, 2, 4, 5, 6})
+    with pytest.raises(journal.Diverged, match=r"steps 4 to 6 .* 3 updates skipped; .*diverged.json"):
+        train.fit(step, players, 9, seed=5, folder=tmp_path, give_up=3, progress=False)
+    assert players["student"].skipped == 5
+    report = json.loads((tmp_path / "diverged.json").read_text())
+    assert report["seed"] == 5 and [row["step"] for row in report["steps"]] == [4, 5, 6]
+    assert all(row["norm"] == row["video"] == "nan" for row in report["steps"])
+    state = load_file(tmp_path / "state.safetensors")
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_gradient_over_the_limit_is_skipped():
+    players, step = failing(set(), limit=1e-3)
+    before = players["student"].state()
+    train.fit(step, players, 2, progress=False)
+    assert players["student"].skipped == 2 and same(players["student"].state(), before)
+
+
+def test_history_lines_of_steps_that_run_again_are_dropped(tmp_path):
+    players, step = ode_stage()
+    train.fit(step, players, 2, folder=tmp_path, progress=False)
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"step": 2, "video": 9}\n{"step": 3, "vid')
+    train.fit(step, players, 4, folder=tmp_path, progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[2]["video"] != 9
+
+
+def stored(folder: Path, count: int = 5) -> Pairs:
+    """Write pairs as shards of two; give them as a single file gives them."""
+    held = pairs(count)
+
+    def make(rows: range) -> Pairs:
+        some = slice(rows.start, rows.stop)
+        return Pairs(held.states.map(lambda s: s[some]), held.sigmas, held.prompt[some])
+
+    dataset.store_pairs(folder, make, count, {"sigmas": held.sigmas.tolist()}, a_shard=2)
+    held.save(folder / "one.safetensors", prompts().names)
+    return Pairs.load(folder / "one.safetensors")
+
+
+def test_shards_give_the_rows_of_one_file_and_train_to_the_same_bits(tmp_path):
+    held, read = stored(tmp_path), StoredPairs(tmp_path)
+    index = torch.tensor([4, 0, 3, 3])
+    (a, a_prompt), (b, b_prompt) = held.take(index), read.take(index)
+    assert all(map(torch.equal, a, b)) and torch.equal(a_prompt, b_prompt)
+    assert len(read) == 5 and read.shapes == held.shapes and torch.equal(read.sigmas, held.sigmas)
+    Prompts.save(prompts(), tmp_path / "prompts", a_shard=2)
+    told = StoredPrompts(tmp_path / "prompts")
+    assert all(map(torch.equal, told.negative, prompts().negative)) and told.names == prompts().names
+    ends = []
+    for data, text in ((held, prompts()), (read, told)):
+        learner = player()
+        train.fit(train.ode_stage(learner, data, text, CAUSAL, batch=4), {"student": learner}, 3, progress=False)
+        ends.append(learner.state())
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("row", [-1, 5])
+def test_a_row_that_is_not_there_is_refused(row, tmp_path):
+    stored(tmp_path)
+    with pytest.raises(ValueError, match=f"rows 0 to 4, asked for {row}"):
+        records.Records(tmp_path).rows([row])
+
+
+def test_a_damaged_shard_is_refused_by_name_and_made_again_alone(tmp_path):
+    stored(tmp_path)
+    first, bad = tmp_path / "rows-00000.safetensors", tmp_path / "rows-00001.safetensors"
+    data, made = bytearray(bad.read_bytes()), first.stat().st_mtime_ns
+    data[-3] ^= 1
+    bad.write_bytes(data)
+    with pytest.raises(ValueError, match=r"rows-00001.safetensors is damaged: its sha256 .* remove it and index.json"):
+        StoredPairs(tmp_path)
+    bad.unlink()
+    with pytest.raises(ValueError, match=r"rows-00001.safetensors is missing"):
+        StoredPairs(tmp_path)
+    (tmp_path / "index.json").unlink()
+    held = stored(tmp_path)
+    assert first.stat().st_mtime_ns == made
+    assert all(map(torch.equal, StoredPairs(tmp_path).take(torch.arange(5))[0], held.states))
+
+
+def test_shards_made_under_other_settings_and_folders_of_something_else_are_refused(tmp_path):
+    stored(tmp_path)
+    with pytest.raises(ValueError, match=r"rows-00000.safetensors was made under other settings"):
+        records.write(tmp_path, 5, 2, lambda rows: {}, {"kind": "pairs", "sigmas": [1.0]})
+    with pytest.raises(ValueError, match="holds 'pairs', expected 'prompts'"):
+        StoredPrompts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../rows-00000.safetensors", "/etc/passwd", "rows.pkl"])
+def test_an_index_reaches_nothing_outside_its_folder(name, tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps({"shards": [{"file": name, "rows": 1, "sha256": ""}], "notes": {}}))
+    with pytest.raises(ValueError, match="beside it"):
+        records.Records(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"shards": 3, "notes": {}}', '{"shards": [{}], "notes": {}}'])
+def test_a_damaged_index_is_refused_by_name(text, tmp_path):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index.json cannot be read"):
+        records.Records(tmp_path)
+
+
+def test_trajectories_made_in_shards_are_those_made_at_once(tmp_path):
+    """Noise and prompt of a clip follow from its number alone."""
+    teacher, sizes = team.model(0).requires_grad_(False).eval(), AV(3, 6)
+    how = (dataset.Guidance(cfg=AV(2.0, 2.0)), CAUSAL.steps)
+
+    def make(rows: range) -> Pairs:
+        shape = {"steps": 4, "batch": 2, "progress": False}
+        return dataset.ode_pairs(teacher, prompts(), *how, rows, sizes, (2, 2), **shape, first=rows.start)
+
+    dataset.store_pairs(tmp_path, make, 6, {"sigmas": CAUSAL.sigmas.tolist()}, a_shard=2)
+    (states, prompt), whole = StoredPairs(tmp_path).take(torch.arange(6)), make(range(6))
+    assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(states, whole.states, strict=True))
+    assert torch.equal(prompt, whole.prompt)
+
+
+@pytest.mark.slow
+def test_a_run_killed_five_times_at_random_ends_as_one_never_killed(tmp_path):
+    """Kill -9, whatever the run is doing; the weights at the end are the same to the bit."""
+    dice, command = random.Random(0), [sys.executable, str(Path(__file__).parent / "team.py"), "forcing", "60"]
+    killed, unbroken, faults = tmp_path / "killed", tmp_path / "unbroken", 0
+    while faults < 5:
+        run = subprocess.Popen([*command, str(killed), "nap=.05"])
+        while not (killed / "lock").exists() or str(run.pid) not in (killed / "lock").read_text():
+            assert run.poll() is None, "the run ended by itself"
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0, 2))
+        run.kill()
+        faults += run.wait() == -signal.SIGKILL
+        assert not (killed / "final.safetensors").exists(), "the run ended before it was killed five times"
+    for folder in (killed, unbroken):
+        subprocess.run([*command, str(folder)], check=True)
+    for name in ("final.safetensors", "state.safetensors"):
+        assert same(load_file(killed / name), load_file(unbroken / name))
+    assert (killed / "history.jsonl").read_text() == (unbroken / "history.jsonl").read_text()

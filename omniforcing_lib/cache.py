@@ -178,6 +178,7 @@ class KVCache:
     dtype: torch.dtype = torch.float32
     latents: AV[range] | None = field(default=None, init=False)
     opened: tuple[Opened, ...] = field(default=(), init=False)
+    restarted: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.window < 0:
@@ -197,7 +198,7 @@ class KVCache:
             cross = Ring((*shape, dims.audio), self, stream, "cross", **kind)
             return Slots(own, TextSlot(), cross, Memo())
 
-        self.levels, self._restarted = Memo(), 0
+        self.levels = Memo()
         self._layers = [AV(slots(0), slots(1)) for _ in range(self.config.num_layers)]
 
     def layer(self, index: int) -> AV[Slots]:
@@ -227,7 +228,7 @@ class KVCache:
         They see block 0 and one another, at the distances that they have for block `k`, and nothing older: what a
         clip of just these blocks sees.
         """
-        self._restarted = k
+        self.restarted = k
         self.forget_text()
         for ring in self._rings().values():
             ring.forget_anchor()
@@ -243,7 +244,7 @@ class KVCache:
 
     def _turn(self, k: int) -> tuple[int, Ropes] | None:
         """Tell by how much the window has moved since it first filled, for block `k` or the one restarted for."""
-        at = max(k, self._restarted)
+        at = max(k, self.restarted)
         if not self.reanchor or k == 0 or at <= self.window + 1:
             return None
         if self.opened and (held := self.opened[-1].turn) and held[0] == at:
@@ -256,7 +257,7 @@ class KVCache:
         pinned, step, places = self.pinned[stream], self._step[stream], self.window + 1
         if k == 0:
             return _spanned(slice(0, pinned))
-        past = range(max(1, k - self.window, self._restarted - self.window), k)
+        past = range(max(1, k - self.window, self.restarted - self.window), k)
         starts = [pinned + (i - 1) % places * step for i in (*past, k)]
         history = (slice(start, start + step) for start in starts[:-1])
         return _spanned(slice(starts[-1], starts[-1] + size), slice(0, pinned), *history)

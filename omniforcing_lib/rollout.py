@@ -9,9 +9,9 @@ Shapes: B batch, F video and T audio latents of a block, K blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -99,6 +99,11 @@ class Causal:
         return cls(layout, **changes)
 
 
+@lru_cache
+def _levels(steps: tuple[int, ...]) -> tuple[float, ...]:
+    return tuple(snap(steps).tolist())
+
+
 def seeded_noise(seeds: Sequence[int], like: Tensor) -> Noise:
     """Draw noise from (seed, block, draw) alone, so that a stream can be resumed or re-cut."""
     return lambda block, shapes, draw: block_noise(seeds, block, shapes, draw).map(lambda x: x.to(like))
@@ -161,18 +166,41 @@ def renoised(x0: Tensor, eps: Tensor, sigma: float) -> Tensor:
     return torch.lerp(x0, eps.to(x0), sigma)
 
 
+def as_context(causal: Causal, noise: Noise, k: int, block: AV[Tensor]) -> AV[Tensor]:
+    """Give block `k` as it is remembered: without gradients, clean or at the context noise."""
+    block, level = block.map(Tensor.detach), causal.context_noise
+    if not level:
+        return block
+    eps = noise(k, block.map(lambda x: tuple(x.shape[1:])), len(causal.steps_of(k)))
+    return block.map(lambda data, eps: renoised(data, eps, level), eps)
+
+
 @torch.no_grad()
-def remember(
-    model: Transformer, cache: KVCache, text: AV[Tensor], block: AV[Tensor], sigma: float, noise: AV[Tensor] | None
+def remember(model: Transformer, cache: KVCache, text: AV[Tensor], context: AV[Tensor], sigma: float) -> None:
+    """Write the keys and values of the open block to the cache, at the sigma that `as_context` gave it."""
+    predict(model, context, sigma, text, cache)
+
+
+def remember_again(
+    model: Transformer,
+    causal: Causal,
+    cache: KVCache,
+    text: AV[Tensor],
+    noise: Noise,
+    k: int,
+    kept: Mapping[int, AV[Tensor]],
 ) -> None:
-    """Write a finished block's keys and values to the cache, clean or at the context noise."""
-    predict(model, as_context(block, sigma, noise), sigma, text, cache)
+    """Remember all that block `k` will see anew, under another text; `next_block` does the block before it.
 
-
-def as_context(block: AV[Tensor], sigma: float, noise: AV[Tensor] | None) -> AV[Tensor]:
-    """Give a finished block as it is remembered: without gradients, clean or at the context noise."""
-    block = block.map(Tensor.detach)
-    return block.map(lambda data, eps: renoised(data, eps, sigma), noise) if sigma > 0 else block
+    `kept` holds the latents of block 0 and of the window, by block. Raises ValueError where no pass remembers.
+    """
+    if causal.context_pass == "none":
+        raise ValueError("context_pass is 'none': no pass remembers a block, so none can be remembered again")
+    for i in cache.restart(k):
+        if i < k - 1:
+            cache.open(i)
+            remember(model, cache, text, as_context(causal, noise, i, kept[i]), causal.context_noise)
+    cache.open(k - 1)
 
 
 def next_block(
@@ -203,18 +231,15 @@ def next_block(
     Shapes: AV([B, F, h, w, C], [B, T, C]) of block k - 1 to those of block k.
     """
     block, level, config = block or causal.layout.block(k), causal.context_noise, model.config
-    sigmas, first = snap(causal.steps_of(k)).tolist(), None
+    sigmas, first = _levels(causal.steps_of(k)), None
     shapes = AV((len(block.video), *cache.grid, config.in_channels), (len(block.audio), config.audio_in_channels))
     if before is not None and causal.context_pass != "none":
-        eps = None
-        if level:
-            eps = noise(k - 1, before.map(lambda t: tuple(t.shape[1:])), len(causal.steps_of(k - 1)))
+        context = as_context(causal, noise, k - 1, before)
         # LTX-2.3 modulates the text, and one stream for the other, by one sigma a sample
         if causal.context_pass == "merged" and exit_step is None and not config.cross_attention_adaln:
-            context = as_context(before, level, eps)
             first = partial(predict_behind, model, sigma=sigmas[0], before=context, level=level, text=text, cache=cache)
         else:
-            remember(model, cache, text, before, level, eps)
+            remember(model, cache, text, context, level)
     cache.open(k, block)
     return denoise_block(model, cache, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first)
 
@@ -225,9 +250,9 @@ def new_cache(
     """Allocate a cache for `causal`, no larger than a clip of `blocks` needs."""
     weight = model.proj_out.weight
     window = causal.window if blocks is None else max(0, min(causal.window, blocks - 2))
-    dtype = (
-        torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else weight.dtype
-    )
+    kind = weight.device.type
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if casts else weight.dtype
     return KVCache(
         model.config,
         causal.layout,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,9 +24,16 @@ from omniforcing_lib.codecs import Codec, TinyCodec, load_codec
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import Causal, new_cache, next_block, seeded_noise
+from omniforcing_lib.rollout import Causal, Noise, new_cache, next_block, remember_again, seeded_noise
 from omniforcing_lib.text import TextEncoder, TinyText
 from omniforcing_lib.transformer import Transformer
+
+
+class Made(NamedTuple):
+    """Latents of a block, not decoded yet, and what was asked for."""
+
+    latents: AV[Tensor]
+    prompt: str
 
 
 class Chunk(NamedTuple):
@@ -51,6 +59,8 @@ class Streamer:
         text: encodes prompts.
         prompt: what to show; change it with `set_prompt`.
         seed: of all noise.
+        ahead: make the next block in a thread while this one is decoded and shown; a new prompt then shows a block
+            later. Nothing is made beyond that block, so a consumer that is slow, or gone, holds no more than that.
     """
 
     model: Transformer
@@ -59,12 +69,16 @@ class Streamer:
     text: TextEncoder
     prompt: str
     seed: int = 0
+    ahead: bool = False
     block: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._cache = new_cache(self.model, self.causal, self.codec.grid, batch=1)
         self._decoder = self.codec.start()
-        self._last: AV[Tensor] | None = None
+        self._maker = ThreadPoolExecutor(1, "blocks") if self.ahead else None
+        self._coming: Future[Made] | None = None
+        self._kept: dict[int, AV[Tensor]] = {}
+        self._made = 0
         self.set_prompt(self.prompt)
 
     def __enter__(self) -> Streamer:
@@ -72,7 +86,9 @@ class Streamer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._cache = None
+        if self._maker:
+            self._maker.shutdown()
+        self._cache = self._coming = None
 
     def __iter__(self) -> Iterator[Chunk]:
         while self._cache is not None:
@@ -83,25 +99,32 @@ class Streamer:
         """Bytes of keys and values held."""
         return self._cache.nbytes if self._cache else 0
 
-    def set_prompt(self, prompt: str) -> None:
-        """Follow another prompt from the next block on; unknown words raise ValueError."""
+    def set_prompt(self, prompt: str, *, recache: bool = False) -> None:
+        """Follow another prompt from the next block that is not begun; unknown words raise ValueError.
+
+        With `recache` the window is remembered anew under the new prompt, which costs a pass for each of its blocks.
+        """
         self._check_open()
-        device = self.model.proj_out.weight.device
-        self._context = self.text.encode([prompt], device, self.model.proj_out.weight.dtype)
+        weight = self.model.proj_out.weight
+        context = self.text.encode([prompt], weight.device, weight.dtype)
+        self._settle()
+        if recache and self._made:
+            with torch.inference_mode():
+                past = self._cache, context, self._noise, self._made, self._kept
+                remember_again(self.model, self.causal, *past)
         self._cache.forget_text()
-        self.prompt = prompt
+        self._context, self.prompt = context, prompt
 
     @torch.inference_mode()
     def step(self) -> Chunk:
-        """Generate and decode the next block; RuntimeError once the stream is closed."""
+        """Decode the next block, generated now or ahead; RuntimeError once the stream is closed."""
         self._check_open()
-        k = self.block
-        noise = seeded_noise([self.seed], self.model.proj_out.weight)
-        self._last = next_block(self.model, self.causal, self._cache, self._context, noise, k, self._last)
+        made = self._coming.result() if self._coming else self._make()
+        self._coming = self._maker.submit(self._make) if self._maker else None
         start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
-        clip = to_arrays(self.codec.decode(self._last, self._decoder))
+        clip = to_arrays(self.codec.decode(made.latents, self._decoder))
         self.block += 1
-        return Chunk(clip.video, clip.audio, start_s, self.prompt)
+        return Chunk(clip.video, clip.audio, start_s, made.prompt)
 
     @torch.inference_mode()
     def finish(self) -> Chunk | None:
@@ -110,26 +133,61 @@ class Streamer:
         rest = self.codec.finish(self._decoder)
         return None if rest is None else Chunk(*to_arrays(rest), start_s, self.prompt)
 
+    @torch.inference_mode()
+    def _make(self) -> Made:
+        k, prompt = self._made, self.prompt
+        before = self._kept.get(k - 1)
+        made = next_block(self.model, self.causal, self._cache, self._context, self._noise, k, before)
+        latents = made.map(Tensor.contiguous)
+        self._kept = {i: self._kept[i] for i in self._numbers(k + 1) if i < k} | {k: latents}
+        self._made += 1
+        return Made(latents, prompt)
+
+    @property
+    def _noise(self) -> Noise:
+        return seeded_noise([self.seed], self.model.proj_out.weight)
+
+    def _numbers(self, made: int) -> list[int]:
+        """Number the blocks whose latents are kept once `made` are made: block 0 and the window."""
+        return [*dict.fromkeys((0, *range(max(1, made - max(1, self.causal.window)), made)))]
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Store where the stream stands, atomically: `resume` goes on with the same bits."""
-        if self._last is None:
+        self._settle()
+        if not self._made:
             raise ValueError("nothing to save before the first block; step once")
-        tensors = {**self._cache.tensors(), **self._decoder.tensors(), "video": self._last.video}
-        tensors["audio"] = self._last.audio
-        said = {"prompt": self.prompt, "seed": self.seed, "block": self.block}
-        return write_tensors(path, tensors, {"stream": json.dumps(said)})
+        video, audio = (torch.cat(parts, dim=1) for parts in zip(*self._kept.values(), strict=True))
+        tensors = {**self._cache.tensors(), **self._decoder.tensors(), "video": video, "audio": audio}
+        coming = self._coming.result().prompt if self._coming else None
+        said = {"prompt": self.prompt, "seed": self.seed, "block": self.block, "coming": coming}
+        return write_tensors(path, tensors, {"stream": json.dumps(said | {"restarted": self._cache.restarted})})
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Go on where `save` left a stream of the same model, blocks and window; seed and prompt come with it."""
+        self._settle()
         with safe_open(path, "pt") as file:
             said, tensors = json.loads(file.metadata()["stream"]), {n: file.get_tensor(n) for n in file.keys()}
-        weight = self.model.proj_out.weight
-        self._last = AV(tensors["video"], tensors["audio"]).map(lambda t: t.to(weight.device))
-        self.seed, self.block = said["seed"], said["block"]
         self._cache.fill(tensors)
-        self._cache.open(self.block - 1)
-        self._decoder = type(self._decoder).from_tensors(tensors, weight.device)
+        device, self.seed, self.block = self.model.proj_out.weight.device, said["seed"], said["block"]
+        self._made = self.block + (said["coming"] is not None)
+        numbers = self._numbers(self._made)
+        sizes = AV(*zip(*(self.causal.layout.block(i).map(len) for i in numbers), strict=True))
+        parts = sizes.map(lambda n, x: x.to(device).split(n, dim=1), AV(tensors["video"], tensors["audio"]))
+        # copies: where a tensor lies in memory, and its strides, change the last bits of a product
+        self._kept = {i: AV(*block).map(Tensor.clone) for i, *block in zip(numbers, *parts, strict=True)}
+        self._cache.restarted = said["restarted"]
+        self._cache.open(self._made - 1)
+        self._coming = None
+        if said["coming"] is not None:
+            self._coming = Future()
+            self._coming.set_result(Made(self._kept[self._made - 1], said["coming"]))
+        self._decoder = type(self._decoder).from_tensors(tensors, device)
         self.set_prompt(said["prompt"])
+
+    def _settle(self) -> None:
+        """Wait for the block in the making."""
+        if self._coming:
+            wait([self._coming])
 
     def _check_open(self) -> None:
         if self._cache is None:
@@ -194,17 +252,18 @@ def generate(
     codec: Codec | None = None,
     text: TextEncoder | None = None,
     guidance: Guidance = MINIATURE_GUIDANCE,
+    load: Mapping[str, object] | None = None,
 ) -> AV[np.ndarray]:
     """Make one clip: streamed by a causal student, sampled whole by a bidirectional teacher under `guidance`.
 
-    Codec and text encoder are the miniature's unless others are given.
+    Codec and text encoder are the miniature's unless others are given; `load` is how (see `checkpoints.load`).
 
     Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples a second.
     """
     if seconds < 1:
         raise ValueError(f"a clip lasts 1 second or more, found {seconds}")
     causal, codec, text = checkpoints.read(model).causal, codec or shipped_codec(), text or TinyText()
-    loaded = checkpoints.load(model)
+    loaded = checkpoints.load(model, **(load or {}))
     if causal is None:
         return teacher_clips(loaded, codec, [prompt], [seed], seconds, guidance=guidance, text=text)[0]
     wanted = codec.clock.latents(seconds)

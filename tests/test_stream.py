@@ -40,11 +40,11 @@ def codec() -> TinyCodec:
 def stream(codec):
     """Make a streamer of a tiny random student; every argument of `Causal` and `Streamer` can be changed."""
 
-    def make(layout=PAPER, *, seed: int = 5, prompt: str = PROMPT, **changes) -> Streamer:
+    def make(layout=PAPER, *, seed: int = 5, prompt: str = PROMPT, ahead: bool = False, **changes) -> Streamer:
         causal = Causal(layout, **{"steps": (1000, 500, 0), "window": 2} | changes)
         text = TinyText(channels=8)
         model = tiny(replace(TINY, caption_channels=8).with_sinks(layout.sinks), dtype=torch.float32)
-        return Streamer(model, causal, codec, text, prompt, seed)
+        return Streamer(model, causal, codec, text, prompt, seed, ahead)
 
     return make
 
@@ -136,15 +136,17 @@ def test_same_seed_same_bits(stream):
     assert not same(take(stream(seed=1), 4), take(stream(seed=2), 4))
 
 
+@pytest.mark.parametrize("ahead", [(False, False), (True, False), (False, True)], ids=["", "from ahead", "to ahead"])
 @pytest.mark.parametrize("cut", [1, 3, 6], ids=lambda k: f"after {k} blocks")
-def test_a_stream_cut_and_resumed_is_the_uncut_stream(stream, tmp_path, cut):
+def test_a_stream_cut_and_resumed_is_the_uncut_stream(stream, tmp_path, cut, ahead):
     """Stored to a file, taken up by a new object: the same bits as never cut, before and after the window fills."""
     whole = take(stream(context_noise=0.1), cut + 3)
-    take(first := stream(context_noise=0.1), cut)
-    path = first.save(tmp_path / "stream.safetensors")
-    second = stream(context_noise=0.1, seed=99, prompt=OTHER)
-    second.resume(path)
-    assert same(take(second, 3), whole[cut:]) and second.prompt == PROMPT
+    with stream(context_noise=0.1, ahead=ahead[0]) as first:
+        take(first, cut)
+        path = first.save(tmp_path / "stream.safetensors")
+    with stream(context_noise=0.1, seed=99, prompt=OTHER, ahead=ahead[1]) as second:
+        second.resume(path)
+        assert same(take(second, 3), whole[cut:]) and second.prompt == PROMPT
     assert [entry.name for entry in tmp_path.iterdir()] == ["stream.safetensors"]
 
 
@@ -179,6 +181,80 @@ def test_a_prompt_that_is_not_understood_changes_nothing(stream):
         streamer.set_prompt("a purple cube, drum")
     assert streamer.prompt == PROMPT
     assert same(first + take(streamer, 2), take(stream(), 4))
+
+
+@pytest.mark.parametrize("at", [1, 3, 6], ids=lambda k: f"after {k} blocks")
+def test_a_recached_window_was_always_under_the_new_prompt(stream, codec, at, tmp_path):
+    """The next block is that of a roll-out whose past was the same latents, read under the new prompt from the start.
+
+    Past the window that is a clip of the kept blocks alone; tests/test_rollout.py holds the two against each other.
+    """
+    told, plain = stream(), stream()
+    latents = [told._make().latents for _ in range(at)]
+    told.set_prompt(OTHER, recache=True)
+    if at <= told.causal.window + 1:
+        text, noise = told.text.encode([OTHER]), seeded_noise([told.seed], latents[0].video)
+        length = PAPER.block(at).video.stop
+        padded = join([*latents, latents[-1]])
+        blocks = list(rollout(told.model, told.causal, text, noise, codec.grid, length, history=padded))
+        again = told._make().latents
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(again, blocks[at], strict=True))
+    take(plain, at)
+    plain.set_prompt(OTHER, recache=True)
+    stored = plain.save(tmp_path / "recached.safetensors")
+    cut = stream()
+    cut.resume(stored)
+    assert same(take(cut, 2), take(plain, 2))
+    with pytest.raises(ValueError, match="none"):
+        take(never := stream(context_pass="none"), 1)
+        never.set_prompt(OTHER, recache=True)
+
+
+def test_a_stream_made_ahead_is_the_same_stream(stream):
+    """The same bits, one block ahead at most however slow the consumer; a new prompt shows one block later."""
+    reference = take(stream(), 5)
+    with stream(ahead=True) as early:
+        assert same(take(early, 3), reference[:3])
+        early._settle()
+        assert early._made == 4 and early.block == 3
+        early.set_prompt(OTHER)
+        after = take(early, 2)
+    assert same(after[:1], reference[3:4]) and not same(after[1:], reference[4:])
+    assert [chunk.prompt for chunk in after] == [PROMPT, OTHER]
+
+
+def test_what_fails_ahead_fails_in_the_consumer(stream, monkeypatch):
+    with stream(ahead=True) as early:
+        take(early, 2)
+        early._settle()
+        monkeypatch.setattr(early, "_make", lambda: 1 / 0)
+        take(early, 1)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                early.step()
+
+
+def test_a_dead_consumer_leaves_no_thread(stream):
+    early = stream(ahead=True)
+    take(early, 1)
+    thread = next(iter(early._maker._threads))
+    early._settle()
+    del early
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+@pytest.mark.slow
+def test_an_hour_of_stream_is_an_hour_on_both_clocks(codec):
+    """3601 chunks of a cheap random student, one after the other: 24 frames and 16000 samples in every second."""
+    causal = Causal(PAPER, steps=(1000, 0), window=0, context_pass="none")
+    model = tiny(replace(TINY, num_layers=1, caption_channels=8).with_sinks(16), dtype=torch.float32)
+    frames = samples = 0
+    for k, chunk in enumerate(islice(Streamer(model, causal, codec, TinyText(channels=8), PROMPT), HOUR + 1)):
+        assert chunk.start_s == pytest.approx(frames / CLOCK.fps, abs=1e-9) and np.isfinite(chunk.samples).all()
+        frames, samples = frames + len(chunk.frames), samples + len(chunk.samples)
+        assert (frames, samples) == (24 * k + 1, 16_000 * k + 160)
 
 
 def test_a_closed_stream_holds_no_cache_and_says_so(stream):

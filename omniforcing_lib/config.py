@@ -19,6 +19,7 @@ _FIXED = {
 }
 _ROPE_TYPES = ("split", "interleaved")
 _PRECISIONS = ("float64", "float32")
+_MOST, _MOST_LAYERS = 2**20, 512  # far beyond any LTX; a file that claims more would only fill the memory
 _KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[int, ...]": tuple}
 
 
@@ -82,11 +83,16 @@ class ModelConfig:
         for field in fields(self):
             value, kind = getattr(self, field.name), _KINDS[field.type]
             if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-                raise ValueError(f"{field.name} is of type {field.type}, found {value!r}")
+                raise ValueError(f"{field.name} is of type {field.type}, found {repr(value)[:80]}")
             least = 0 if field.name == "num_audio_sink_tokens" else 1e-12
+            most = _MOST_LAYERS if field.name == "num_layers" else _MOST
             numbers = () if kind in (bool, str) else value if kind is tuple else (value,)
-            if any(not isinstance(n, int | float) or n < least for n in numbers):
-                raise ValueError(f"{field.name} is above 0, found {value!r}")
+            if not all(isinstance(n, int | float) and n >= least for n in numbers):
+                raise ValueError(f"{field.name} is above 0, found {repr(value)[:80]}")
+            if max(numbers, default=0) > most:
+                raise ValueError(f"{field.name} is at most {most:,}, found {repr(value)[:80]}")
+        if max(self.video_dim, self.audio_dim) > _MOST:
+            raise ValueError(f"widths are at most {_MOST:,}, found {self.video_dim:,} and {self.audio_dim:,}")
 
     @property
     def video_dim(self) -> int:

@@ -12,6 +12,7 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 SCALER = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 UNTAGGED = 2  # the colour tag of ISO 23091-2 for "not said"
 HD_HEIGHT = 720  # by convention an untagged picture is BT.709 from this height and BT.601 below
+MOST_PIXELS = 1 << 26  # of one picture: twice 8K; a header may claim more than any memory holds
 GAP_SECONDS = Fraction(1, 100)  # Matroska rounds times to milliseconds: less than this is not a gap in the sound
 
 
@@ -20,6 +21,7 @@ class Shown:
 
     def __init__(self, container: av.container.InputContainer, stream: av.VideoStream) -> None:
         stream.thread_type = "AUTO"
+        stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         self.container, self.stream = container, stream
         self.start = self.end = Fraction(0)
         self.count = 0

@@ -33,6 +33,7 @@ BT709, LIMITED_RANGE = 1, 1  # the colour tags of ISO 23091-2
 AAC_BIT_RATE = 192_000
 LAYOUTS = {1: "mono", 2: "stereo"}
 AAC_BITS_PER_SAMPLE = 6  # the format's limit, 6144 bits a frame of 1024 samples: 96 kb/s at 16 kHz
+MOST_BYTES = 4 << 30  # of frames that one clip may fill: 4 hours at 64x64
 TAIL_SECONDS = Fraction(1, 4)  # how much earlier than its header says a whole file may end
 
 
@@ -75,14 +76,15 @@ def read_clip(
     Shapes: frames uint8 [F, H, W, 3], samples float32 [samples_of(F)] in [-1, 1].
 
     Raises:
-        ValueError: the file is missing, is no media file, has no picture, is truncated or shorter than `seconds`.
+        ValueError: the file is missing, is no media file, has no picture, is truncated, shorter than `seconds` or too
+            long to hold.
     """
     path = Path(path)
     wanted = None if seconds is None else clock.frames(range(clock.latents(seconds).video)).stop
     with _opened(path) as container:
         picture = _read_picture(path, container, clock.fps, size, wanted)
     with _opened(path) as container:
-        sound = _read_sound(container, clock, picture.start, len(picture.frames), to_the_end=wanted is None)
+        sound = _read_sound(path, container, clock, picture.start, len(picture.frames), to_the_end=wanted is None)
         if wanted is None:
             whole = Fraction(container.duration or 0, 1_000_000)
             _check_whole(path, picture.declared, picture.end - picture.start)
@@ -124,10 +126,11 @@ def _read_picture(
     if not streams or container.format.name == "tty":
         found = "text" if streams else " and ".join(s.type for s in container.streams) or "no stream"
         raise ValueError(f"{path}: expected a video stream, found {found}")
+    _check_codec(path, streams[0])
     shown = Shown(container, streams[0])
     fit = Fit(size, streams[0].sample_aspect_ratio)
     frames: list[np.ndarray] = []
-    for frame in nearest(shown, fps):
+    for frame in nearest(_bounded(path, shown, fps, size, wanted), fps):
         frames.append(fit(frame))
         if len(frames) == wanted:
             break
@@ -142,13 +145,40 @@ def _read_picture(
     return _Picture(np.stack(frames), shown.start, shown.end, declared, notes)
 
 
+def _check_codec(path: Path, stream: av.VideoStream | av.AudioStream) -> None:
+    if stream.codec_context is None:
+        raise ValueError(
+            f"{path}: expected {stream.type} in a codec that FFmpeg knows, found another; convert the file"
+        )
+
+
+def _bounded(
+    path: Path, shown: Shown, fps: int, size: tuple[int, int] | None, wanted: int | None
+) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
+    """Pass on what is shown, but refuse what would fill the memory: timestamps are numbers that anybody may write."""
+    for start, stop, frame in shown:
+        height, width = size or (frame.height, frame.width)
+        count = int(max(start, stop) * fps) if wanted is None else wanted
+        if count * height * width * 3 > MOST_BYTES:
+            found = f"{count} frames of {width}x{height} ({count / fps:.0f} s)"
+            raise ValueError(f"{path}: expected at most {MOST_BYTES / 1e9:.1f} GB of frames, found {found}; read fewer")
+        yield start, stop, frame
+
+
 def _read_sound(
-    container: av.container.InputContainer, clock: Clock, origin: Fraction, frames: int, *, to_the_end: bool
+    path: Path,
+    container: av.container.InputContainer,
+    clock: Clock,
+    origin: Fraction,
+    frames: int,
+    *,
+    to_the_end: bool,
 ) -> _Sound:
     length = samples_of(frames, clock)
     if not container.streams.audio:
         return _Sound(np.zeros(length, np.float32), Fraction(0), ["no sound: silence instead"])
     stream = container.streams.audio[0]
+    _check_codec(path, stream)
     note = f"{stream.rate} Hz {stream.layout.name} -> {clock.sample_rate} Hz mono"
     notes = [] if (stream.rate, stream.layout.nb_channels) == (clock.sample_rate, 1) else [note]
     track = Track(clock.sample_rate, origin, length)

@@ -30,6 +30,7 @@ SCRUBBED_KEYS = (
     "cell.metadata.execution",
 )
 WIDGET = "application/vnd.jupyter.widget-view+json"
+SEEDS = 2**32  # what every generator that the notebooks use can take
 LITERALS = {"true": True, "false": False, "none": None}
 
 
@@ -59,7 +60,7 @@ def parse(assignments: Sequence[str]) -> dict[str, object]:
     for word in assignments:
         name, equals, text = word.partition("=")
         if not (equals and name.isidentifier()):
-            raise ValueError(f"a parameter is written name=value, found {word!r}")
+            raise ValueError(f"a parameter is written name=value, found {word[:80]!r}")
         values[name] = _literal(text)
     return values
 
@@ -69,7 +70,7 @@ def _literal(text: str) -> object:
         return LITERALS[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two for brackets without end
         return text
 
 
@@ -97,7 +98,9 @@ def assign(notebooks: Sequence[Path], values: Mapping[str, object]) -> dict[Path
 def _check_type(name: str, value: object, declared: str) -> None:
     allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(declared)
     if allowed and (not isinstance(value, allowed) or (bool not in allowed and isinstance(value, bool))):
-        raise ValueError(f"parameter {name} is of type {declared}, found {value!r}")
+        raise ValueError(f"parameter {name} is of type {declared}, found {repr(value)[:80]}")
+    if (name, declared) == ("seed", "int") and not 0 <= value < SEEDS:
+        raise ValueError(f"parameter seed is from 0 to {SEEDS - 1}, found {repr(value)[:80]}")
 
 
 def execute(notebook: Path, output: Path, values: Mapping[str, object]) -> float:

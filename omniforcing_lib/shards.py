@@ -193,4 +193,4 @@ def _entry(path: Path, name: str, spec: object, begin: int) -> Entry:
                 raise ValueError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(_BYTES)}")
             if all(isinstance(n, int) and n >= 0 for n in shape) and math.prod(shape) * _BYTES[dtype] == stop - start:
                 return Entry(path, dtype, tuple(shape), begin + start, begin + stop)
-    raise ValueError(f"{path}: what the header says of {name} cannot be: {spec}")
+    raise ValueError(f"{path}: what the header says of {name[:200]} cannot be: {str(spec)[:200]}")

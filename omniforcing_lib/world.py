@@ -130,7 +130,7 @@ def parse(prompt: str) -> tuple[str, str]:
         return match[1], match[2]
     raise ValueError(
         f"a prompt reads 'a COLOUR ball, TIMBRE' with COLOUR one of {', '.join(COLOURS)} "
-        f"and TIMBRE one of {', '.join(TIMBRES)}; found {prompt!r}"
+        f"and TIMBRE one of {', '.join(TIMBRES)}; found {prompt[:80]!r}"
     )
 
 

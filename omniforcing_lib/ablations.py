@@ -285,10 +285,16 @@ def table(folder: str | Path = STORED) -> dict[str, dict[str, Estimate]]:
 
 
 def gains(folder: str | Path = STORED, base: str = BASE) -> dict[str, dict[str, Estimate]]:
-    """Subtract the paper's recipe from every other arm: arm -> measure -> difference with its 95 % interval."""
-    pooled = runs(folder)
-    return {
-        name: {m: exposure.gap(_counts(trials, m), _counts(pooled[base], m)) for m in trials[0]["counts"]}
-        for name, trials in pooled.items()
-        if name != base
-    }
+    """Subtract the paper's recipe from every other arm: arm -> measure -> difference with its 95 % interval.
+
+    Clips of one seed, prompt and noise are compared with each other; seeds that only one of the two has do not count.
+    """
+    found = runs(folder)
+    of_base, result = {trial["seed"]: trial for trial in found.pop(base)}, {}
+    for name, trials in found.items():
+        both = [(trial, of_base[trial["seed"]]) for trial in trials if trial["seed"] in of_base]
+        result[name] = {
+            m: exposure.gap(*(_counts(side, m) for side in zip(*both, strict=True)), paired=True)
+            for m in trials[0]["counts"]
+        }
+    return result

@@ -80,8 +80,19 @@ def _parser() -> Parser:
     generate.add_argument("--prompt", required=True, help='for instance "a red ball, bell"')
     generate.add_argument("--seconds", type=int, default=5)
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--model", default="student", help="student, teacher, or a checkpoint file")
+    generate.add_argument(
+        "--model", default="student", help="student, teacher, a checkpoint file, an index or a folder"
+    )
     generate.add_argument("--out", type=Path, required=True)
+    generate.add_argument("--device", default="cpu")
+    generate.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    generate.add_argument("--weights", choices=("fp8",), help="keep the blocks' weights in e4m3")
+    generate.add_argument("--offload", action="store_true", help="keep the blocks in main memory")
+    generate.add_argument("--attention", default="auto", help="auto, sdpa, flash or flex (default auto)")
+    generate.add_argument("--parts", default="", help="LTX-2 file or diffusers folder with VAEs, vocoder, connectors")
+    generate.add_argument("--gemma", default="", help="folder of Gemma 3 (default: gemma* beside the model)")
+    generate.add_argument("--grid", type=int, nargs=2, default=(16, 24), help="LTX-2's tokens of a frame (16 24)")
+    generate.add_argument("--horizon", type=int, help="video latents that a streamed frame of LTX-2 waits for")
 
     render = command("render", _render, "render a true clip of the Bounce world")
     render.add_argument("--prompt", help="drawn from the seed when left out")
@@ -160,16 +171,22 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import media, world
+    import torch
+
+    from omniforcing_lib import backends, companions, media, stream
 
     _check_clip(arguments)
-    world.parse(arguments.prompt)
-    if arguments.model not in ("student", "teacher") and not Path(arguments.model).exists():
-        raise ValueError(f"--model is student, teacher or a checkpoint file; {arguments.model} does not exist")
-    from omniforcing_lib import stream
-
-    clip = stream.generate(arguments.prompt, arguments.seconds, arguments.seed, arguments.model)
-    print(media.write_clip(arguments.out, clip, world.CLOCK))
+    backends.use(arguments.attention)
+    near = {"parts": arguments.parts, "gemma": arguments.gemma, "horizon": arguments.horizon}
+    place = {"device": arguments.device, "dtype": arguments.dtype, "grid": tuple(arguments.grid)}
+    beside = companions.of(arguments.model, **place, **near)
+    beside.text.encode([arguments.prompt], beside.device)  # a prompt outside the grammar is refused before any work
+    print(beside)
+    load = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
+    load |= {"weights": arguments.weights, "offload": arguments.offload}
+    how = {"codec": beside.codec, "text": beside.text, "guidance": beside.guidance, "load": load}
+    clip = stream.generate(arguments.prompt, arguments.seconds, arguments.seed, arguments.model, **how)
+    print(media.write_clip(arguments.out, clip, beside.codec.clock))
 
 
 def _render(arguments: argparse.Namespace) -> None:

@@ -14,19 +14,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from omniforcing_lib import anatomy, checkpoints, cost, stream, world
-from omniforcing_lib.codecs import DecodeState
+from omniforcing_lib import anatomy, checkpoints, cost, ltx2_parts, shards, stream, world
+from omniforcing_lib.codecs import Codec, DecodeState
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.dataset import Prompts, latent_shapes
 from omniforcing_lib.flow import LTX2_GUIDANCE, Guidance, block_noise
+from omniforcing_lib.gemma import GemmaText
 from omniforcing_lib.layout import AV, Clock
+from omniforcing_lib.ltx2_codec import LTX2Codec, LTX2DecodeState
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.stream import MINIATURE_GUIDANCE
 from omniforcing_lib.text import TextEncoder, TinyText
@@ -51,25 +54,30 @@ PIXELS = 4
 """Side of the square of pixels that the stand-in codec makes of a token."""
 
 
-class Codec(Protocol):
-    """What a model's latents are decoded by.
+class Mono(Codec):
+    """LTX-2's codec with both ears mixed to one: clips of this project are mono."""
 
-    Attributes:
-        grid: tokens of a video frame (h, w).
-        clock: of its frames and samples.
-    """
+    def __init__(self, codec: LTX2Codec) -> None:
+        self._codec, self.grid, self.clock = codec, codec.grid, codec.clock
 
-    grid: tuple[int, int]
-    clock: Clock
+    def start(self) -> LTX2DecodeState:
+        """Begin a streamed decoding."""
+        return self._codec.start()
 
-    def decode(self, latents: AV[Tensor], state: DecodeState | None = None) -> AV[Tensor]:
-        """Decode latents, or the next ones of a stream when a state is given (which it moves on).
+    def decode(self, latents: AV[Tensor], state: LTX2DecodeState | None = None) -> AV[Tensor]:
+        """Decode as `LTX2Codec.decode` does. Shapes: samples [B, n]."""
+        return _mixed(self._codec.decode(latents, state))
 
-        Shapes: AV([B, F, h, w, C], [B, T, C]) -> video [B, f, H, W, 3], audio [B, n], both in [-1, 1].
-        """
+    def finish(self, state: LTX2DecodeState) -> AV[Tensor]:
+        """Give what a stream still owes. Shapes: as `decode`."""
+        return _mixed(self._codec.finish(state))
 
 
-class StandInCodec:
+def _mixed(clip: AV[Tensor]) -> AV[Tensor]:
+    return AV(clip.video, clip.audio.mean(-1))
+
+
+class StandInCodec(Codec):
     """Turn latents into pixels and samples by fixed random matrices: right lengths, right clock, no meaning.
 
     Each latent decodes alone, so a stream decodes to what the whole clip does.
@@ -221,27 +229,69 @@ class Companions:
 
 
 def of(
-    source: str = "teacher", *, device: str = "cpu", dtype: str = "float32", grid: tuple[int, int] = (4, 4)
+    source: str = "teacher",
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    grid: tuple[int, int] = (4, 4),
+    parts: str = "",
+    gemma: str = "",
+    horizon: int | None = None,
 ) -> Companions:
-    """Find what belongs to a checkpoint: the miniature's world, or stand-ins where LTX-2's own parts are not there.
+    """Find what belongs to a checkpoint: the miniature's world, LTX-2's own parts, or stand-ins.
+
+    LTX-2's parts are used where there is a Gemma: a folder `gemma*` beside the checkpoint, or the one that is named.
 
     Args:
         source: `teacher`, or the path of a checkpoint.
         device: where models go.
         dtype: of their weights, by name.
-        grid: tokens of a frame for a checkpoint without a codec.
+        grid: tokens of a frame, 32 x 32 pixels each in LTX-2; the miniature has its own.
+        parts: LTX-2 file or diffusers folder with VAEs, vocoder and connectors; else the checkpoint itself, or
+            `ltx-2*.safetensors` beside it.
+        gemma: folder of Gemma 3.
+        horizon: video latents that a streamed frame waits for, see `LTX2Codec`.
+
+    Raises:
+        ValueError: a named part is not there, or is not what it should be.
     """
     checkpoint, kind = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
     if checkpoint.metadata.get("model_version") == "miniature":
         codec, says = stream.shipped_codec(device), "the miniature: its codec and its world, whose truth is known"
         return Companions(source, codec, TinyText(), tuple(world.prompts()), MINIATURE_GUIDANCE, True, says, **kind)
-    config = checkpoint.config
-    says = (
-        f"{checkpoint.path.name}: nobody knows the truth about its clips; a stand-in decodes its latents (frames of "
-        f"{grid[0]} x {grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality"
-    )
-    text, guidance = StandInText(text_widths(config)), guidance_of(config)
-    return Companions(source, StandInCodec(config, grid, device), text, SENTENCES, guidance, False, says, **kind)
+    config, name = checkpoint.config, checkpoint.path.name
+    encoder = gemma or next((str(path.parent) for path in _beside(checkpoint.path, "gemma*/config.json")), "")
+    if encoder:
+        where = parts or _parts_of(checkpoint.path)
+        codec = Mono(ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon, **kind))
+        text = GemmaText(encoder, where, cache=Path(encoder) / "contexts", **kind)
+        says = f"{name}: decoded by {Path(where).name}, prompted by {Path(encoder).name}; no truth is known"
+    else:
+        codec, text = StandInCodec(config, grid, device), StandInText(text_widths(config))
+        says = (
+            f"{name}: no Gemma folder (gemma*) beside it, so a stand-in decodes its latents (frames of {grid[0]} x "
+            f"{grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality"
+        )
+    return Companions(source, codec, text, SENTENCES, guidance_of(config), False, says, **kind)
+
+
+def ltx2_codec(parts: str, size: tuple[int, int], horizon: int | None = None, **place: object) -> LTX2Codec:
+    """Load LTX-2's VAEs and vocoder from a single file or a diffusers folder."""
+    made = (part(parts, **place) for part in (ltx2_parts.video_vae, ltx2_parts.audio_vae, ltx2_parts.vocoder))
+    return LTX2Codec(*made, size, horizon=horizon)
+
+
+def _beside(path: Path, pattern: str) -> list[Path]:
+    """Find files beside a checkpoint, or beside the folder that it is in."""
+    return [found for folder in (path.parent, path.parent.parent) for found in sorted(folder.glob(pattern))]
+
+
+def _parts_of(path: Path) -> str:
+    """Find the file that holds VAEs, vocoder and connectors: the checkpoint itself, or an LTX-2 file beside it."""
+    for file in (path, *_beside(path, "ltx-2*.safetensors")):
+        if file.suffix == ".safetensors" and any(name.startswith("vocoder.") for name in shards.one_file(file).entries):
+            return str(file)
+    raise ValueError(f"{path} holds no VAEs and no vocoder, and no ltx-2*.safetensors beside it does; name one (parts)")
 
 
 def memory_of(device: str) -> int:

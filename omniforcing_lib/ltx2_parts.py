@@ -2,8 +2,8 @@
 
 A single file holds them under `vae.`, `audio_vae.`, `vocoder.`, `text_embedding_projection.` and
 `model.diffusion_model.*_embeddings_connector.`, described by the JSON `config` of its metadata (spec 1.2, 1.12); a
-diffusers folder holds each in a subfolder. Loading is strict either way. Names and config keys are those that
-Lightricks' own loader reads; no released file could be opened here.
+diffusers folder holds each in a subfolder. Loading is strict either way. Names and config keys are those of ltx-core
+1.0.0, Lightricks' own loader, which reads a tiny file of ours to the same bits; no released file was opened here.
 """
 
 from __future__ import annotations
@@ -335,7 +335,8 @@ def filled(kind: type[nn.Module], config: Mapping, tensors: Mapping[str, Tensor]
         raise ValueError(f"{kind.__name__}: the tensors do not fit the config: {error}") from error
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise ValueError(f"{kind.__name__}: {broken[0]} holds values that are not finite; get the file again")
-    return module.to(**place).requires_grad_(False).eval()
+    # diffusers' own `to` warns at each change of dtype, whether or not it matters
+    return nn.Module.to(module, **place).requires_grad_(False).eval()
 
 
 def _from_folder(source: Source, part: str, *kinds: type[nn.Module], **place) -> nn.Module:

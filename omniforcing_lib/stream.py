@@ -251,10 +251,11 @@ def generate(
     *,
     codec: Codec | None = None,
     text: TextEncoder | None = None,
+    steps: int = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
     load: Mapping[str, object] | None = None,
 ) -> AV[np.ndarray]:
-    """Make one clip: streamed by a causal student, sampled whole by a bidirectional teacher under `guidance`.
+    """Make one clip: streamed by a causal student, sampled whole by a teacher in `steps` under `guidance`.
 
     Codec and text encoder are the miniature's unless others are given; `load` is how (see `checkpoints.load`).
 
@@ -265,7 +266,7 @@ def generate(
     causal, codec, text = checkpoints.read(model).causal, codec or shipped_codec(), text or TinyText()
     loaded = checkpoints.load(model, **(load or {}))
     if causal is None:
-        return teacher_clips(loaded, codec, [prompt], [seed], seconds, guidance=guidance, text=text)[0]
+        return teacher_clips(loaded, codec, [prompt], [seed], seconds, steps=steps, guidance=guidance, text=text)[0]
     wanted = codec.clock.latents(seconds)
     with Streamer(loaded, causal, codec, text, prompt, seed) as stream:
         chunks = [stream.step() for _ in range(causal.layout.count(wanted.video))]

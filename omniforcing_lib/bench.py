@@ -8,10 +8,14 @@ Shapes: K blocks, F video latents.
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,11 +25,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from omniforcing_lib import masks
 from omniforcing_lib.config import MINIATURE, ModelConfig
-from omniforcing_lib.cost import Work, pass_work, seen
+from omniforcing_lib.cost import Work, block_work
 from omniforcing_lib.flow import LTX2_GUIDANCE, Guidance, Skip, guided_denoiser
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.rollout import Causal, join, new_cache, rollout, seeded_noise
+from omniforcing_lib.rollout import Causal, join, new_cache, next_block, rollout, seeded_noise
 from omniforcing_lib.stream import MINIATURE_GUIDANCE, Chunk, Streamer, to_arrays
 from omniforcing_lib.transformer import Transformer
 
@@ -45,6 +50,9 @@ BENCH = replace(
 REAL_GRID = (16, 24)
 """Tokens of a frame of 512 x 768 pixels."""
 TEXT_TOKENS = 6
+RELEASED_BLOCKS = {"fp32": (1.7, 4.1), "bf16": (1.5, 3.8)}
+"""Seconds of the first and of the tenth second of the released causal code, five passes each: random weights of the
+size of `BENCH`, frames of `REAL_GRID`, the two cores that the shipped figures come from."""
 FULL_GUIDANCE = replace(LTX2_GUIDANCE, stg_blocks=frozenset({2}))
 """LTX-2's own guidance, four passes a step, on a model of few blocks."""
 
@@ -90,12 +98,41 @@ def resident_bytes() -> int:
     """Memory of this process: of the accelerator if there is one, else what the system says is resident."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
+    return _process_bytes()
+
+
+def _process_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_bytes(call: Callable[[], object], every_s: float = 0.002) -> int:
+    """Run a call and give the most memory that it held at a time, over what was held before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    before, done = _process_bytes(), threading.Event()
+
+    def highest() -> int:
+        found = before
+        while not done.wait(every_s):
+            found = max(found, _process_bytes())
+        return found
+
+    with ThreadPoolExecutor(1) as watcher:
+        held = watcher.submit(highest)
+        try:
+            call()
+        finally:
+            done.set()
+        return held.result() - before
 
 
 class Watched(NamedTuple):
@@ -213,6 +250,48 @@ def teacher_step(
     return torch.inference_mode()(lambda: denoise(x, level))
 
 
+def training_step(
+    model: Transformer, causal: Causal, grid: tuple[int, int], seconds: int, rendering: str
+) -> Callable[[], object]:
+    """Prepare a masked training step on a clip: calling it runs forward and backward through the whole model.
+
+    Each latent's sigma is its block's; `rendering` is how attention uses the masks (see `masks.build`).
+    """
+    weight, latents = model.proj_out.weight, Clock().latents(seconds)
+    text, tokens = random_text(model.config, weight), grid[0] * grid[1]
+    kind = masks.build(causal.layout, latents.video, tokens, rendering=rendering)
+    x = AV(
+        torch.randn(1, latents.video, *grid, model.config.in_channels, device=weight.device),
+        torch.randn(1, latents.audio, model.config.audio_in_channels, device=weight.device),
+    )
+    sigma = latents.map(lambda n: torch.full((1, n), 0.7, device=weight.device))
+
+    def step() -> None:
+        out = model(x, sigma, text, masks=kind)
+        (out.video.square().mean() + out.audio.square().mean()).backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def training_rows(
+    model: Transformer, causal: Causal, grid: tuple[int, int], seconds: int, turns: int
+) -> tuple[list[dict[str, object]], float, float]:
+    """Hold block-sliced attention against one dense mask in the whole training step: rows, and sliced / dense.
+
+    The two ratios are of median seconds and of peak memory over what was held before.
+    """
+    model = copy.deepcopy(model).requires_grad_(True)
+    steps = {kind: training_step(model, causal, grid, seconds, kind) for kind in ("sliced", "dense")}
+    took = {kind: statistics.median(times) for kind, times in alternate(steps, turns).items()}
+    held = {kind: peak_bytes(step) for kind, step in steps.items()}
+    rows = [
+        {"attention": kind, "forward + backward, s": f"{took[kind]:.2f}", "peak memory, MB": f"{held[kind] / 1e6:.0f}"}
+        for kind in steps
+    ]
+    return rows, took["sliced"] / took["dense"], held["sliced"] / held["dense"]
+
+
 def open_block(model: Transformer, causal: Causal, grid: tuple[int, int], k: int) -> Callable[[], object]:
     """Prepare one pass over block `k` against a cache full of noise: calling it costs what mid-stream costs."""
     weight, block = model.proj_out.weight, causal.layout.block(k)
@@ -227,16 +306,50 @@ def open_block(model: Transformer, causal: Causal, grid: tuple[int, int], k: int
     return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), text, cache=cache))
 
 
-def pass_times(
+@torch.inference_mode()
+def steady_block(model: Transformer, causal: Causal, grid: tuple[int, int]) -> Callable[[], object]:
+    """Prepare a block in mid-stream, its predecessor to be remembered: calling it costs what the stream costs."""
+    weight, k, cache = model.proj_out.weight, causal.window + 2, new_cache(model, causal, grid, 1)
+    text, noise = random_text(model.config, weight), seeded_noise([0], weight)
+    for tensor in cache.tensors().values():
+        tensor.normal_()
+    cache.open(k)
+    before = next_block(model, causal, cache, text, noise, k, None)
+
+    def block() -> None:
+        cache.open(k)
+        next_block(model, causal, cache, text, noise, k + 1, before)
+
+    return torch.inference_mode()(block)
+
+
+def block_times(
     model: Transformer, causal: Causal, grids: Sequence[tuple[int, int]], turns: int
 ) -> list[tuple[Work, float]]:
-    """Time one pass in mid-stream at several sizes of the frame, in turn; the median with the work it did."""
-    k, works = causal.window + 2, []
-    for rows, columns in grids:
-        queries = causal.layout.step.map(lambda n, per: n * per, AV(rows * columns, 1))
-        works.append(pass_work(model.config, queries, seen(causal, rows * columns, k), TEXT_TOKENS))
-    timed = alternate({str(grid): open_block(model, causal, grid, k) for grid in grids}, turns)
+    """Time a block in mid-stream at several sizes of the frame, in turn; the median with the work it did."""
+    calls = {str(grid): steady_block(model, causal, grid) for grid in grids}
+    works = [
+        block_work(model.config, causal, rows * columns, causal.window + 3, TEXT_TOKENS) for rows, columns in grids
+    ]
+    timed = alternate(calls, turns)
     return [(work, statistics.median(times)) for work, times in zip(works, timed.values(), strict=True)]
+
+
+def beside_released(
+    timed: Mapping[str, Sequence[float]], grid: tuple[int, int], kind: str = "fp32"
+) -> list[dict[str, object]]:
+    """Table the seconds of the first ten blocks, of five passes each, with what is known of the released code.
+
+    Its times are known at the ends only, and for frames of `REAL_GRID`.
+    """
+    first, last = RELEASED_BLOCKS[kind]
+    known = {0: f"{first}", 9: f"{last}"} if grid == REAL_GRID else {}
+    rows = zip(*timed.values(), strict=True)
+    return [
+        {"block": k, "released code, s": known.get(k, "between" if known else "not measured at this size")}
+        | {f"{name}, s": f"{seconds:.2f}" for name, seconds in zip(timed, row, strict=True)}
+        for k, row in enumerate(rows)
+    ]
 
 
 def sizes(grid: tuple[int, int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -245,7 +358,8 @@ def sizes(grid: tuple[int, int]) -> tuple[list[tuple[int, int]], list[tuple[int,
     def scaled(*shares: tuple[float, float]) -> list[tuple[int, int]]:
         return [(int(grid[0] * rows), int(grid[1] * columns)) for rows, columns in shares]
 
-    return scaled((0.25, 0.25), (0.5, 0.5), (1, 1)), scaled((0.25, 0.5), (0.5, 0.75), (0.75, 0.75))
+    fitted = (0.25, 0.25), (0.5, 0.5), (0.5, 1), (0.75, 1), (1, 1)
+    return scaled(*fitted), scaled((0.25, 0.5), (0.5, 0.75), (0.75, 0.75))
 
 
 def offline(streamer: Streamer, blocks: int) -> AV[np.ndarray]:
@@ -276,13 +390,6 @@ def equal(a: AV[np.ndarray], b: AV[np.ndarray], tolerance: float = 0.0) -> bool:
 def verdict(ratio: float, paper: float) -> bool | None:
     """Answer a claim of speed: half of the paper's factor or more is a yes, no gain is a no, between is neither."""
     return True if ratio >= paper / 2 else False if ratio <= 1 else None
-
-
-def switched(streamer: Streamer, prompt: str, at: int, blocks: int) -> list[Chunk]:
-    """Run a new stream for `blocks` blocks and ask for another prompt before block `at`."""
-    chunks = [streamer.step() for _ in range(at)]
-    streamer.set_prompt(prompt)
-    return chunks + [streamer.step() for _ in range(blocks - at)]
 
 
 @torch.inference_mode()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import time
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from test_transformer import GRID, TINY, inputs, tiny
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from omniforcing_lib import bench, cost, roofs
+from omniforcing_lib import bench, cost, roofs, switching, world
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.cost import Rates, Work
 from omniforcing_lib.flow import Skip
 from omniforcing_lib.layout import AV, PAPER, RELEASED
 from omniforcing_lib.rollout import Causal, new_cache, next_block, seeded_noise
+from omniforcing_lib.stream import Chunk
 
 COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
@@ -128,18 +133,76 @@ def test_streams_meet_in_cross_modal_attention_and_nowhere_else():
     assert min(bench.moved_by_the_other(model, GRID, None)) > 0
 
 
-def test_every_timed_pass_comes_with_its_work():
+def test_every_timed_block_comes_with_its_work():
     model, causal = tiny(TINY.with_sinks(16), dtype=torch.float32), Causal(window=1)
-    timed = bench.pass_times(model, causal, [(1, 2), (2, 2)], turns=1)
-    assert [work for work, _ in timed] == [
-        cost.pass_work(model.config, AV(3 * n, 25), cost.seen(causal, n, 3), bench.TEXT_TOKENS) for n in (2, 4)
-    ]
+    for way in (causal, replace(causal, context_pass="merged"), replace(causal, later_steps=(1000, 0))):
+        timed = bench.block_times(model, way, [(1, 2), (2, 2)], turns=1)
+        assert [work for work, _ in timed] == [
+            cost.block_work(model.config, way, n, 100, bench.TEXT_TOKENS) for n in (2, 4)
+        ]
+    with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
+        call = bench.steady_block(model, causal, GRID)
+        call()
+        once = counter.get_total_flops()
+        call()
+    assert counter.get_total_flops() - once == cost.block_work(model.config, causal, 4, 100, bench.TEXT_TOKENS).flops
     policies = {"rolling": causal, "growing": Causal(window=9)}
     seconds, held = bench.in_turn(model, policies, GRID, 4, turns=2)
     assert [len(s) for s in seconds.values()] == [4, 4] and min(map(min, seconds.values())) > 0
     assert len(set(held["rolling"])) == 1 and held["rolling"][0] < held["growing"][0]
     blocks = list(bench.block_seconds(model, causal, GRID, 4))
     assert len(blocks) == 4 and len({nbytes for _, nbytes in blocks}) == 1
+
+
+def test_the_released_code_is_quoted_at_its_own_size_only():
+    timed = {"ours": [0.1] * 10}
+    there, elsewhere = (bench.beside_released(timed, grid, "bf16") for grid in (bench.REAL_GRID, (8, 12)))
+    assert [there[k]["released code, s"] for k in (0, 5, 9)] == ["1.5", "between", "3.8"]
+    assert {row["released code, s"] for row in elsewhere} == {"not measured at this size"} and len(there) == 10
+
+
+def test_a_training_step_is_timed_both_ways_and_leaves_the_model_as_it_was():
+    """Both renderings give one gradient; peak memory sees what a call holds for a moment."""
+    model, grads = tiny(TINY.with_sinks(16), dtype=torch.float32), {}
+    for kind in ("sliced", "dense"):
+        torch.manual_seed(0)
+        own = copy.deepcopy(model).requires_grad_(True)
+        own.zero_grad = lambda set_to_none, own=own, kind=kind: grads.update({kind: own.proj_out.weight.grad})
+        bench.training_step(own, Causal(), GRID, 2, kind)()
+    assert torch.allclose(grads["sliced"], grads["dense"], atol=1e-5) and grads["dense"].abs().max() > 0
+    rows, faster, smaller = bench.training_rows(model.requires_grad_(False), Causal(), GRID, 2, turns=1)
+    assert [row["attention"] for row in rows] == ["sliced", "dense"] and faster > 0 and isinstance(smaller, float)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_peak_memory_is_what_a_call_holds_for_a_moment():
+    def hold() -> None:
+        held = torch.ones(50_000_000)
+        time.sleep(0.1)
+        assert held[0] == 1
+
+    assert 150e6 < bench.peak_bytes(hold) < 300e6
+
+
+def test_a_jump_and_a_click_are_found_at_the_edge_where_they_are():
+    """A true clip cut into chunks has no seam; another ball from block 4 on is one, and so is a click."""
+    whole, other = (world.render(world.scene(seed, "a red ball, bell"), seconds=6) for seed in (3, 4))
+    plain, broken = (cut(whole), cut(whole)[:4] + cut(other)[4:])
+    broken[5] = broken[5]._replace(samples=broken[5].samples + np.eye(1, 16_000, dtype=np.float32)[0])
+    smooth, rough = switching.seams(plain), switching.seams(broken)
+    assert smooth.map(len) == (5, 5) and smooth.video.max() < 1 and smooth.audio.max() < 0.5
+    assert rough.video[2] > 3 and rough.audio[3] > 0.9 and rough.audio.argmax() == 3
+    rows = switching.seam_rows({"a": [broken, broken]}, at=4)
+    assert [row["edge"] for row in rows] == ["prompt changes", "other edges"]
+    pairs = switching.prompt_pairs(20)
+    assert len(pairs) == 20 and all(not set(a.split()) & set(b.split()) - {"a", "ball,"} for a, b in pairs)
+
+
+def cut(clip: AV) -> list[Chunk]:
+    """Cut a clip into the chunks of a stream."""
+    starts = AV((0, *range(1, 146, 24)), (0, *range(160, 96_161, 16_000)))
+    parts = clip.map(lambda x, at: [x[a:b] for a, b in pairwise(at)], starts)
+    return [Chunk(frames, samples, k, "") for k, (frames, samples) in enumerate(zip(*parts, strict=True))]
 
 
 def test_prepared_passes_run_in_their_own_dtype_and_shape():

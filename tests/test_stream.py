@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import attention, bench, rope
+from omniforcing_lib import attention, bench, rope, switching
 from omniforcing_lib.codec_parts import CodecConfig
 from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
@@ -292,6 +292,6 @@ def test_the_offline_twin_is_the_stream(stream):
 
 
 def test_a_switched_stream_follows_from_that_block_on(stream):
-    chunks = bench.switched(stream(), OTHER, 2, 4)
+    chunks = switching.switched(stream(), OTHER, 2, 4)
     assert [c.prompt for c in chunks] == [PROMPT] * 2 + [OTHER] * 2
     assert same(chunks[:2], take(stream(), 2))

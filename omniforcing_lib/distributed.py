@@ -163,8 +163,7 @@ class Team:
 
     def wait(self) -> None:
         """Wait for the others."""
-        if self.mesh is not None:
-            dist.barrier()
+        self.any(False)
 
     def hurry(self, seconds: float) -> None:
         """Set how long this process waits for the others from now on."""

@@ -88,7 +88,6 @@ def dry_run(config: ModelConfig, causal: Causal, clip: Clip, dtype: torch.dtype)
     sizes = tuple(sum(p.numel() for p in model.parameters()) for model in (generator, critic))
     block = sum(p.numel() for p in generator.transformer_blocks[0].parameters())
     rest = sizes[0] - block * config.num_layers
-    text = AV(*(torch.empty(clip.batch, clip.text, config.caption_channels, dtype=dtype, device="meta"),) * 2)
     latents = generator.clock.latents(clip.seconds)
 
     def empty(shape: Sequence[int]) -> Tensor:
@@ -97,6 +96,7 @@ def dry_run(config: ModelConfig, causal: Causal, clip: Clip, dtype: torch.dtype)
     def noise(k: int, shapes: AV[tuple[int, ...]], draw: int) -> AV[Tensor]:
         return shapes.map(empty)
 
+    text = AV(*(empty((clip.text, config.caption_channels)) for _ in range(2)))
     with _saving(generator) as rolled:
         blocks = [*rollout(generator, causal, text, noise, clip.grid, latents.video, exit_step=0)]
     shapes = AV((latents.video, *clip.grid, config.in_channels), (latents.audio, config.audio_in_channels))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -129,7 +130,7 @@ class Records:
         for number in numbers:
             if not 0 <= number < len(self):
                 raise ValueError(f"{self.folder} has rows 0 to {len(self) - 1}, asked for {number}")
-            shard = next(i for i, end in enumerate(self._ends) if number < end)
+            shard = bisect_right(self._ends, number)
             at = number - (self._ends[shard - 1] if shard else 0)
             with safe_open(self.folder / self._files[shard], "pt") as file:
                 for name in file.keys():

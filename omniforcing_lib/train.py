@@ -340,7 +340,7 @@ def recorded(piece: Callable[..., Numbers], *players: Player, live: bool = False
 
 
 class Recorded:
-    """Record a piece of a step as CUDA graphs, one a key, and replay them.
+    """Record a piece of a step as CUDA graphs, one a key, and replay them; on the CPU just call it.
 
     A small model keeps a GPU waiting for launches: replayed, the miniature trains several times faster. The piece may
     use no random numbers but the generator's, and may not ask the GPU for a value.
@@ -354,6 +354,8 @@ class Recorded:
 
     def __call__(self, generator: torch.Generator, *key: int) -> Numbers:
         """Run with the generator as it was last seeded."""
+        if generator.device.type != "cuda":
+            return self._piece(generator, *key)
         # a graph stays bound to the generator that it was recorded with
         self._own = self._own or torch.Generator(generator.device)
         generator = self._own.manual_seed(generator.initial_seed())

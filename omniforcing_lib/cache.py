@@ -70,6 +70,11 @@ class Ring:
         self._asking = stream if name == "own" else 1 - stream
         self._turned: int | None = None
 
+    def shape(self, part: str) -> tuple[int, ...]:
+        """Tell the shape of the keys, the values or the anchor."""
+        pinned = self._cache.pinned[self._stream] if part == "anchor" else None
+        return tuple(self.keys[:, :, :pinned].shape)
+
     def forget_anchor(self) -> None:
         """Let the pinned keys be what is written to them next."""
         self.anchor = self._turned = None
@@ -210,6 +215,13 @@ class KVCache:
         block = block or self.layout.block(k)
         self.opened, self.latents = (self._opened(k, block),), block
 
+    def turn(self) -> None:
+        """Turn the pinned keys for the open block now, so that a pass over it only writes and reads."""
+        for ring in self._rings().values():
+            for block in self.opened:
+                if block.turn is not None:
+                    ring._turn(*block.turn)
+
     @contextmanager
     def behind(self) -> Iterator[None]:
         """Open the block before the open one too, for a call in which it stands in front and sees nothing of it."""
@@ -296,14 +308,17 @@ class KVCache:
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` of an equal cache gave; ValueError where it was another."""
-        for at, ring in self._rings().items():
-            stored = tensors.get(f"{at}.keys")
-            expected, found = tuple(ring.keys.shape), None if stored is None else tuple(stored.shape)
-            if expected != found:
-                raise ValueError(
-                    f"keys of {at} are {expected} here, {found} there; use the same model, grid and window"
-                )
+        """Take over what `tensors` of an equal cache gave; ValueError, and nothing taken over, where it was another."""
+        rings = self._rings()
+        for at, ring in rings.items():
+            for part in _PARTS[: 3 if f"{at}.anchor" in tensors else 2]:
+                stored = tensors.get(f"{at}.{part}")
+                expected, found = ring.shape(part), None if stored is None else tuple(stored.shape)
+                if expected != found:
+                    raise ValueError(
+                        f"{part} of {at} are {expected} here, {found} there; use the same model, grid and window"
+                    )
+        for at, ring in rings.items():
             ring.keys.copy_(tensors[f"{at}.keys"])
             ring.values.copy_(tensors[f"{at}.values"])
             anchor = tensors.get(f"{at}.anchor")

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from omniforcing_lib import checkpoints
+from omniforcing_lib import checkpoints, shards
 from omniforcing_lib.codecs import Codec, TinyCodec, load_codec
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
@@ -163,26 +163,45 @@ class Streamer:
         return write_tensors(path, tensors, {"stream": json.dumps(said | {"restarted": self._cache.restarted})})
 
     def resume(self, path: str | os.PathLike[str]) -> None:
-        """Go on where `save` left a stream of the same model, blocks and window; seed and prompt come with it."""
+        """Go on where `save` left a stream of the same model, blocks and window; seed and prompt come with it.
+
+        Raises:
+            ValueError: the file is damaged or of another stream; this one then stays as it was.
+        """
+        self._check_open()
         self._settle()
-        with safe_open(path, "pt") as file:
-            said, tensors = json.loads(file.metadata()["stream"]), {n: file.get_tensor(n) for n in file.keys()}
+        said, tensors = _stored(Path(path))
+        made, device = said["block"] + (said["coming"] is not None), self.model.proj_out.weight.device
+        kept = self._unpacked(self._numbers(made), tensors)
+        try:
+            decoder = type(self._decoder).from_tensors(tensors, device)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no decoder's state: {error}") from error
+        self.text.encode([said["prompt"]])
         self._cache.fill(tensors)
-        device, self.seed, self.block = self.model.proj_out.weight.device, said["seed"], said["block"]
-        self._made = self.block + (said["coming"] is not None)
-        numbers = self._numbers(self._made)
-        sizes = AV(*zip(*(self.causal.layout.block(i).map(len) for i in numbers), strict=True))
-        parts = sizes.map(lambda n, x: x.to(device).split(n, dim=1), AV(tensors["video"], tensors["audio"]))
-        # copies: where a tensor lies in memory, and its strides, change the last bits of a product
-        self._kept = {i: AV(*block).map(Tensor.clone) for i, *block in zip(numbers, *parts, strict=True)}
+        self.seed, self.block, self._made, self._kept, self._decoder = said["seed"], said["block"], made, kept, decoder
         self._cache.restarted = said["restarted"]
-        self._cache.open(self._made - 1)
+        self._cache.open(made - 1)
         self._coming = None
         if said["coming"] is not None:
             self._coming = Future()
-            self._coming.set_result(Made(self._kept[self._made - 1], said["coming"]))
-        self._decoder = type(self._decoder).from_tensors(tensors, device)
+            self._coming.set_result(Made(kept[made - 1], said["coming"]))
         self.set_prompt(said["prompt"])
+
+    def _unpacked(self, numbers: list[int], tensors: Mapping[str, Tensor]) -> dict[int, AV[Tensor]]:
+        """Cut stored latents into blocks; ValueError where they are not those of these blocks."""
+        config, device = self.model.config, self.model.proj_out.weight.device
+        sizes = AV(*zip(*(self.causal.layout.block(i).map(len) for i in numbers), strict=True))
+        shapes = AV(
+            (sum(sizes.video), *self.codec.grid, config.in_channels), (sum(sizes.audio), config.audio_in_channels)
+        )
+        for name, shape in zip(AV._fields, shapes, strict=True):
+            found = list(tensors[name].shape) if name in tensors else None
+            if found != [1, *shape]:
+                raise ValueError(f"{name} latents are {[1, *shape]} here, {found} there; use the same model and window")
+        parts = sizes.map(lambda n, x: x.to(device).split(n, dim=1), AV(tensors["video"], tensors["audio"]))
+        # copies: where a tensor lies in memory, and its strides, change the last bits of a product
+        return {i: AV(*block).map(Tensor.clone) for i, *block in zip(numbers, *parts, strict=True)}
 
     def _settle(self) -> None:
         """Wait for the block in the making."""
@@ -192,6 +211,23 @@ class Streamer:
     def _check_open(self) -> None:
         if self._cache is None:
             raise RuntimeError("this Streamer was closed; make a new one")
+
+
+def _stored(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `Streamer.save` wrote; ValueError where it cannot be that."""
+    text = shards.one_file(path).metadata.get("stream", "null")
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = None
+    match said:
+        case {"prompt": str(), "seed": int(seed), "block": int(block), "restarted": int(back), "coming": str() | None}:
+            if 0 <= seed < 2**63 and 0 <= back <= block < 2**40 and block:
+                tensors = load_file(path)
+                if odd := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+                    raise ValueError(f"{path}: {odd[0]} holds values that are not finite")
+                return said, tensors
+    raise ValueError(f"{path} holds no stream that `save` stored, but says {text[:80]!r}; name another file")
 
 
 def to_arrays(clip: AV[Tensor]) -> AV[np.ndarray]:
@@ -265,10 +301,29 @@ def generate(
         raise ValueError(f"a clip lasts 1 second or more, found {seconds}")
     causal, codec, text = checkpoints.read(model).causal, codec or shipped_codec(), text or TinyText()
     loaded = checkpoints.load(model, **(load or {}))
+    return make_clip(loaded, causal, codec, text, prompt, seconds, seed, steps=steps, guidance=guidance)
+
+
+def make_clip(
+    model: Transformer,
+    causal: Causal | None,
+    codec: Codec,
+    text: TextEncoder,
+    prompt: str,
+    seconds: int,
+    seed: int,
+    *,
+    steps: int = 40,
+    guidance: Guidance = MINIATURE_GUIDANCE,
+) -> AV[np.ndarray]:
+    """Make one clip with a model that is loaded: streamed where it is `causal`, sampled whole where that is None.
+
+    Shapes: as those of `generate`.
+    """
     if causal is None:
-        return teacher_clips(loaded, codec, [prompt], [seed], seconds, steps=steps, guidance=guidance, text=text)[0]
+        return teacher_clips(model, codec, [prompt], [seed], seconds, steps=steps, guidance=guidance, text=text)[0]
     wanted = codec.clock.latents(seconds)
-    with Streamer(loaded, causal, codec, text, prompt, seed) as stream:
+    with Streamer(model, causal, codec, text, prompt, seed) as stream:
         chunks = [stream.step() for _ in range(causal.layout.count(wanted.video))]
         chunks += [rest] if (rest := stream.finish()) else []
     frames, samples = (np.concatenate(part) for part in zip(*((c.frames, c.samples) for c in chunks), strict=True))

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent / "reliability"))
 import attacks
 import fuzz
 
-INPUTS = {"checkpoints": 60, "films": 60, "odd_films": 25, "prompts": 60, "commands": 40}
+INPUTS = {"checkpoints": 60, "films": 60, "odd_films": 25, "prompts": 60, "commands": 40, "streams": 40}
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,11 @@ from omniforcing_lib.transformer import Transformer
 
 
 def compile_blocks(model: Transformer, **how: object) -> Transformer:
-    """Compile every block in place by `torch.compile`; all blocks share one piece of code. `how` is its options."""
+    """Compile every block in place by `torch.compile`; `how` is its options.
+
+    All blocks share one piece of code. Under a cache each noise level and each place in the ring is another one, and
+    past torch's limit of recompilations they run as they are: compile what trains, and for a stream use `Captured`.
+    """
     for block in model.transformer_blocks:
         block.compile(**how)
     return model

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 WORLD_ONLY = "the world only"
 """First line of a notebook's cell that needs the world's truth, or expects what the shipped weights can do."""
+AT_ONCE = "each latent decodes at once"
+"""First line of a notebook's cell that expects a block's frames and samples as soon as its latents."""
 TRAINED = "all weights are trained"
 """First line of a notebook's cell that trains a model of the checkpoint's size."""
 SENTENCES = (
@@ -182,9 +184,12 @@ class Companions:
     def leave_out(self, run: Run) -> None:
         """Say what is there; leave out cells marked `# the world only` where there is no world.
 
-        Cells marked `# all weights are trained` are left out where the device's memory can't hold that.
+        Cells marked `# all weights are trained` are left out where the device's memory can't hold that, those marked
+        `# each latent decodes at once` where the codec looks ahead.
         """
         print(self)
+        if isinstance(self.codec, Mono):
+            run.leave_out(AT_ONCE, "LTX-2's decoders look ahead: chunks come later than their latents")
         need, there = cost.training_bytes(checkpoints.read(self.source).config), memory_of(self.device)
         if need > there:
             run.leave_out(TRAINED, f"training needs {need / 1e9:.0f} GB, {self.device} has {there / 1e9:.0f}")

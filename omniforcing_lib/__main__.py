@@ -78,21 +78,21 @@ def _parser() -> Parser:
 
     generate = command("generate", _generate, "make a clip from a prompt")
     generate.add_argument("--prompt", required=True, help='for instance "a red ball, bell"')
-    generate.add_argument("--seconds", type=int, default=5)
     generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument(
-        "--model", default="student", help="student, teacher, a checkpoint file, an index or a folder"
-    )
     generate.add_argument("--out", type=Path, required=True)
-    generate.add_argument("--device", default="cpu")
-    generate.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    generate.add_argument("--weights", choices=("fp8",), help="keep the blocks' weights in e4m3")
-    generate.add_argument("--offload", action="store_true", help="keep the blocks in main memory")
-    generate.add_argument("--attention", default="auto", help="auto, sdpa, flash or flex (default auto)")
-    generate.add_argument("--parts", default="", help="LTX-2 file or diffusers folder with VAEs, vocoder, connectors")
-    generate.add_argument("--gemma", default="", help="folder of Gemma 3 (default: gemma* beside the model)")
-    generate.add_argument("--grid", type=int, nargs=2, default=(16, 24), help="LTX-2's tokens of a frame (16 24)")
-    generate.add_argument("--horizon", type=int, help="video latents that a streamed frame of LTX-2 waits for")
+    _takes_model(generate)
+
+    export = command("export-clips", _export_clips, "make the clips that VBench or JavisBench read, with a manifest")
+    export.add_argument("--prompts", type=Path, required=True, help="a prompt a line; a longer one after a tab")
+    export.add_argument("--tool", default="vbench", help="vbench or javisbench (default vbench)")
+    export.add_argument(
+        "--pattern", default="", help="name, of {prompt}, {sample}, {number} (default: the tool's)"
+    )
+    export.add_argument("--samples", type=int, default=0, help="clips a prompt (default: the tool's)")
+    export.add_argument("--seed", type=int, default=0, help="of the first clip; each has its own")
+    export.add_argument("--steps", type=int, default=40, help="of a teacher (default 40)")
+    export.add_argument("--out", type=Path, required=True, help="folder")
+    _takes_model(export)
 
     render = command("render", _render, "render a true clip of the Bounce world")
     render.add_argument("--prompt", help="drawn from the seed when left out")
@@ -170,23 +170,68 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _generate(arguments: argparse.Namespace) -> None:
+def _takes_model(parser: Parser) -> None:
+    """Add what says which model makes clips, what stands beside it, and where it runs."""
+    parser.add_argument("--seconds", type=int, default=5)
+    parser.add_argument("--model", default="student", help="student, teacher, a checkpoint file, an index or a folder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--weights", choices=("fp8",), help="keep the blocks' weights in e4m3")
+    parser.add_argument("--offload", action="store_true", help="keep the blocks in main memory")
+    parser.add_argument("--attention", default="auto", help="auto, sdpa, flash or flex (default auto)")
+    parser.add_argument("--parts", default="", help="LTX-2 file or diffusers folder with VAEs, vocoder, connectors")
+    parser.add_argument("--gemma", default="", help="folder of Gemma 3 (default: gemma* beside the model)")
+    parser.add_argument("--grid", type=int, nargs=2, default=(16, 24), help="LTX-2's tokens of a frame (16 24)")
+    parser.add_argument("--horizon", type=int, help="video latents that a streamed frame of LTX-2 waits for")
+
+
+def _beside(arguments: argparse.Namespace, prompts: Sequence[str]):
+    """Find codec and text encoder of the model, encode all prompts, and say how its weights are loaded."""
     import torch
 
-    from omniforcing_lib import backends, companions, media, stream
+    from omniforcing_lib import backends, companions
 
-    _check_clip(arguments)
     backends.use(arguments.attention)
     near = {"parts": arguments.parts, "gemma": arguments.gemma, "horizon": arguments.horizon}
     place = {"device": arguments.device, "dtype": arguments.dtype, "grid": tuple(arguments.grid)}
     beside = companions.of(arguments.model, **place, **near)
-    beside.text.encode([arguments.prompt], beside.device)  # a prompt outside the grammar is refused before any work
+    for prompt in prompts:  # one outside the grammar is refused before any work
+        beside.text.encode([prompt], beside.device)
     print(beside)
     load = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
-    load |= {"weights": arguments.weights, "offload": arguments.offload}
+    return beside, load | {"weights": arguments.weights, "offload": arguments.offload}
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import media, stream
+
+    _check_clip(arguments)
+    beside, load = _beside(arguments, [arguments.prompt])
     how = {"codec": beside.codec, "text": beside.text, "guidance": beside.guidance, "load": load}
     clip = stream.generate(arguments.prompt, arguments.seconds, arguments.seed, arguments.model, **how)
     print(media.write_clip(arguments.out, clip, beside.codec.clock))
+
+
+def _export_clips(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import checkpoints, stream, submission
+
+    _check_numbers(arguments)
+    tool = submission.tool_of(arguments.tool, arguments.pattern, arguments.samples)
+    prompts = submission.read_prompts(arguments.prompts)
+    submission.clips_of(tool, prompts, arguments.seed)
+    beside, load = _beside(arguments, [*prompts.values(), ""])
+    causal, model = checkpoints.read(arguments.model).causal, checkpoints.load(arguments.model, **load)
+
+    def make(prompt: str, seed: int):
+        parts = model, causal, beside.codec, beside.text, prompt, arguments.seconds, seed
+        return stream.make_clip(*parts, steps=arguments.steps, guidance=beside.guidance)
+
+    made = {"steps": arguments.steps, "guidance": str(beside.guidance)}
+    made = made if causal is None else {"causal": causal.to_metadata()}
+    said = {name: getattr(arguments, name) for name in ("seconds", "dtype", "weights", "horizon")}
+    said |= {"model": Path(arguments.model).name, "resolution": submission.resolution(beside.codec, model.config)}
+    how = {"clock": beside.codec.clock, "seed": arguments.seed, "protocol": said | made}
+    print(submission.write(make, prompts, tool, arguments.out, **how))
 
 
 def _render(arguments: argparse.Namespace) -> None:
@@ -198,14 +243,18 @@ def _render(arguments: argparse.Namespace) -> None:
 
 
 def _check_clip(arguments: argparse.Namespace) -> None:
-    if not 1 <= arguments.seconds <= LONGEST_CLIP:
-        raise ValueError(f"--seconds is a whole number from 1 to {LONGEST_CLIP}, found {arguments.seconds}")
-    if not 0 <= arguments.seed <= LARGEST_SEED:
-        raise ValueError(f"--seed is from 0 to {LARGEST_SEED}, found {arguments.seed}")
+    _check_numbers(arguments)
     if arguments.out.suffix != ".mp4":
         raise ValueError(f"--out is an .mp4 file, found {arguments.out}")
     if not arguments.out.resolve().parent.is_dir():
         raise ValueError(f"--out {arguments.out}: there is no such folder")
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    if not 1 <= arguments.seconds <= LONGEST_CLIP:
+        raise ValueError(f"--seconds is a whole number from 1 to {LONGEST_CLIP}, found {arguments.seconds}")
+    if not 0 <= arguments.seed <= LARGEST_SEED:
+        raise ValueError(f"--seed is from 0 to {LARGEST_SEED}, found {arguments.seed}")
 
 
 def _score(arguments: argparse.Namespace) -> None:

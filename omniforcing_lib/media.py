@@ -131,7 +131,10 @@ def _read_picture(
     fit = Fit(size, streams[0].sample_aspect_ratio)
     frames: list[np.ndarray] = []
     for frame in nearest(_bounded(path, shown, fps, size, wanted), fps):
-        frames.append(fit(frame))
+        try:
+            frames.append(fit(frame))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if len(frames) == wanted:
             break
     notes = shown.notes(fps) + fit.notes()
@@ -301,21 +304,21 @@ def write_clip(path: str | Path, clip: AV[np.ndarray], clock: Clock = CLOCK, *, 
 
 
 def write_wav(path: str | Path, samples: np.ndarray, rate: int = CLOCK.sample_rate) -> Path:
-    """Write mono sound as a 16-bit wav file, atomically, and return its path.
+    """Write sound as a 16-bit wav file, atomically, and return its path.
 
-    Shapes: samples float [N] in [-1, 1], `rate` a second.
+    Shapes: samples float [N], or [N, 2] for stereo, in [-1, 1], `rate` a second.
     """
     return write_bytes(path, wav_bytes(samples, rate))
 
 
 def wav_bytes(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> bytes:
-    """Render mono sound as the bytes of a 16-bit wav file, for a page or a file.
+    """Render sound as the bytes of a 16-bit wav file, for a page or a file.
 
-    Shapes: samples float [N] in [-1, 1], `rate` a second.
+    Shapes: samples float [N], or [N, 2] for stereo, in [-1, 1], `rate` a second.
     """
     with io.BytesIO() as buffer:
         with wave.open(buffer, "wb") as sound:
-            sound.setnchannels(1)
+            sound.setnchannels(samples.shape[1] if samples.ndim == 2 else 1)
             sound.setsampwidth(2)
             sound.setframerate(rate)
             sound.writeframes(pcm(samples))
@@ -323,9 +326,9 @@ def wav_bytes(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> bytes:
 
 
 def pcm(samples: np.ndarray) -> bytes:
-    """Render mono sound as 16-bit numbers, low byte first; louder than 1 is clipped.
+    """Render sound as 16-bit numbers, low byte first, channels in turn; louder than 1 is clipped.
 
-    Shapes: samples float [N].
+    Shapes: samples float [N] or [N, 2].
     """
     return np.rint(samples.clip(-1, 1) * 32767).astype("<i2").tobytes()
 

@@ -85,7 +85,7 @@ def test_names_that_cannot_be_are_refused(tmp_path):
 
 
 def test_the_command_line_exports_a_students_clips(tmp_path, capsys):
-    """The shipped student, a second a clip: names, clock and resolution in the manifest, and a second run makes none."""
+    """The shipped student, a second a clip: names, clock and resolution in the manifest; a second run makes none."""
     (tmp_path / "prompts.txt").write_text("a red ball, bell\n")
     options = ["--prompts", str(tmp_path / "prompts.txt"), "--samples", "1", "--seconds", "1", "--seed", "3"]
     command = ["export-clips", *options, "--out", str(tmp_path / "clips")]

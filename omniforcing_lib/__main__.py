@@ -85,9 +85,7 @@ def _parser() -> Parser:
     export = command("export-clips", _export_clips, "make the clips that VBench or JavisBench read, with a manifest")
     export.add_argument("--prompts", type=Path, required=True, help="a prompt a line; a longer one after a tab")
     export.add_argument("--tool", default="vbench", help="vbench or javisbench (default vbench)")
-    export.add_argument(
-        "--pattern", default="", help="name, of {prompt}, {sample}, {number} (default: the tool's)"
-    )
+    export.add_argument("--pattern", default="", help="name, of {prompt}, {sample}, {number} (default: the tool's)")
     export.add_argument("--samples", type=int, default=0, help="clips a prompt (default: the tool's)")
     export.add_argument("--seed", type=int, default=0, help="of the first clip; each has its own")
     export.add_argument("--steps", type=int, default=40, help="of a teacher (default 40)")

@@ -94,7 +94,52 @@ def clips_of(tool: Tool, prompts: Mapping[str, str], seed: int = 0) -> list[Want
             raise ValueError(f"{clip.name!r} cannot name a file: it has a '/' or too many bytes; shorten the prompt")
     if len({clip.name for clip in made}) < len(made):
         raise ValueError(
-            f"pattern {tool.pattern!r} gives two clips one name; use {{number}}, or both others")
+            f"pattern {tool.pattern!r} gives two clips one name; use {{number}}, or {{prompt}} and {{sample}}"
+        )
+    return made
+
+
+def resolution(codec: Codec, config: ModelConfig) -> list[int]:
+    """Height and width of a codec's frames, by decoding one latent."""
+    shapes = AV((1, 1, *codec.grid, config.in_channels), (1, 1, config.audio_in_channels))
+    return list(codec.decode(shapes.map(torch.zeros)).video.shape[2:4])
+
+
+def write(
+    make: Callable[[str, int], AV[np.ndarray]],
+    prompts: Mapping[str, str],
+    tool: Tool,
+    out: str | Path,
+    *,
+    clock: Clock,
+    seed: int = 0,
+    protocol: Mapping[str, object],
+) -> Path:
+    """Make and write all clips; one that is there already, under the same protocol, is not made again.
+
+    Args:
+        make: gives a clip for a prompt and a seed.
+        prompts: the tool's own prompt to what is generated from (see `read_prompts`).
+        tool: whose names are used.
+        out: folder of clips and manifest.
+        clock: of the clips.
+        seed: of the first clip; each has its own.
+        protocol: what else made the clips: checkpoint, seconds, frame size, steps, guidance.
+
+    Returns the manifest, written before the first clip.
+
+    Raises:
+        ValueError: clips of another protocol are there.
+    """
+    out, wanted = Path(out), clips_of(tool, prompts, seed)
+    said = {
+        "tool": tool.name,
+        "protocol": dict(protocol) | {"fps": clock.fps, "sample_rate": clock.sample_rate, "seed": seed},
+        "clips": [{"file": f"{c.name}.mp4", "tool_prompt": c.own, "prompt": c.prompt, "seed": c.seed} for c in wanted],
+    }
+    manifest = out / MANIFEST
+    if manifest.exists() and json.loads(manifest.read_text()) != json.loads(json.dumps(said)):
+        raise ValueError(f"{manifest} describes clips of another protocol; name another folder")
     files.write_json(manifest, said)
     for clip in wanted:
         path = out / f"{clip.name}.mp4"

@@ -64,7 +64,7 @@ class Fit:
         self.source = (0, 0)
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """Render one frame.
+        """Render one frame; ValueError if so much is cut off that what is cut would fill the memory.
 
         Shapes: returns uint8 [H, W, 3].
         """
@@ -72,7 +72,10 @@ class Fit:
         stored = (frame.height, round(frame.width * self.pixel_aspect))
         self.source = _turned(stored, quarters)
         height, width = _turned(self.size, quarters) if self.size else stored
-        pixels = self._scaled(frame, stored, max(height / stored[0], width / stored[1]))
+        factor = max(height / stored[0], width / stored[1])
+        if stored[0] * stored[1] * factor**2 > MOST_PIXELS:
+            raise ValueError(f"a picture of {stored[1]}x{stored[0]} is too narrow for {width}x{height}; crop the file")
+        pixels = self._scaled(frame, stored, factor)
         top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
         return np.ascontiguousarray(np.rot90(pixels[top : top + height, left : left + width], quarters))
 

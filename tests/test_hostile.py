@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omniforcing_lib import media, runner
+from omniforcing_lib import footage, media, runner
 from omniforcing_lib.config import MINIATURE, ModelConfig
 
 sys.path.append(str(Path(__file__).parent / "reliability"))
@@ -47,16 +47,29 @@ def test_no_input_breaks_the_law(targets, kind, record_property):
     assert len(tried) >= INPUTS[kind] // 2 and any(tried)
 
 
-def test_a_film_whose_times_would_fill_the_memory_is_refused_before_it_does(tmp_path):
-    path = tmp_path / "gap.mkv"
+def film(path, size, times_ms):
+    """Write black pictures at any times."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=1000)
-        stream.height, stream.width, stream.pix_fmt = 64, 64, "bgr0"
-        for pts in (0, 10**10):
-            frame = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), "rgb24").reformat(format="bgr0")
-            frame.pts, frame.time_base = pts, Fraction(1, 1000)
+        stream.height, stream.width, stream.pix_fmt = *size, "bgr0"
+        for time in times_ms:
+            frame = av.VideoFrame.from_ndarray(np.zeros((*size, 3), np.uint8), "rgb24").reformat(format="bgr0")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"narrow.mkv: a picture of 20000x1 is too narrow for 64x64"):
+        media.read_clip(film(tmp_path / "narrow.mkv", (1, 20_000), [0]))
+    monkeypatch.setattr(footage, "MOST_PIXELS", 64 * 63)
+    with pytest.raises(ValueError, match=r"large.mkv: expected a whole video file"):
+        media.read_clip(film(tmp_path / "large.mkv", (64, 64), [0]))
+
+
+def test_a_film_whose_times_would_fill_the_memory_is_refused_before_it_does(tmp_path):
+    path = film(tmp_path / "gap.mkv", (64, 64), (0, 10**10))
     with pytest.raises(ValueError, match=r"at most 4.3 GB of frames, found 240000000 frames of 64x64"):
         media.read_clip(path)
     with pytest.warns(media.MediaNote):

@@ -80,6 +80,7 @@ def _parser() -> Parser:
     generate.add_argument("--prompt", required=True, help='for instance "a red ball, bell"')
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--out", type=Path, required=True)
+    generate.add_argument("--steps", type=int, default=40, help="of a teacher (default 40)")
     _takes_model(generate)
 
     export = command("export-clips", _export_clips, "make the clips that VBench or JavisBench read, with a manifest")
@@ -122,7 +123,7 @@ def _parser() -> Parser:
     export.add_argument("--out", type=Path, required=True, help="a .safetensors file, or for diffusers a new folder")
 
     train = command("train", _train, "train one stage, alone or under torchrun, or plan the memory of Stage 3")
-    train.add_argument("stage", choices=("codec", "teacher", "stage2", "stage3", "plan"))
+    train.add_argument("stage", choices=("codec", "teacher", "prompts", "pairs", "stage2", "stage3", "plan"))
     train.add_argument("rest", nargs=argparse.REMAINDER, help="options of that stage; --help lists them")
     return parser
 
@@ -206,6 +207,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     _check_clip(arguments)
     beside, load = _beside(arguments, [arguments.prompt])
     how = {"codec": beside.codec, "text": beside.text, "guidance": beside.guidance, "load": load}
+    how["steps"] = arguments.steps
     clip = stream.generate(arguments.prompt, arguments.seconds, arguments.seed, arguments.model, **how)
     print(media.write_clip(arguments.out, clip, beside.codec.clock))
 

@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor
 
 from omniforcing_lib import anatomy, checkpoints, cost, ltx2_parts, shards, stream, world
+from omniforcing_lib.codec_parts import CodecConfig
 from omniforcing_lib.codecs import Codec, DecodeState
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.dataset import Prompts, latent_shapes
@@ -261,7 +262,8 @@ def of(
         ValueError: a named part is not there, or is not what it should be.
     """
     checkpoint, kind = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
-    if checkpoint.metadata.get("model_version") == "miniature":
+    fits = checkpoint.config.in_channels == CodecConfig().channels.video
+    if checkpoint.metadata.get("model_version") == "miniature" and fits:
         codec, says = stream.shipped_codec(device), "the miniature: its codec and its world, whose truth is known"
         return Companions(source, codec, TinyText(), tuple(world.prompts()), MINIATURE_GUIDANCE, True, says, **kind)
     config, name = checkpoint.config, checkpoint.path.name

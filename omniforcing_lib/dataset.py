@@ -101,7 +101,17 @@ class StoredPrompts:
     def take(self, index: Tensor) -> AV[Tensor]:
         """Read the contexts of prompt numbers; -1 is the unconditional prompt. Shapes: [B] to AV [B, L, C]."""
         rows = self._records.rows([i % (len(self) + 1) for i in index.tolist()])
-        return AV(rows["video"], rows["audio"]).map(lambda c: c.to(self.device))
+        return AV(rows["video"], rows["audio"]).map(lambda c: c.to(self.device, torch.float32))
+
+
+def store_prompts(folder: str | Path, text: TextEncoder, names: Sequence[str], *, a_shard: int = 64) -> Path:
+    """Encode prompts shard by shard, in bf16, as `StoredPrompts` reads them; what was cut off goes on."""
+    asked = [*names, ""]
+
+    def make(rows: range) -> dict[str, Tensor]:
+        return text.encode(asked[rows.start : rows.stop], dtype=torch.bfloat16)._asdict()
+
+    return records.write(folder, len(asked), a_shard, make, {"kind": "prompts", "names": list(names)})
 
 
 @dataclass(frozen=True)

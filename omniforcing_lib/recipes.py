@@ -127,6 +127,34 @@ def teacher(
     return job.save(player, out, history, ("video", "audio"), **settings)
 
 
+def prompts(
+    out: str = "prompts", lines: str = "prompts.txt", model: str = "", gemma: str = "", device: str = "cpu"
+) -> Path:
+    """Encode a text file, a prompt a line, by a model's own Gemma and connectors: what `--prompts` takes."""
+    from omniforcing_lib import companions
+
+    names = [line.strip() for line in Path(lines).read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = companions.of(model, device=device, dtype="bfloat16", gemma=gemma).text
+    return dataset.store_prompts(out, text, names)
+
+
+def pairs(
+    out: str = "pairs",
+    teacher: str = "teacher",
+    codec: str = CODEC,
+    count: int = 512,
+    layout: str = "paper",
+    seconds: int = 5,
+    grid: Sequence[int] = (0, 0),
+    cfg: Sequence[float] = (3.0, 3.0),
+    job: Job = Job(),
+) -> Path:
+    """Make the teacher's ODE pairs, and train nothing: what Stage 2 takes as `--pairs`."""
+    causal, (clock, shape) = Causal.from_layout(layout), geometry(codec, grid)
+    ode_pairs(out, teacher, job.contexts(), causal, count, clock.latents(seconds), shape, tuple(cfg), job)
+    return Path(out)
+
+
 def stage2(
     out: str = "stage2.safetensors",
     teacher: str = "teacher",
@@ -257,7 +285,15 @@ def average(steps: int) -> float:
     return max(0.9, min(0.9995, 1 - 20 / max(1, steps)))
 
 
-STAGES = {"codec": codec, "teacher": teacher, "stage2": stage2, "stage3": stage3, "plan": plan.plan}
+STAGES = {
+    "codec": codec,
+    "teacher": teacher,
+    "prompts": prompts,
+    "pairs": pairs,
+    "stage2": stage2,
+    "stage3": stage3,
+    "plan": plan.plan,
+}
 
 
 def main(argv: Sequence[str]) -> Path | str:

@@ -1,0 +1,97 @@
+"""The README's page for the real weights: every command parses, its numbers are counted, and it can be followed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import synthetic
+import torch
+from tiny_ltx2 import MODEL, gemma_folder, whole_file
+
+from omniforcing_lib import __main__ as cli
+from omniforcing_lib import claims, cost, distributed, recipes
+from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.files import write_json, write_tensors
+from omniforcing_lib.rollout import Causal
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PAGE = README.split("## On a GPU, with the real weights\n")[1].split("\n## ")[0]
+COMMANDS = [line for line in PAGE.splitlines() if line.startswith(".venv/bin/") and " -m " in line]
+CODE = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]
+SMALLER = {"cuda": "cpu", "30": "1", "5": "1", "4096": "2", "8": "1", "3000": "1", "gpu": "smoke", "16": "2", "24": "3"}
+"""Words of a command, and what stands for them on tiny files."""
+
+
+def words(command: str) -> list[str]:
+    """Give what `main` of the command line gets."""
+    python, *rest = shlex.split(command)
+    launcher = python.removeprefix(".venv/bin/")
+    assert (launcher, rest[0]) in {("python", "-m"), ("torchrun", "--nproc-per-node")}
+    at = rest.index("-m")
+    assert rest[at + 1] == "omniforcing_lib"
+    return rest[at + 2 :]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(words(c)[:2]))
+def test_every_command_parses(command, monkeypatch):
+    arguments = cli._parser().parse_args(words(command))
+    if arguments.run is not cli._train:
+        return
+    stage = recipes.STAGES[arguments.stage]
+    monkeypatch.setitem(recipes.STAGES, arguments.stage, functools.wraps(stage)(lambda **given: given))
+    monkeypatch.setattr(distributed, "joined", lambda *a, **k: contextlib.nullcontext(distributed.Team()))
+    given = recipes.main([arguments.stage, *arguments.rest])
+    assert given
+
+
+def test_there_are_commands_for_every_step():
+    said = " ".join(COMMANDS)
+    assert len(COMMANDS) >= 10 and all(word in said for word in ("inspect", "pairs", "stage2", "stage3", "--only 05"))
+    assert "models/omniforcing" in COMMANDS[0] and "*not run here*" in PAGE
+
+
+def test_the_memory_on_the_page_is_counted():
+    rows = cost.memory_rows(ModelConfig().with_sinks(16), Causal())
+    block = PAGE.split("<!-- memory: from cost.memory_rows -->\n")[1].split("\n<!-- end of memory -->")[0]
+    assert block == claims.markdown_table(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_can_be_followed_on_tiny_files(tmp_path, monkeypatch):
+    """Command by command in an empty folder: a whole tiny LTX-2 file, a tiny Gemma, a release of one shard."""
+    monkeypatch.chdir(tmp_path)
+    whole_file("models/ltx-2-19b-dev.safetensors")
+    gemma_folder("models/gemma-3-12b-it-qat-q4_0-unquantized")
+    release(Path("models/omniforcing"))
+    Path("prompts.txt").write_text("a red ball\na blue ball\n")
+    for number, command in enumerate(COMMANDS):
+        given = [SMALLER.get(word, word) for word in words(command)]
+        if given[:2] == ["train", "plan"]:
+            given += ["--model", "models/ltx-2-19b-dev.safetensors"]
+        if given[0] == "generate":
+            given += ["--steps", "2"]
+        if given[0] == "reproduce":
+            given += ["--out", f"run{number}"]
+        assert cli.main(given) == 0, " ".join(given)
+    assert all(Path(name).stat().st_size for name in ("stream.mp4", "teacher.mp4", "student.mp4"))
+    made = {}
+    exec(CODE.replace("cuda", "cpu").replace("(16, 24)", "(2, 3)"), made)
+    assert made["chunk"].prompt == "rain falls on a tin roof"
+
+
+def release(folder: Path) -> None:
+    """Write a student as OmniForcing releases it: bare names behind `model.`, an index, no word about the model."""
+    thin = {"num_attention_heads": 32, "attention_head_dim": 4, "cross_attention_dim": 128}
+    thin |= {"audio_num_attention_heads": 32, "audio_attention_head_dim": 2, "audio_cross_attention_dim": 64}
+    state = synthetic.weights(replace(MODEL, **thin), torch.Generator().manual_seed(0))
+    state = {f"model.{name}": tensor.bfloat16() for name, tensor in state.items()}
+    write_tensors(folder / "model-00001-of-00001.safetensors", state, {})
+    where = dict.fromkeys(state, "model-00001-of-00001.safetensors")
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})

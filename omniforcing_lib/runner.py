@@ -177,8 +177,6 @@ def _given(parameters: Sequence[str]) -> dict[str, object]:
         if not path.exists():
             raise ValueError(f"teacher {teacher}: no such file")
         values["teacher"] = str(path)
-    if (student := Path(str(values.get("student", "student")))).exists():
-        values["student"] = str(student.resolve())
     if (student := values.get("student")) and Path(str(student)).exists():
         values["student"] = str(Path(str(student)).resolve())
     return values

@@ -258,11 +258,16 @@ def load(
         if not (fresh and bare == "audio_sink_tokens"):
             state |= _tensors(checkpoint, reader, bare, home, dtype, bare.removesuffix(".weight") in narrow)
     if fresh and sinks:
-        noise = torch.randn(1, sinks, config.audio_dim, generator=torch.Generator().manual_seed(0))
-        state["audio_sink_tokens"] = (noise * 0.02).to(device, dtype)
+        state["audio_sink_tokens"] = fresh_sinks(config.with_sinks(sinks)).to(device, dtype)
     built.load_state_dict(state, strict=True, assign=True)
     built.requires_grad_(False).eval()
     return memory.offload(built, device) if offload else built
+
+
+def fresh_sinks(config: ModelConfig) -> Tensor:
+    """Draw sink tokens for a model that has none yet, the same ones every time. Shapes: float32 [1, sinks, width]."""
+    shape = (1, config.num_audio_sink_tokens, config.audio_dim)
+    return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def _fitting(model: str | os.PathLike[str]) -> Checkpoint:
@@ -292,7 +297,7 @@ def _tensors(
         reader.drop(name)
     else:
         made = (reader.get(name, dtype, home),)
-    if not all(map(_finite, made)):
+    if not all(map(_finite, made[-1:])):
         raise ValueError(f"{checkpoint.path}: {name} holds values that are not finite")
     return dict(zip((bare, bare + "_scale"), made, strict=False))
 
@@ -309,7 +314,7 @@ def _finite(tensor: Tensor) -> bool:
     if tensor.is_meta:
         return True
     if tensor.dtype == memory.FP8:
-        return not (tensor.view(torch.uint8).bitwise_and(0x7F) == 0x7F).any()
+        return not any((part & 0x7F == 0x7F).any() for part in tensor.view(torch.uint8).flatten().split(1 << 20))
     return torch.stack(tensor.aminmax()).isfinite().all()
 
 

@@ -195,7 +195,8 @@ def load(
     """
     if team.mesh is None:
         return checkpoints.load(model, device=device, sinks=sinks)
-    kinds = set(checkpoints.read(model).dtypes.values())
+    found = checkpoints.read(model)
+    kinds = set(found.dtypes.values())
     mapped = checkpoints.load(model, dtype=torch.bfloat16 if kinds == {"BF16"} else torch.float32, sinks=sinks)
     with torch.device("meta"):
         made = Transformer(mapped.config, mapped.clock)
@@ -203,6 +204,10 @@ def load(
     made = team.shard(made, amp=amp).to_empty(device=device).requires_grad_(False).eval()
     for mine, whole in zip(made.parameters(), mapped.parameters(), strict=True):
         local(mine).copy_(local(team.cut(whole, mine)))
+    if sinks and sinks != found.config.num_audio_sink_tokens:
+        # the map has them in the file's dtype
+        mine = made.audio_sink_tokens
+        local(mine).copy_(local(team.cut(checkpoints.fresh_sinks(made.config), mine)))
     return made
 
 
@@ -241,6 +246,10 @@ def joined(device: str = "cpu", *, replicas: int = 1) -> Iterator[Team]:
     shape, names = ((size,), ("shard",)) if replicas == 1 else ((replicas, size // replicas), ("replicate", "shard"))
     try:
         yield Team(rank, size, place, init_device_mesh(place.type, shape, mesh_dim_names=names))
+    except SystemExit:
+        # all were told to end, and end together
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         print(

@@ -178,6 +178,18 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def ways(causal: Causal) -> dict[str, Causal]:
+    """Give a student's way to make a block and those that spend fewer passes on it, or fewer calls, by name."""
+    noisy, fewer = replace(causal, context_pass="none"), (causal.steps[0], *causal.steps[2:])
+    return {
+        "as shipped": causal,
+        "remembered in the next block's first step": replace(causal, context_pass="merged"),
+        "never remembered clean": noisy,
+        "a step less from block 2 on": replace(causal, later_steps=fewer),
+        "both": replace(noisy, later_steps=fewer),
+    }
+
+
 def race(make: Callable[[], Streamer], whole: Callable[[], object], blocks: int, turns: int) -> dict[str, float]:
     """Time, in turn, the first chunk of a new stream, its first `blocks` blocks, and a clip made whole; medians.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from omniforcing_lib import bench, detect, exposure, world
+from omniforcing_lib import bench, detect, exposure
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.stream import Chunk, Streamer
 
@@ -21,9 +21,8 @@ def switched(streamer: Streamer, prompt: str, at: int, blocks: int, *, recache: 
     return chunks + [streamer.step() for _ in range(blocks - at)]
 
 
-def prompt_pairs(count: int) -> list[tuple[str, str]]:
-    """Pair prompts that share neither colour nor timbre, to switch from one to the other."""
-    names = world.prompts()
+def prompt_pairs(names: Sequence[str], count: int) -> list[tuple[str, str]]:
+    """Pair prompts to switch from one to the other; those of the world share neither colour nor timbre."""
     return [(names[i % len(names)], names[(i + 7) % len(names)]) for i in range(count)]
 
 

@@ -194,7 +194,7 @@ def test_a_jump_and_a_click_are_found_at_the_edge_where_they_are():
     assert rough.video[2] > 3 and rough.audio[3] > 0.9 and rough.audio.argmax() == 3
     rows = switching.seam_rows({"a": [broken, broken]}, at=4)
     assert [row["edge"] for row in rows] == ["prompt changes", "other edges"]
-    pairs = switching.prompt_pairs(20)
+    pairs = switching.prompt_pairs(world.prompts(), 20)
     assert len(pairs) == 20 and all(not set(a.split()) & set(b.split()) - {"a", "ball,"} for a, b in pairs)
 
 

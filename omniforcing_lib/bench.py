@@ -167,6 +167,16 @@ def watch(streamer: Streamer, blocks: int, keep: int | None = None) -> Watched:
     return seen
 
 
+def aged(old: Streamer, fresh: Streamer, turns: int) -> float:
+    """Give the time of a block of an old stream over that of a fresh one whose window is full; median of turns.
+
+    A block each in turn: what the machine does in the meantime falls on both, growth falls on one.
+    """
+    watch(fresh, fresh.causal.window + 2, keep=0)
+    times = alternate({"old": old.step, "fresh": fresh.step}, turns)
+    return statistics.median(a / b for a, b in zip(times["old"], times["fresh"], strict=True))
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """Run on `count` threads, and go back to as many as before: small matrices are fastest on one."""

@@ -285,6 +285,12 @@ def test_watching_a_stream_changes_nothing(stream):
     assert watched.first_chunk_s == sum(watched.seconds[:2]) and watched.frames_a_second > 0
 
 
+def test_an_old_stream_is_timed_beside_a_fresh_one(stream):
+    old, fresh = stream(), stream()
+    take(old, 5)
+    assert bench.aged(old, fresh, turns=2) > 0 and (old.block, fresh.block) == (5 + 3, 4 + 3)
+
+
 def test_the_offline_twin_is_the_stream(stream):
     whole = bench.offline(stream(context_noise=0.0), 4)
     assert bench.equal(bench.joined(take(stream(), 4)), whole, 1e-6)

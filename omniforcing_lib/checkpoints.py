@@ -288,16 +288,17 @@ def _tensors(
     """Read one tensor in `dtype`, or an fp8 weight and its scale; nothing but the result stays in memory."""
     name = checkpoint.transformer[bare]
     if checkpoint.entries[name].dtype == "F8_E4M3" and (narrow or bare in checkpoint.scales):
-        made = reader.get(name, device=home), _scale(checkpoint, reader, bare, home)
+        made = told = reader.get(name, device=home), _scale(checkpoint, reader, bare, home)
         if not narrow:
-            made = (memory.dequantise(*made, dtype),)
+            made = told = (memory.dequantise(*made, dtype),)
             reader.drop(name)
     elif narrow:
         made = memory.quantise(reader.get(name, device=home))
+        told = made[1:]  # where an entry of a row is not finite, neither is the row's scale
         reader.drop(name)
     else:
-        made = (reader.get(name, dtype, home),)
-    if not all(map(_finite, made[-1:])):
+        made = told = (reader.get(name, dtype, home),)
+    if not all(map(_finite, told)):
         raise ValueError(f"{checkpoint.path}: {name} holds values that are not finite")
     return dict(zip((bare, bare + "_scale"), made, strict=False))
 

@@ -170,16 +170,18 @@ def test_fp8_files_of_others_are_read(path, tmp_path):
 
 
 PEAK = """
-import resource, sys
+import sys
+from pathlib import Path
 import torch
-from omniforcing_lib import checkpoints, memory
-from omniforcing_lib.transformer import Transformer
-def used():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from omniforcing_lib import checkpoints
+def peak():
+    # of this process alone; getrusage remembers its parent
+    status = Path("/proc/self/status").read_text().split()
+    return 1024 * int(status[status.index("VmHWM:") + 1])
 checkpoints.load("teacher", weights="fp8")
-before = used()
+before = peak()
 model = checkpoints.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]), weights=sys.argv[3] or None)
-print((used() - before) / sum(t.nbytes for t in model.state_dict().values()))
+print((peak() - before) / sum(t.nbytes for t in model.state_dict().values()))
 """
 
 
@@ -188,7 +190,7 @@ print((used() - before) / sum(t.nbytes for t in model.state_dict().values()))
 def test_a_load_holds_one_copy(kind, big):
     """Peak resident memory of loading 2 GB of bf16 is at most 1.1 x the model, mapped, converted or quantised."""
     out = subprocess.run([sys.executable, "-c", PEAK, big, *kind], capture_output=True, text=True, check=True)
-    assert float(out.stdout) <= 1.1
+    assert 0.9 <= float(out.stdout) <= 1.1
 
 
 @pytest.fixture(scope="module")

@@ -214,6 +214,16 @@ def test_arguments_without_a_meaning_are_refused(good, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_what_is_not_finite_is_found_on_the_way_to_fp8(value, good, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(good)
+    name = PREFIX + "transformer_blocks.0.ff.net.2.weight"
+    tensors(lambda t: t[name][3, 7:8].fill_(value))(path)
+    with pytest.raises(ValueError, match=r"ff\.net\.2\.weight holds values .* not finite"):
+        checkpoints.load(path, weights="fp8")
+
+
 def test_nan_in_fp8_weights_is_found(good, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(good)

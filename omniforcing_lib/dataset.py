@@ -265,7 +265,7 @@ def store_pairs(
     count: int,
     notes: Mapping[str, object],
     *,
-    a_shard: int = 64,
+    a_shard: int = 16,
     team: Team = ALONE,
 ) -> Path:
     """Make trajectories shard by shard, each process its share; what was cut off goes on where it was.

@@ -146,9 +146,9 @@ def test_bfloat16_and_recomputing_in_a_team(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
 def test_the_shipped_miniature_learns_in_two_processes_what_it_learns_in_one(stage, tmp_path):
-    """The command line, with pairs made in a folder of shards by both processes; 20 steps."""
+    """The command line, with pairs made in a folder of shards by both; losses to 1e-5 over 20 steps, norms to 1e-4."""
     shared = ["--steps", "20", "--batch", "4", "--seconds", "1"]
-    shared += ["--pairs", str(tmp_path / "pairs"), "--count", "70"] if stage == "stage2" else []
+    shared += ["--pairs", str(tmp_path / "pairs"), "--count", "20"] if stage == "stage2" else []
     for size in (2, 1):
         folder = tmp_path / str(size)
         arguments = ["-m", "omniforcing_lib", "train", stage, *shared, "--folder", str(folder)]
@@ -160,7 +160,9 @@ def test_the_shipped_miniature_learns_in_two_processes_what_it_learns_in_one(sta
         [json.loads(line) for line in (tmp_path / n / "history.jsonl").read_text().splitlines()] for n in ("2", "1")
     )
     assert len(found) == len(expected) == 20
-    assert all(abs(a[k] - b[k]) <= 1e-5 * max(1, abs(b[k])) for a, b in zip(found, expected, strict=True) for k in b)
+    for a, b in zip(found, expected, strict=True):
+        limits = {name: (1e-4 if "norm" in name else 1e-5) * max(1.0, abs(value)) for name, value in b.items()}
+        assert all(abs(a[name] - b[name]) < limit for name, limit in limits.items()), (a, b)
     two, one = (checkpoints.load(tmp_path / n / "out.safetensors").state_dict() for n in ("2", "1"))
     assert all((two[name] - one[name]).abs().max() < 0.02 for name in one)
 

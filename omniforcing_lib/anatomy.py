@@ -24,6 +24,7 @@ from omniforcing_lib.attention import Attention
 from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Model, noise_like, noised
+from omniforcing_lib.formats import RELEASED_CODE
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.probes import steps
 from omniforcing_lib.rope import Rotation, rotate
@@ -43,13 +44,6 @@ PARTS = {
     "in and out": ("patchify_proj", "proj_out"),
 }
 """What a tensor is for, by words in its name; the first part that fits takes it."""
-
-RELEASED_CODE = {
-    "rope_type": "interleaved",
-    "frequencies_precision": "float32",
-    "av_ca_timestep_scale_multiplier": 1,
-}
-"""What OmniForcing's released code runs LTX-2's weights with, whatever the file says (spec 1.9)."""
 
 SETTINGS = {
     "as the file says": {},

@@ -205,6 +205,11 @@ class Companions:
         """Give the checkpoint's transformer, with fresh sinks or other settings; all share one copy of the weights."""
         return sharing(self._weights, sinks, changes)
 
+    @property
+    def shipped(self) -> dict[str, str]:
+        """Name the students that come with the checkpoint, by stage; only the miniature has any."""
+        return {"Stage 2": "stage2", "Stage 3": "student"} if self.known else {}
+
     def student(self, model: str = "student") -> tuple[Transformer, Causal]:
         """Load a causal student; for `student`, a teacher that has none lends its own weights, under fresh sinks."""
         if not self.known and model == "student":

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from itertools import islice
 
+import numpy as np
 import pytest
 import synthetic
 import torch
 from safetensors.torch import load_file, save_file
 from test_transformer import distance
 
-from omniforcing_lib import anatomy, checkpoints, exports, formats
+from omniforcing_lib import anatomy, checkpoints, exports, formats, stream
 from omniforcing_lib.__main__ import main
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_json
 from omniforcing_lib.flow import RELEASED_STEPS
 from omniforcing_lib.layout import AV, PAPER, RELEASED
 from omniforcing_lib.rollout import Causal
+from omniforcing_lib.text import TinyText
 
 LEVEL = torch.tensor([0.6])
 RELEASED_WIDTHS = replace(
@@ -184,6 +187,15 @@ def test_a_release_is_run_as_it_was_trained(prefix, tmp_path):
     exported = checkpoints.export(tmp_path, tmp_path / "student" / "own.safetensors")
     assert checkpoints.read(exported).causal == causal and checkpoints.read(exported).config == config
     assert all(map(torch.equal, velocity(checkpoints.load(tmp_path)), velocity(checkpoints.load(exported))))
+
+
+def test_a_release_streams(tmp_path):
+    """Straight from the file: a second and a frame in the first chunk of the released layout, then a second each."""
+    student, causal = checkpoints.load(released(tmp_path, "model.")), checkpoints.read(tmp_path).causal
+    with stream.Streamer(student, causal, stream.shipped_codec(), TinyText(), "a red ball, bell") as live:
+        chunks = list(islice(live, 3))
+    assert [len(chunk.frames) for chunk in chunks] == [25, 24, 24]
+    assert all(np.isfinite(chunk.samples).all() for chunk in chunks)
 
 
 def test_a_release_with_sinks_has_the_papers_layout(tmp_path):

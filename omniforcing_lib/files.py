@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+STALE_S = 3600.0  # a half-written file older than this whose writer is gone is rubbish
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give the path of a file beside `path` that takes its place if the block ends well and is gone if not.
 
-    What was written is on the disk before it gets its name, so a cut in power leaves no empty file either.
+    What was written is on the disk before it gets its name, so a cut in power leaves no empty file either. What a
+    killed writer of `path` left half done is removed an hour later, by the next one.
+
+    Raises:
+        OSError: the disk is full, or may not be written; `path` is as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path} could not be written and is as it was: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -48,6 +60,26 @@ def filling(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    for left in path.parent.glob("." + glob.escape(path.name) + ".*.part"):
+        writer = left.name.split(".")[-2]
+        if left.is_file() and writer.isdigit() and time.time() - left.stat().st_mtime > STALE_S:
+            if not _alive(int(writer)):
+                left.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 is no question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write_tensors(

@@ -8,14 +8,10 @@ Shapes: K blocks, F video latents.
 
 from __future__ import annotations
 
-import copy
-import gc
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -98,41 +94,12 @@ def resident_bytes() -> int:
     """Memory of this process: of the accelerator if there is one, else what the system says is resident."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    return _process_bytes()
-
-
-def _process_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def peak_bytes(call: Callable[[], object], every_s: float = 0.002) -> int:
-    """Run a call and give the most memory that it held at a time, over what was held before."""
-    gc.collect()
-    if torch.cuda.is_available():
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    before, done = _process_bytes(), threading.Event()
-
-    def highest() -> int:
-        found = before
-        while not done.wait(every_s):
-            found = max(found, _process_bytes())
-        return found
-
-    with ThreadPoolExecutor(1) as watcher:
-        held = watcher.submit(highest)
-        try:
-            call()
-        finally:
-            done.set()
-        return held.result() - before
 
 
 class Watched(NamedTuple):
@@ -294,24 +261,6 @@ def training_step(
         model.zero_grad(set_to_none=True)
 
     return step
-
-
-def training_rows(
-    model: Transformer, causal: Causal, grid: tuple[int, int], seconds: int, turns: int
-) -> tuple[list[dict[str, object]], float, float]:
-    """Hold block-sliced attention against one dense mask in the whole training step: rows, and sliced / dense.
-
-    The two ratios are of median seconds and of peak memory over what was held before.
-    """
-    model = copy.deepcopy(model).requires_grad_(True)
-    steps = {kind: training_step(model, causal, grid, seconds, kind) for kind in ("sliced", "dense")}
-    took = {kind: statistics.median(times) for kind, times in alternate(steps, turns).items()}
-    held = {kind: peak_bytes(step) for kind, step in steps.items()}
-    rows = [
-        {"attention": kind, "forward + backward, s": f"{took[kind]:.2f}", "peak memory, MB": f"{held[kind] / 1e6:.0f}"}
-        for kind in steps
-    ]
-    return rows, took["sliced"] / took["dense"], held["sliced"] / held["dense"]
 
 
 def open_block(model: Transformer, causal: Causal, grid: tuple[int, int], k: int) -> Callable[[], object]:

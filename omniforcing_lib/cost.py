@@ -223,7 +223,7 @@ def predicted(rates: Rates, timed: Sequence[tuple[Work, float]]) -> tuple[list[d
     told = [(work, seconds, rates.seconds(work)) for work, seconds in timed]
     rows = [
         {
-            "GFLOP a pass": f"{work.flops / 1e9:.2f}",
+            "GFLOP": f"{work.flops / 1e9:.2f}",
             "measured, ms": f"{1000 * seconds:.1f}",
             "predicted, ms": f"{1000 * guess:.1f}",
         }

@@ -1,21 +1,27 @@
-"""What this machine could do at best, and where the time of a call goes: kinds of kernels under their roofs.
+"""What this machine could do at best, and where time and memory of a call go: kinds of kernels under their roofs.
 
 Shapes: rates in GFLOP/s and GB/s; a share is of the whole time of a call.
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from omniforcing_lib import bench
 from omniforcing_lib.bench import alternate, seconds_of
 from omniforcing_lib.cost import Work
+from omniforcing_lib.rollout import Causal
+from omniforcing_lib.transformer import Transformer
 
 KINDS = {"attention": ("scaled_dot_product",), "linear layers": ("addmm", "aten::mm"), "convolutions": ("conv",)}
 OTHER_KERNELS = "norms, rotation, modulation, copies"
@@ -72,6 +78,37 @@ def _split(call: Callable[[], object]) -> dict[str, float]:
         kind = next((name for name, marks in KINDS.items() if any(m in event.key for m in marks)), OTHER_KERNELS)
         spent[kind] += event.self_cpu_time_total / 1e6
     return spent | {"Python and dispatch": max(0.0, whole - sum(spent.values()))}
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Run a call and give the most bytes of tensors that it held at a time, over what was held before."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())), default=0)
+
+
+def training_rows(
+    model: Transformer, causal: Causal, grid: tuple[int, int], seconds: int, turns: int
+) -> tuple[list[dict[str, object]], float, float]:
+    """Hold block-sliced attention against one dense mask in the whole training step: rows, and sliced / dense.
+
+    The two ratios are of median seconds and of peak memory over what was held before.
+    """
+    model = copy.deepcopy(model).requires_grad_(True)
+    steps = {kind: bench.training_step(model, causal, grid, seconds, kind) for kind in ("sliced", "dense")}
+    took = {kind: statistics.median(times) for kind, times in alternate(steps, turns).items()}
+    held = {kind: peak_bytes(step) for kind, step in steps.items()}
+    rows = [
+        {"attention": kind, "forward + backward, s": f"{took[kind]:.2f}", "peak memory, MB": f"{held[kind] / 1e6:.0f}"}
+        for kind in steps
+    ]
+    return rows, took["sliced"] / took["dense"], held["sliced"] / held["dense"]
 
 
 def shares(splits: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float, float]]:

@@ -11,6 +11,25 @@ from typing import NamedTuple
 STATUS = {True: "reproduced in miniature", False: "contradicted", None: "not seen in miniature"}
 README_MARKS = ("<!-- results: written by make report -->", "<!-- end of results -->")
 Metrics = dict[str, dict[str, dict]]
+MEASURES = {
+    "one_ball": "frames with exactly one ball",
+    "colour": "frames in the colour of the prompt",
+    "timbre": "onsets in the timbre of the prompt",
+    "sync_f1": "impacts seen ↔ onsets heard, F1 at ±1.5 frames",
+    "offset_ms": "sound after picture, ms",
+    "wall_pitch": "pitch tells the wall",
+    "speed_cv": "speed between impacts, std / mean",
+    "frechet_video": "Fréchet distance, 15 features of the picture",
+    "frechet_audio": "Fréchet distance, 24 features of the sound",
+}
+SYSTEMS = {
+    "real clips": "real",
+    "codec round trip": "codec",
+    "shuffled sound": "shuffled",
+    "teacher, 40 steps": "teacher",
+    "stage2": "Stage 2",
+    "student": "student",
+}
 
 
 class Claim(NamedTuple):
@@ -137,28 +156,65 @@ def read_metrics(folder: Path) -> Metrics:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def claim_rows(metrics: Metrics) -> list[dict[str, str]]:
-    """Answer every claim in order; a claim that no metrics file answers says that there is no run."""
+def claim_rows(metrics: Metrics, *, short: bool = False) -> list[dict[str, str]]:
+    """Answer every claim in order, `short` by its first two numbers; one that no metrics file answers says so."""
     answers = {
         entry["claim"]: (entries, entry)
         for entries in metrics.values()
         for name, entry in entries.items()
         if name.startswith("claim ")
     }
-    return [_claim_row(number, claim, answers.get(number)) for number, claim in CLAIMS.items()]
+    return [_claim_row(number, claim, answers.get(number), short) for number, claim in CLAIMS.items()]
 
 
-def _claim_row(number: int, claim: Claim, answer: tuple[dict, dict] | None) -> dict[str, str]:
+def _claim_row(number: int, claim: Claim, answer: tuple[dict, dict] | None, short: bool) -> dict[str, str]:
     ours, status = "no run", "no run"
     if answer is not None:
         entries, entry = answer
         numbers = [f"{name}: {quote(entries[name])}" for name in entry["metrics"]]
-        ours, status = "; ".join([*numbers, *filter(None, [entry["note"]])]) or "—", entry["status"]
+        numbers = numbers[:2] if short else [*numbers, *filter(None, [entry["note"]])]
+        ours, status = "; ".join(numbers) or "—", entry["status"]
     return {"#": str(number), **claim._asdict(), "ours": ours, "status": status}
 
 
-def markdown(metrics: Metrics, title: str) -> str:
-    """Write the text of REPORT.md: the claims, then every measure by notebook."""
+def read_scores(folder: Path) -> dict[str, dict]:
+    """Read what the protocol stored, `scores.json` and `long.json`; empty where there is none."""
+    found = (folder / f"{name}.json" for name in ("scores", "long"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()}
+
+
+def quality(stored: Mapping[str, dict]) -> str:
+    """Table what the protocol measured: systems side by side, then the student late in its long roll-outs."""
+    scores, long = stored["scores"], stored.get("long")
+    measures, more = scores["measures"], scores["more"]
+    shown = {name: title for name, title in SYSTEMS.items() if name in measures}
+    late = long["spans"]["student"]["measures"] if long else {}
+    span = list(late)[-2] if late else ""
+    rows = []
+    for key, title in MEASURES.items():
+        row = {"measure": title}
+        for name, column in shown.items():
+            row[column] = _estimated(measures[name][key]) if key in measures[name] else show(more[name][key])
+        if late:
+            row[f"student, {span}"] = _estimated(late[span][key]) if key in late[span] else "—"
+        rows.append(row)
+    size = f"{scores['seeds']} seeds × {scores['clips']} clips of {scores['seconds']} s"
+    if long:
+        size += f"; last column {long['seeds'] * long['clips']} roll-outs of {long['seconds']} s"
+    return (
+        f"{size}; held-out prompts and seeds, through an mp4, judged from pixels and samples.\n\n{markdown_table(rows)}"
+    )
+
+
+def _estimated(entry: Sequence[float] | None) -> str:
+    if entry is None:
+        return "—"
+    mean, low, high = (f"{round(x, 3):g}" for x in entry)
+    return mean if low == high else f"{mean} [{low}, {high}]"
+
+
+def markdown(metrics: Metrics, title: str, scores: Mapping[str, dict] | None = None) -> str:
+    """Write the text of REPORT.md: the claims, what the protocol measured, then every measure by notebook."""
     parts = [
         f"# Report: {title}",
         "Generated from the metrics files of one run; no number here was typed. Intervals are 95 %. The "
@@ -167,19 +223,24 @@ def markdown(metrics: Metrics, title: str) -> str:
         "## Claims",
         markdown_table(claim_rows(metrics)),
     ]
+    if scores:
+        pictures = "Contact sheets of the first clips, impacts and onsets marked: `reports/scores/*.png`."
+        parts += ["## Quality by the protocol", quality(scores), pictures]
     for notebook, entries in metrics.items():
         parts += [f"## {notebook}", _measures(entries)]
     return "\n\n".join(parts) + "\n"
 
 
-def fill_readme(text: str, metrics: Metrics, title: str) -> str:
-    """Replace what stands between the README's two result markers by the short claims table."""
+def fill_readme(text: str, metrics: Metrics, title: str, scores: Mapping[str, dict] | None = None) -> str:
+    """Replace what stands between the README's two result markers by the table of quality and the short claims."""
     head, opening, rest = text.partition(README_MARKS[0])
     _, closing, tail = rest.partition(README_MARKS[1])
     if not (opening and closing):
         raise ValueError(f"the README needs the lines {README_MARKS[0]} and {README_MARKS[1]}, in this order")
-    rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in claim_rows(metrics)]
-    return f"{head}{opening}\nSource: {title}.\n\n{markdown_table(rows)}\n{closing}{tail}"
+    rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in claim_rows(metrics, short=True)]
+    first = f"{quality(scores)}\n\n" if scores else ""
+    claims = f"Claim by claim, {title}; all numbers in `reports/REPORT.md`.\n\n{markdown_table(rows)}"
+    return f"{head}{opening}\n{first}{claims}\n{closing}{tail}"
 
 
 def _measures(entries: Mapping[str, dict]) -> str:

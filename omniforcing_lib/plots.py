@@ -177,7 +177,7 @@ def contact_sheet(
     for axes in panels:
         axes.set_axis_off()
     for axes, clip, title, marks in zip_longest(panels[: len(clips)], clips, titles, events):
-        _film(axes, clip, 7, clock)
+        _film(axes, clip, 9 if marks else 7, clock)
         _mark(axes, marks or AV((), ()), size=4)
         axes.set(xlim=(0, len(clip.video) / clock.fps), ylim=(-0.15, 2.15) if marks else (0, 2))
         axes.set_title(title, weight="normal", pad=7 if marks else 2)

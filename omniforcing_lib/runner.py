@@ -314,9 +314,10 @@ def publish_run(folder: Path) -> list[str]:
 def rebuild() -> None:
     """Rebuild reports/REPORT.md and the README's table from the committed metrics."""
     metrics, title = stored_metrics()
-    files.write_text(STORED / "REPORT.md", claims.markdown(metrics, title))
+    scores = claims.read_scores(STORED / "scores")
+    files.write_text(STORED / "REPORT.md", claims.markdown(metrics, title, scores))
     readme = report.ROOT / "README.md"
-    files.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), metrics, title))
+    files.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), metrics, title, scores))
 
 
 def stored_metrics() -> tuple[claims.Metrics, str]:

@@ -152,6 +152,7 @@ def test_scrub_keeps_counts_and_drops_what_changes():
 
 def test_stored_report_and_readme_follow_from_the_stored_metrics():
     metrics, title = runner.stored_metrics()
-    assert (runner.STORED / "REPORT.md").read_text() == claims.markdown(metrics, title)
+    scores = claims.read_scores(runner.STORED / "scores")
+    assert (runner.STORED / "REPORT.md").read_text() == claims.markdown(metrics, title, scores)
     readme = (report.ROOT / "README.md").read_text()
-    assert readme == claims.fill_readme(readme, metrics, title)
+    assert readme == claims.fill_readme(readme, metrics, title, scores)

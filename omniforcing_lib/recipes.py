@@ -268,7 +268,9 @@ def ode_pairs(
     def make(rows: range) -> Pairs:
         how = {"first": rows.start, "progress": job.team.leads}
         some = seeds[rows.start : rows.stop]
-        return dataset.ode_pairs(model, prompts, guidance, causal.steps, some, latents, grid, **how)
+        # contexts may be wider than the weights
+        with torch.autocast(job.place.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
+            return dataset.ode_pairs(model, prompts, guidance, causal.steps, some, latents, grid, **how)
 
     if not path or file:
         made = make(range(count))

@@ -1,6 +1,6 @@
 """Laws of bad days: a run killed at any moment goes on as if it had not been; what is wrong is refused by name.
 
-The slow one: `pytest tests/test_journal.py -m slow`.
+The slow ones: `pytest tests/test_journal.py -m slow`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import CAUSAL, QUICK, ode_stage, pairs, player, prompts, same
 
-from omniforcing_lib import dataset, journal, records, train
+from omniforcing_lib import dataset, journal, recipes, records, train
 from omniforcing_lib.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
 from omniforcing_lib.distributed import ALONE
 from omniforcing_lib.layout import AV
@@ -209,6 +209,16 @@ def test_trajectories_made_in_shards_are_those_made_at_once(tmp_path):
     (states, prompt), whole = StoredPairs(tmp_path).take(torch.arange(6)), make(range(6))
     assert all(torch.equal(a, b.bfloat16().float()) for a, b in zip(states, whole.states, strict=True))
     assert torch.equal(prompt, whole.prompt)
+
+
+@pytest.mark.slow
+def test_trajectories_made_in_bfloat16_are_near_those_in_float32(tmp_path):
+    """The command line, with `--amp` and without; a folder of shards each."""
+    for name, more in (("wide", []), ("narrow", ["--amp"])):
+        recipes.main(["pairs", "--count", "2", "--seconds", "1", "--out", str(tmp_path / name), *more])
+    wide, narrow = (StoredPairs(tmp_path / name).take(torch.arange(2))[0] for name in ("wide", "narrow"))
+    assert all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(wide, narrow, strict=True))
+    assert all(0 < (a - b).abs().mean() < 0.1 * a.std() for a, b in zip(wide, narrow, strict=True))
 
 
 @pytest.mark.slow

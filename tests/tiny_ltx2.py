@@ -105,6 +105,13 @@ CONNECTOR = {
     "connector_positional_embedding_max_pos": [4096],
 }
 LAYERS = 2  # of the tiny Gemma
+LOUDNESS = {
+    "AutoencoderKLLTX2Video": 0.3,
+    "AutoencoderKLLTX2Audio": 0.3,
+    "LTX2Vocoder": 0.3,
+    "LTX2VocoderWithBWE": 0.03,
+}
+"""Of the last layers: nothing is to be clipped, where all would look equal."""
 WORDS = ("a", "red", "blue", "ball", "bell", "wood", "worst", "quality", "blurry", ",")
 
 
@@ -120,7 +127,7 @@ def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
             return 1 + 0.2 * noise
         if "basis" in name:
             return 0.05 * noise.abs()
-        size = 0.3 if "conv_out" in name and "coder" in type(module).__name__ else 1.0
+        size = LOUDNESS.get(type(module).__name__, 1.0) if "conv_out" in name else 1.0
         return size * noise / old[0].numel() ** 0.5 if old.ndim > 1 else 0.1 * noise
 
     with torch.no_grad():

@@ -92,7 +92,7 @@ class Clock:
         return range(mels.start * self.hop, mels.stop * self.hop)
 
     def samples_of(self, frames: int) -> int:
-        """Samples that go with the first `frames` pixel frames: one mel hop for the first, so 24K + 1 have whole K s."""
+        """Samples that go with the first `frames` pixel frames: one mel hop for the first, so 24K + 1 have K s."""
         return self.hop + round(Fraction((frames - 1) * self.sample_rate, self.fps)) if frames else 0
 
     def frames_of(self, samples: int) -> int:

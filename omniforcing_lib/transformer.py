@@ -189,6 +189,7 @@ class Transformer(nn.Module):
         """Project the text once a prompt; where gradients flow, every time."""
         if cache is not None and cache.knows_text:
             return None
+        text = text.to(self.proj_out.weight.dtype)
         return caption(text) if caption else text
 
     def _project(self, x: Tensor, embedded: Tensor, table: Tensor, out: nn.Linear) -> Tensor:

@@ -11,7 +11,7 @@ from synthetic import CONFIGS, ltx2_file
 
 from omniforcing_lib import anatomy, bench, companions, cost, probes, report, runner
 from omniforcing_lib.config import MINIATURE, ModelConfig
-from omniforcing_lib.layout import PAPER
+from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.rollout import Causal, new_cache
 from omniforcing_lib.stream import Streamer
 from omniforcing_lib.transformer import Transformer
@@ -60,6 +60,15 @@ def test_variants_share_the_weights_and_casting_one_leaves_the_others(beside):
     assert other.audio_sink_tokens.shape[1] == 4 and model.config.rope_type == "split"
     other.double()
     assert beside.load().proj_out.weight.dtype == torch.float32
+
+
+def test_contexts_of_full_precision_reach_a_model_of_half(beside):
+    """ODE pairs are made by a bfloat16 teacher from contexts that trainers read in float32."""
+    model, example = beside.load().bfloat16(), beside.examples(1, 0, 1)
+    level = torch.full((1,), 0.5)
+    with torch.no_grad():
+        out = model(example.latents, AV(level, level), beside.context().take(torch.tensor([0])))
+    assert out.map(lambda x: x.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
 def test_wrong_settings_are_seen_and_the_right_ones_are_not(beside):

@@ -40,7 +40,7 @@ from omniforcing_lib.text import TinyText
 from omniforcing_lib.transformer import Transformer
 
 LONGEST_MESSAGE = 1000
-SECONDS_EACH = 20  # no input may hold the reader longer
+SECONDS_EACH = 20  # of computing: no input may hold the reader longer
 BYTES = 3 << 30  # address space beyond what the process has: no input may need more
 TINY = replace(
     MINIATURE,
@@ -170,17 +170,17 @@ def limited(seconds: int, more_bytes: int) -> Iterator[None]:
     """Stop what takes too long, or too much memory, with an error."""
 
     def stop(*_: object) -> None:
-        raise Broken(f"more than {seconds} s")
+        raise Broken(f"more than {seconds} s of computing")
 
     before = resource.getrlimit(resource.RLIMIT_AS)
     held = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (held + more_bytes, before[1]))
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from omniforcing_lib import checkpoints, dataset, distributed, plan, train, world
+from omniforcing_lib import checkpoints, dataset, distributed, plan, protocol, train, world
 from omniforcing_lib.codecs import load_codec
 from omniforcing_lib.config import MINIATURE
 from omniforcing_lib.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
@@ -28,6 +28,8 @@ from omniforcing_lib.text import TinyText
 from omniforcing_lib.train import Player, Recipe
 from omniforcing_lib.transformer import Transformer, initialise
 
+MADE = "miniature"
+"""`model_version` of what is trained here from nothing; a student has its teacher's."""
 CODEC = str(checkpoints.DATA / "codec.safetensors")
 
 
@@ -47,6 +49,7 @@ class Job:
         limit: gradient norm above which a step changes nothing.
         replicas: copies of the models over the processes; 1 shards over all of them.
         prompts: folder of shards with prompts and their contexts; without one those of the world.
+        score: clips of the world that a finished miniature is measured on, for its file's metadata; 0 measures nothing.
         team: the processes, see `distributed.joined`.
     """
 
@@ -61,6 +64,7 @@ class Job:
     limit: float = 1e4
     replicas: int = 1
     prompts: str = ""
+    score: int = 18
     team: Team = field(default_factory=Team)
 
     @property
@@ -92,12 +96,18 @@ class Job:
     def save(
         self, player: Player, out: str, history: train.History, names: Sequence[str], causal: Causal | None = None, **of
     ) -> Path:
-        """Write what was learnt, with its settings and the last means of the named numbers."""
+        """Write what was learnt, with its settings, the last means of the named numbers and its scores."""
         numbers = {name: round(history.mean(name), 5) for name in names if name in history.numbers}
         whole = self.team.gathered(player.best, torch.bfloat16)
         if whole is None:
             return Path(out)
-        return checkpoints.save(whole, out, causal=causal, notes={**of, "seed": self.seed} | numbers)
+        version = checkpoints.read(of["teacher"]).metadata.get("model_version", "LTX-2") if "teacher" in of else MADE
+        how = {"causal": causal, "version": version}
+        notes = {**of, "seed": self.seed} | numbers
+        path = checkpoints.save(whole, out, notes=notes, **how)
+        if self.score and version == MADE:
+            checkpoints.save(whole, out, notes=notes | {"scores": protocol.brief(out, self.score)}, **how)
+        return path
 
 
 def teacher(
@@ -182,7 +192,7 @@ def stage2(
     player = job.player(model, lr=lr, steps=steps, warmup=min(100, steps // 10), ema=average(steps))
     step = train.ode_stage(player, data, prompts, causal, batch)
     history = job.run(step, {"student": player}, steps, "stage 2")
-    settings = {"stage": "stage 2", "steps": steps, "batch": batch, "pairs": len(data), "lr": lr}
+    settings = {"stage": "stage 2", "teacher": teacher, "steps": steps, "batch": batch, "pairs": len(data), "lr": lr}
     return job.save(player, out, history, ("video", "audio"), causal, **settings)
 
 
@@ -214,7 +224,7 @@ def stage3(
         player, critic, job.load(teacher, frozen=True), job.contexts(), causal, shape, frames, batch, **how
     )
     history = job.run(step, {"student": player, "critic": critic}, steps, "stage 3")
-    settings = {"stage": "stage 3", "steps": steps, "batch": batch, "lr": lr, "cfg": list(cfg)}
+    settings = {"stage": "stage 3", "teacher": teacher, "steps": steps, "batch": batch, "lr": lr, "cfg": list(cfg)}
     return job.save(
         player, out, history, ("dmd_video", "dmd_audio", "critic_video", "critic_audio"), causal, **settings
     )

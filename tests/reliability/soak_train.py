@@ -34,7 +34,7 @@ def soak(minutes: float, batch: int, seconds: int, seed: int, every: float, chec
             steps=10**7,
             batch=batch,
             seconds=seconds,
-            job=recipes.Job(seed=seed, folder=str(folder), minutes=minutes),
+            job=recipes.Job(seed=seed, folder=str(folder), minutes=minutes, score=0),
         )
         left = sorted(path.name for path in folder.rglob("*") if path.is_file())
         parameters = sum(p.numel() for p in checkpoints.load(out).parameters())

@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test lint lab nb-refresh report clean
+.PHONY: help setup reproduce test test-slow lint lab nb-refresh report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,11 +30,14 @@ reproduce: $(STAMP) ## run the series and write its report; PROFILE=smoke|cpu|fu
 	$(BIN)/python -m omniforcing_lib reproduce --profile $(PROFILE) $(ARGS)
 
 test: lint ## lint, tests, stored outputs, metrics, then the series with another seed
-	$(BIN)/python -m pytest -q tests notebooks --nbval-lax --nbval-current-env \
+	$(BIN)/python -m pytest -q -m "not slow" tests notebooks --nbval-lax --nbval-current-env \
 	  --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 240
 	$(BIN)/python -m omniforcing_lib compare reports/metrics/smoke reports/runs/interactive/metrics
 	out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
 	  $(BIN)/python -m omniforcing_lib reproduce --profile smoke -p seed=7 --out "$$out/run"
+
+test-slow: $(STAMP) ## the long tests: teams of processes, kills, 2 GB files, an hour of stream (about 20 minutes)
+	$(BIN)/python -m pytest -q -m slow tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

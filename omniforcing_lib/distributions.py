@@ -1,4 +1,4 @@
-"""Compare sets of clips by hand-made features, without any pretrained network (design 7).
+"""Compare sets of clips by hand-made features, without any pretrained network.
 
 The distances are the Fréchet and the energy distance *on these named features*; they are not FVD or FAD and share
 no scale with them. Features are divided by their standard deviation in the reference set, so the reference comes

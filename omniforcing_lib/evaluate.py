@@ -1,4 +1,4 @@
-"""Score clips of the world by what can be seen and heard in them (design 7; issue B).
+"""Score clips of the world by what can be seen and heard in them.
 
 Every measure is a ratio of two counts or sums of a clip, so a mean over clips, over the seconds of a clip or over a
 bootstrap resample is always the same pooled ratio. Matching is one to one: a seen impact and a heard onset belong

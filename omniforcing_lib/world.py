@@ -1,4 +1,4 @@
-"""Bounce: an audio-visual world whose truth is known exactly (design 7).
+"""Bounce: an audio-visual world whose truth is known exactly.
 
 A coloured ball moves at constant speed in a 64x64 box and reflects on the walls; each impact sounds a
 decaying tone whose pitch tells the wall and whose timbre comes from the prompt. Position is a triangle wave, so
@@ -116,7 +116,7 @@ class Scene:
 
 
 def prompts() -> list[str]:
-    """List the 18 prompts of the grammar (design 7)."""
+    """List the 18 prompts of the grammar."""
     return [f"a {colour} ball, {timbre}" for colour in COLOURS for timbre in TIMBRES]
 
 

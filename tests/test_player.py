@@ -270,6 +270,7 @@ def ask(player, prompt):
 
 
 @pytest.mark.browser
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lab", "voila"])
 def test_a_browser_shows_and_sounds_the_stream_and_follows_a_prompt(chromium, tmp_path, kind):
     with served(kind, tmp_path) as address:

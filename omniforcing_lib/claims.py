@@ -184,26 +184,29 @@ def read_scores(folder: Path) -> dict[str, dict]:
 
 
 def quality(stored: Mapping[str, dict]) -> str:
-    """Table what the protocol measured: systems side by side, then the student late in its long roll-outs."""
+    """Write what the protocol measured, and how."""
     scores, long = stored["scores"], stored.get("long")
-    measures, more = scores["measures"], scores["more"]
-    shown = {name: title for name, title in SYSTEMS.items() if name in measures}
-    late = long["spans"]["student"]["measures"] if long else {}
+    size = f"{scores['seeds']} seeds × {scores['clips']} clips of {scores['seconds']} s"
+    if long:
+        size += f"; last column {long['seeds'] * long['clips']} roll-outs of {long['seconds']} s"
+    how = "held-out prompts and seeds, through an mp4, judged from pixels and samples"
+    return f"{size}; {how}.\n\n{markdown_table(quality_rows(stored))}"
+
+
+def quality_rows(stored: Mapping[str, dict]) -> list[dict[str, str]]:
+    """Table what the protocol measured: systems side by side, then the student late in its long roll-outs."""
+    measures, more = stored["scores"]["measures"], stored["scores"]["more"]
+    late = stored["long"]["spans"]["student"]["measures"] if "long" in stored else {}
     span = list(late)[-2] if late else ""
     rows = []
     for key, title in MEASURES.items():
         row = {"measure": title}
-        for name, column in shown.items():
+        for name, column in SYSTEMS.items():
             row[column] = _estimated(measures[name][key]) if key in measures[name] else show(more[name][key])
         if late:
             row[f"student, {span}"] = _estimated(late[span][key]) if key in late[span] else "—"
         rows.append(row)
-    size = f"{scores['seeds']} seeds × {scores['clips']} clips of {scores['seconds']} s"
-    if long:
-        size += f"; last column {long['seeds'] * long['clips']} roll-outs of {long['seconds']} s"
-    return (
-        f"{size}; held-out prompts and seeds, through an mp4, judged from pixels and samples.\n\n{markdown_table(rows)}"
-    )
+    return rows
 
 
 def _estimated(entry: Sequence[float] | None) -> str:

@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from omniforcing_lib.canvas import GREY, INK, STREAM, colours, figure, styled
+from omniforcing_lib.canvas import GREY, INK, OTHERS, STREAM, colours, figure, styled
 from omniforcing_lib.layout import AV
 
 
@@ -85,9 +85,12 @@ def _line(axes: Axes, line: tuple, colour: str, name: str, **look: object) -> No
 
 @styled
 def bars_with_ci(measures: Mapping[str, Mapping[str, Estimate]]) -> Figure:
-    """Draw each measure as a panel of horizontal bars, one a model, with 95 % intervals (value, low, high)."""
+    """Draw each measure as a panel of horizontal bars, one a model, with 95 % intervals (value, low, high).
+
+    More models than there are colours are all grey: a colour that comes twice says nothing.
+    """
     models = list(next(iter(measures.values())))
-    colour = colours(models)
+    colour = colours(models) if len(models) <= len(OTHERS) else dict.fromkeys(models, GREY)
     fig = figure(0.75 + 0.3 * len(models))
     panels = fig.subplots(1, len(measures), sharey=True, squeeze=False)[0]
     for axes, (measure, estimates) in zip(panels, measures.items(), strict=True):

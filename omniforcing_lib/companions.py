@@ -22,7 +22,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from omniforcing_lib import anatomy, checkpoints, cost, ltx2_parts, shards, stream, world
+from omniforcing_lib import anatomy, checkpoints, cost, shards, stream, world
 from omniforcing_lib.codec_parts import CodecConfig
 from omniforcing_lib.codecs import Codec, DecodeState
 from omniforcing_lib.config import ModelConfig
@@ -30,7 +30,7 @@ from omniforcing_lib.dataset import Prompts, latent_shapes
 from omniforcing_lib.flow import LTX2_GUIDANCE, Guidance, block_noise
 from omniforcing_lib.gemma import GemmaText
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.ltx2_codec import LTX2Codec, LTX2DecodeState
+from omniforcing_lib.ltx2_codec import LTX2Codec, LTX2DecodeState, load_ltx2_codec
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.stream import MINIATURE_GUIDANCE
 from omniforcing_lib.text import TextEncoder, TinyText
@@ -275,7 +275,7 @@ def of(
     encoder = gemma or next((str(path.parent) for path in _beside(checkpoint.path, "gemma*/config.json")), "")
     if encoder:
         where = parts or _parts_of(checkpoint.path)
-        codec = Mono(ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon, **kind))
+        codec = Mono(load_ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon=horizon, **kind))
         text = GemmaText(encoder, where, cache=Path(encoder) / "contexts", **kind)
         says = f"{name}: decoded by {Path(where).name}, prompted by {Path(encoder).name}; no truth is known"
     else:
@@ -285,12 +285,6 @@ def of(
             f"{grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality"
         )
     return Companions(source, codec, text, SENTENCES, guidance_of(config), False, says, **kind)
-
-
-def ltx2_codec(parts: str, size: tuple[int, int], horizon: int | None = None, **place: object) -> LTX2Codec:
-    """Load LTX-2's VAEs and vocoder from a single file or a diffusers folder."""
-    made = (part(parts, **place) for part in (ltx2_parts.video_vae, ltx2_parts.audio_vae, ltx2_parts.vocoder))
-    return LTX2Codec(*made, size, horizon=horizon)
 
 
 def _beside(path: Path, pattern: str) -> list[Path]:
@@ -333,8 +327,7 @@ def sharing(model: Transformer, sinks: int | None = None, changes: Mapping[str, 
         config = config.with_sinks(sinks)
         state.pop("audio_sink_tokens", None)
         if sinks:
-            fresh = torch.randn(1, sinks, config.audio_dim, generator=torch.Generator().manual_seed(0)) * 0.02
-            state["audio_sink_tokens"] = fresh.to(model.proj_out.weight)
+            state["audio_sink_tokens"] = checkpoints.fresh_sinks(config).to(model.proj_out.weight)
     with torch.device("meta"):
         built = Transformer(config, model.clock)
     built.load_state_dict(state, strict=True, assign=True)

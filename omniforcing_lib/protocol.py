@@ -16,7 +16,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from omniforcing_lib import checkpoints, distributions, evaluate, exposure, files, media, plots, rollout, stream, world
+from omniforcing_lib import (
+    checkpoints,
+    claims,
+    distributions,
+    evaluate,
+    exposure,
+    files,
+    media,
+    plots,
+    rollout,
+    stream,
+    world,
+)
 from omniforcing_lib.codecs import TinyCodec
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
 from omniforcing_lib.text import TinyText
@@ -243,7 +255,5 @@ def _columns(extra: dict[str, dict]) -> str:
     flat = {name: {k: v for k, v in row.items() if not isinstance(v, dict)} for name, row in extra.items()}
     for name, row in extra.items():
         flat[name] |= {f"{k}: {m}": v for k, d in row.items() if isinstance(d, dict) for m, v in d.items()}
-    lines = [f"| | {' | '.join(flat)} |", "|---" * (len(flat) + 1) + "|"]
-    for key in dict.fromkeys(k for row in flat.values() for k in row):
-        lines.append(f"| {key} | {' | '.join(str(row.get(key, '–')) for row in flat.values())} |")
-    return "\n".join(lines)
+    keys = dict.fromkeys(k for row in flat.values() for k in row)
+    return claims.markdown_table([{"": k} | {n: str(row.get(k, "–")) for n, row in flat.items()} for k in keys])

@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## create .venv and install the pinned packages (2 to 3 minutes, once)
+setup: $(STAMP) ## create .venv and install the pinned packages (1 to 3 minutes, once)
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: Python >= 3.11 is needed; name one with make PYTHON=/path/to/python" >&2; exit 2; }
@@ -36,7 +36,7 @@ test: lint ## lint, tests, stored outputs, metrics, then the series with another
 	out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
 	  $(BIN)/python -m omniforcing_lib reproduce --profile smoke -p seed=7 --out "$$out/run"
 
-test-slow: $(STAMP) ## the long tests: teams of processes, kills, 2 GB files, an hour of stream (about 20 minutes)
+test-slow: $(STAMP) ## the long tests: teams of processes, kills, 2 GB files, an hour of stream
 	$(BIN)/python -m pytest -q -m slow tests
 
 lint: $(STAMP)

@@ -20,10 +20,11 @@ STALE_S = 3600.0  # a half-written file older than this whose writer is gone is 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the path of a file beside `path` that takes its place if the block ends well and is gone if not.
+    """Give the path of a file near `path` that takes its place if the block ends well and is gone if not.
 
-    What was written is on the disk before it gets its name, so a cut in power leaves no empty file either. What a
-    killed writer of `path` left half done is removed an hour later, by the next one.
+    What was written is on the disk before it gets its name, so a cut in power leaves no empty file either. It has a
+    folder to itself, so that what a writer puts beside its file goes with it; what a killed writer of `path` left half
+    done is removed an hour later, by the next one.
 
     Raises:
         OSError: the disk is full, or may not be written; `path` is as it was.
@@ -31,21 +32,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield partial
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with _scratch(path) as folder:
+            partial = folder / path.name
+            yield partial
+            partial.chmod(folder.stat().st_mode & 0o666)  # safetensors' own temporary file is for its owner alone
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise OSError(f"{path} could not be written and is as it was: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def filling(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give an empty folder beside `path` that becomes `path` if the block ends well and is gone if not.
+    """Give an empty folder near `path` that becomes `path` if the block ends well and is gone if not.
 
     Raises:
         ValueError: something is at `path` already.
@@ -53,21 +54,31 @@ def filling(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     if path.exists():
         raise ValueError(f"{path} is there already; name a folder that is not")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.mkdir(parents=True)
+    with _scratch(path) as folder:
+        yield folder
+        os.replace(folder, path)
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """Give a folder beside `path`, this process's own, that is gone afterwards with all that is in it."""
+    folder = path.with_name(f".{path.name}.{os.getpid()}.part")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield partial
-        os.replace(partial, path)
+        yield folder
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sweep(path: Path) -> None:
     for left in path.parent.glob("." + glob.escape(path.name) + ".*.part"):
         writer = left.name.split(".")[-2]
-        if left.is_file() and writer.isdigit() and time.time() - left.stat().st_mtime > STALE_S:
-            if not _alive(int(writer)):
-                left.unlink(missing_ok=True)
+        if writer.isdigit() and time.time() - _touched(left) > STALE_S and not _alive(int(writer)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _touched(folder: Path) -> float:
+    return max((entry.stat().st_mtime for entry in folder.glob("*")), default=folder.stat().st_mtime)
 
 
 def _alive(process: int) -> bool:

@@ -34,6 +34,8 @@ def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_pa
     assert found["kills"] == KILLS and not found["lost"]
     writer.KINDS[name](path, 7)
     assert writer.version_of(path) == 7
+    (plain := tmp_path.with_name(f"{name} as anybody writes it")).touch()
+    assert path.stat().st_mode == plain.stat().st_mode  # the same people may read it
     left = [entry.name for entry in tmp_path.iterdir() if entry != path]
     assert all(entry.startswith(f".{name}.") and entry.endswith(".part") for entry in left)
 
@@ -42,10 +44,11 @@ def test_what_the_killed_left_is_swept_and_what_the_living_write_is_not(tmp_path
     path = tmp_path / "a.json"
     dead, fresh, living = (tmp_path / f".a.json.{n}.part" for n in (DEAD, DEAD + 1, os.getppid()))
     for part in (dead, fresh, living):
-        part.write_text("half")
+        part.mkdir()
+        (part / "a.json").write_text("half")
     long_ago = time.time() - 2 * files.STALE_S
     for part in (dead, living):
-        os.utime(part, (long_ago, long_ago))
+        os.utime(part / "a.json", (long_ago, long_ago))
     files.write_json(path, {})
     assert not dead.exists() and fresh.exists() and living.exists()
 

@@ -276,7 +276,7 @@ def ode_pairs(
     seeds, guidance = range(job.seed * count, (job.seed + 1) * count), Guidance(cfg=AV(*cfg))
 
     def make(rows: range) -> Pairs:
-        how = {"first": rows.start, "progress": job.team.leads}
+        how = {"first": rows.start, "progress": file or not path}  # shards have a bar of their own
         some = seeds[rows.start : rows.stop]
         # contexts may be wider than the weights
         with torch.autocast(job.place.type, torch.bfloat16, enabled=dtype is torch.bfloat16):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from omniforcing_lib.distributed import ALONE, Team
 from omniforcing_lib.files import write_json, write_tensors
@@ -49,7 +50,8 @@ def write(
     folder, stamp = Path(folder), json.dumps(notes, sort_keys=True)
     spans = [range(start, min(start + a_shard, rows)) for start in range(0, rows, a_shard)]
     mine = {}
-    for number in range(team.rank, len(spans), team.size):
+    numbers = range(team.rank, len(spans), team.size)
+    for number in tqdm(numbers, desc=f"shards of {folder.name}", disable=not team.leads):
         path = folder / f"rows-{number:05d}.safetensors"
         if not path.exists():
             write_tensors(path, make(spans[number]), {"notes": stamp})

@@ -25,6 +25,8 @@ from omniforcing_lib.transformer import Transformer
 
 KINDS = {"attention": ("scaled_dot_product",), "linear layers": ("addmm", "aten::mm"), "convolutions": ("conv",)}
 OTHER_KERNELS = "norms, rotation, modulation, copies"
+ROWS = 1152
+"""Queries of the measured attention: a block of frames of 384 tokens."""
 
 
 class Machine(NamedTuple):
@@ -38,17 +40,42 @@ class Machine(NamedTuple):
 @torch.inference_mode()
 def machine(device: str = "cpu", turns: int = 5, size: int = 1024) -> Machine:
     """Measure the roofs: square products in fp32 and bf16, attention of 1152 on 6144 tokens, copies; best of turns."""
-    flops, length = 2 * size**3, 8 * size
+    return _machine({name: min(times) for name, times in alternate(_probes(device, size), turns).items()}, size)
+
+
+def _probes(device: str, size: int) -> dict[str, Callable[[], object]]:
+    length = 8 * size
     square = {kind: torch.randn(size, size, device=device, dtype=kind) for kind in (torch.float32, torch.bfloat16)}
-    query, key = (torch.randn(1, 4, n, 64, device=device) for n in (1152, 6 * size))
+    query, key = (torch.randn(1, 4, n, 64, device=device) for n in (ROWS, 6 * size))
     source, target = (torch.zeros(length, size, device=device) for _ in range(2))
     attend = torch.nn.functional.scaled_dot_product_attention
     calls = {str(kind).removeprefix("torch."): (lambda x=x: x @ x) for kind, x in square.items()}
-    calls |= {"attention": lambda: attend(query, key, key), "copy": lambda: target.copy_(source)}
-    best = {name: min(times) for name, times in alternate(calls, turns).items()}
-    products = {name: flops / best[name] / 1e9 for name in ("float32", "bfloat16")}
-    attended = 4 * query.shape[2] * key.shape[2] * 256
-    return Machine(products, attended / best["attention"] / 1e9, 2 * source.nbytes / best["copy"] / 1e9)
+    return calls | {"attention": lambda: attend(query, key, key), "copy": lambda: target.copy_(source)}
+
+
+def _machine(seconds: Mapping[str, float], size: int) -> Machine:
+    """Turn seconds of the probes into rates."""
+    products = {name: 2 * size**3 / seconds[name] / 1e9 for name in ("float32", "bfloat16")}
+    attended, copied = 4 * ROWS * 6 * size * 256, 2 * 4 * 8 * size**2
+    return Machine(products, attended / seconds["attention"] / 1e9, copied / seconds["copy"] / 1e9)
+
+
+@torch.inference_mode()
+def over_floor(
+    call: Callable[[], object], work: Work, turns: int, device: str = "cpu", size: int = 1024
+) -> tuple[float, float, float]:
+    """Give the time of a pass over its floor: median, least and most of `turns`.
+
+    Each turn sets the pass against the rates measured just before and just after it, so that a slow moment of the
+    machine falls on both.
+    """
+    probes, ratios = _probes(device, size), []
+    for _ in range(turns + 1):  # the first warms up
+        before = {name: seconds_of(probe) for name, probe in probes.items()}
+        took = seconds_of(call)
+        around = {name: (before[name] + seconds_of(probe)) / 2 for name, probe in probes.items()}
+        ratios.append(took / floor_s(work, _machine(around, size)))
+    return statistics.median(ratios[1:]), min(ratios[1:]), max(ratios[1:])
 
 
 @contextmanager

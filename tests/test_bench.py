@@ -126,6 +126,14 @@ def test_the_machine_has_roofs():
     }
 
 
+def test_a_pass_is_held_against_the_rates_around_it(monkeypatch):
+    """A machine three times as slow after the pass as before counts as twice as slow: so does its floor."""
+    ticks = iter([*[1.0] * 4, 8.0, *[3.0] * 4] * 3)
+    monkeypatch.setattr(roofs, "seconds_of", lambda call: next(ticks))
+    ratio, least, most = roofs.over_floor(lambda: None, Work(2 * 64**3, 0), turns=2, size=64)
+    assert ratio == least == most == pytest.approx(8 / 2)
+
+
 def test_streams_meet_in_cross_modal_attention_and_nowhere_else():
     model = tiny(dtype=torch.float32)
     assert bench.moved_by_the_other(model, GRID, Skip(cross_modal=True)) == (0, 0)

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, silu
 
 from omniforcing_lib.attention import Attention
+from omniforcing_lib.cache import ANY_LEVEL, Slots
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
 from omniforcing_lib.masks import Visibility
 from omniforcing_lib.rope import Rotation
-
-if TYPE_CHECKING:
-    from omniforcing_lib.cache import Slots
 
 
 class TimestepEmbedding(nn.Module):
@@ -97,7 +95,7 @@ class Level(NamedTuple):
     cross: Tensor  # [B, G, 4, D]: scale, shift of A2V, then of V2A
     gate: Tensor  # [B, G, 1, D]: gate into this stream
     embedded: Tensor  # [B, G, D]
-    prompt: Tensor | None  # [B, 1, 2, D]: shift, scale of the text (LTX-2.3)
+    prompt: Tensor | None  # [B, K, 2, D]: shift, scale of the text for each of K blocks, or for all (LTX-2.3)
 
 
 class Condition(NamedTuple):
@@ -149,6 +147,12 @@ def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
         return torch.addcmul(x, gate, update)
     groups = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, groups), gate[:, :, None], update.unflatten(1, groups)).flatten(1, 2)
+
+
+def _modulated(text: Tensor | None, prompt: Tensor) -> Tensor | None:
+    """Shift and scale text. Shapes: text [B, L, D], prompt [B, 1, 2, D] (shift, scale)."""
+    shift, scale = prompt.unbind(2)
+    return None if text is None else text * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -265,14 +269,18 @@ class Block(nn.Module):
 
     def _read(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
         """Attend to the text (steps 2 and 4); modulated and gated in LTX-2.3 only."""
-        slot = slots and slots.text
+        slot = slots and slots.prompt(ANY_LEVEL if c.level.prompt is None else c.sigma)
         if s.prompt_table is None:
             return x + s.text_attention(self._norm(x), c.text, slot=slot)
-        prompt = s.prompt_table if c.level.prompt is None else s.prompt_table + c.level.prompt
-        text_shift, text_scale = prompt.unbind(-2)
         shift, gain, gate = rows.own[6:]
-        text = None if c.text is None else c.text * (1 + text_scale) + text_shift
-        return gated(x, gate, s.text_attention(modulate(self._norm(x), gain, shift), text, slot=slot))
+        query = modulate(self._norm(x), gain, shift)
+        prompt = s.prompt_table[None, None] if c.level.prompt is None else s.prompt_table + c.level.prompt
+        if prompt.shape[1] == 1:
+            return gated(x, gate, s.text_attention(query, _modulated(c.text, prompt), slot=slot))
+        blocks = query.split([len(run.rows) for run in c.sees_other.runs], dim=1)
+        of_block = zip(blocks, prompt.split(1, 1), strict=True)
+        read = [s.text_attention(block, _modulated(c.text, by)) for block, by in of_block]
+        return gated(x, gate, torch.cat(read, dim=1))
 
     def _exchange(
         self,

@@ -23,6 +23,7 @@ from omniforcing_lib.rope import Ropes, rotate, turns
 
 T = TypeVar("T")
 _PARTS = ("keys", "values", "anchor")
+ANY_LEVEL = "any"
 
 
 class Span(NamedTuple):
@@ -115,22 +116,6 @@ class Ring:
         return torch.cat([*(store[:, :, s] for s in span.history), x], dim=2)
 
 
-class TextSlot:
-    """Keys and values of the prompt, projected once; again at every call where gradients flow."""
-
-    def __init__(self) -> None:
-        self.held: tuple[Tensor, Tensor] | None = None
-
-    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Reuse what is held, or project and hold it; all rows see all of it."""
-        if torch.is_grad_enabled():
-            yield slice(None), *project()
-            return
-        if self.held is None:
-            self.held = project()
-        yield slice(None), *self.held
-
-
 class Memo:
     """What follows from the noise level alone, made once a level; again at every call where gradients flow."""
 
@@ -146,13 +131,28 @@ class Memo:
         return self.held[level]
 
 
+class Prompt(NamedTuple):
+    """Keys and values of the prompt, projected once a level, or at every call where no level is known."""
+
+    held: Memo
+    level: Hashable | None
+
+    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Reuse what is held, or project and hold it; all rows see all of it."""
+        yield slice(None), *self.held.get(self.level, project)
+
+
 class Slots(NamedTuple):
     """What one stream caches in one layer: its own keys, the prompt's, its keys for the other stream, modulation."""
 
     own: Ring
-    text: TextSlot
+    text: Memo
     cross: Ring
     rows: Memo
+
+    def prompt(self, level: Hashable | None) -> Prompt:
+        """Give the prompt's keys at a level: at the noise level in LTX-2.3, at `ANY_LEVEL` before."""
+        return Prompt(self.text, level)
 
 
 @dataclass
@@ -201,7 +201,7 @@ class KVCache:
             shape = (self.batch, heads, places[stream])
             own = Ring((*shape, dims[stream]), self, stream, "own", **kind)
             cross = Ring((*shape, dims.audio), self, stream, "cross", **kind)
-            return Slots(own, TextSlot(), cross, Memo())
+            return Slots(own, Memo(), cross, Memo())
 
         self.levels = Memo()
         self._layers = [AV(slots(0), slots(1)) for _ in range(self.config.num_layers)]
@@ -284,18 +284,16 @@ class KVCache:
         """Tell whether block 0 is open, so that the sinks run with it."""
         return self.opened[0].k == 0
 
-    @property
-    def knows_text(self) -> bool:
-        """Tell whether the prompt's keys are held and may be used."""
-        if torch.is_grad_enabled() or self.config.modulates_prompt_by_sigma:
-            return False
-        return self._layers[0].video.text.held is not None
+    def knows_text(self, level: Hashable | None) -> bool:
+        """Tell whether the prompt's keys at a noise level are held and may be used."""
+        key = level if self.config.modulates_prompt_by_sigma else ANY_LEVEL
+        return not torch.is_grad_enabled() and key in self._layers[0].video.text.held
 
     def forget_text(self) -> None:
         """Drop the prompt's keys: the next call reads the text it is given."""
         for slots in self._layers:
             for slot in slots:
-                slot.text.held = None
+                slot.text.held = {}
 
     @property
     def nbytes(self) -> int:

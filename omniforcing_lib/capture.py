@@ -112,7 +112,7 @@ def steady(x: AV[Tensor], sigma: AV, cache: KVCache) -> bool:
         return False
     slots = cache.layer(0)
     whole = AV(*(slice(0, slot.own.keys.shape[2]) for slot in slots))
-    return cache.knows_text and cache.opened[0].span.map(lambda span: span.all) == whole
+    return cache.knows_text(sigma) and cache.opened[0].span.map(lambda span: span.all) == whole
 
 
 def on_gpu(x: AV[Tensor]) -> bool:

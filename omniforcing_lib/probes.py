@@ -45,18 +45,14 @@ class Inputs(NamedTuple):
 
 
 @torch.no_grad()
-def noisy_clip(x0: AV[Tensor], text: AV[Tensor], seed: int, layout: BlockLayout, *, by_block: bool = True) -> Inputs:
+def noisy_clip(x0: AV[Tensor], text: AV[Tensor], seed: int, layout: BlockLayout) -> Inputs:
     """Noise each block of clean latents to a level of its own, as causal training does (spec 3.6).
 
-    `by_block` False gives all blocks one level: LTX-2.3 modulates its text by it, and takes no other.
-
-    Shapes: x0 AV([1, F, h, w, C], [1, T, C]), text AV [1, L, C]; sigma of the result AV([1, F], [1, T]), or AV [1].
+    Shapes: x0 AV([1, F, h, w, C], [1, T, C]), text AV [1, L, C]; sigma of the result AV([1, F], [1, T]).
     """
     generator, frames = torch.Generator().manual_seed(seed), x0.video.shape[1]
     level = torch.rand(1, layout.count(frames), generator=generator).to(x0.video.device)
-    sigma = (
-        layout.block_index(frames).map(lambda blocks: level[:, blocks]) if by_block else AV(level[:, 0], level[:, 0])
-    )
+    sigma = layout.block_index(frames).map(lambda blocks: level[:, blocks])
     return Inputs(x0.map(noised, noise_like(x0, generator), sigma), sigma, text)
 
 

@@ -9,8 +9,8 @@ G groups that share one sigma (1, F or T), S sinks.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -18,15 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from omniforcing_lib.blocks import AdaLN, Block, CaptionProjection, Condition, Level, modulate
+from omniforcing_lib.cache import KVCache
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Skip
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.masks import Masks
+from omniforcing_lib.masks import Masks, Visibility
 from omniforcing_lib.rope import Ropes, tables
-
-if TYPE_CHECKING:
-    from omniforcing_lib.cache import KVCache
-
 
 Sigma = AV[Tensor] | AV[float] | AV[tuple[float, ...]]
 
@@ -137,7 +134,7 @@ class Transformer(nn.Module):
             number = (sigma, sinks)
         make = partial(self._levels, sigma, sinks, masks)
         level = cache.levels.get(number, make) if cache else make()
-        text = text.map(lambda t, m: self._text(t, m["caption"], cache), self._modulators)
+        text = text.map(lambda t, m: self._text(t, m["caption"], cache, number), self._modulators)
         return level.map(
             lambda level, text, own, cross, sees: Condition(level, number, text, own, cross, *sees),
             text,
@@ -149,14 +146,14 @@ class Transformer(nn.Module):
     def _levels(self, sigma: Sigma, sinks: int, masks: Masks | None) -> AV[Level]:
         """Make what every layer needs of sigma."""
         sigma = sigma.map(partial(_rows, device=self.proj_out.weight.device))
-        if sigma.video.shape[1] > 1 and self.config.modulates_prompt_by_sigma and masks is not None:
-            raise ValueError("LTX-2.3 modulates the text by one sigma a sample; found a sigma a latent under masks")
         steps = sigma.map(lambda s: s * self.config.timestep_scale_multiplier)
         if sinks and steps.audio.shape[1] > 1:
             first = steps.audio[:, :1].expand(-1, sinks)
             steps = AV(steps.video, torch.cat([first, steps.audio], dim=1))
-        level = steps.map(lambda s: s.amax(1, keepdim=True))
-        across = AV(level.audio, level.video) if self.config.cross_attention_adaln else steps
+        # LTX-2.3: the text, and one stream for the other, go by one sigma a sample; under masks by one a block
+        blocks = steps.map(_block_sizes, AV(masks and masks.a2v, masks and masks.v2a))
+        level = steps.map(_levels_of, blocks)
+        across = AV(level.audio, level.video).map(_spread, blocks) if self.config.cross_attention_adaln else steps
         ratio = self.config.av_ca_timestep_scale_multiplier / self.config.timestep_scale_multiplier
 
         def make(stream: dict[str, nn.Module | None], steps: Tensor, level: Tensor, across: Tensor) -> Level:
@@ -185,9 +182,11 @@ class Transformer(nn.Module):
             },
         )
 
-    def _text(self, text: Tensor, caption: nn.Module | None, cache: KVCache | None) -> Tensor | None:
-        """Project the text once a prompt; where gradients flow, every time."""
-        if cache is not None and cache.knows_text:
+    def _text(
+        self, text: Tensor, caption: nn.Module | None, cache: KVCache | None, level: Hashable | None
+    ) -> Tensor | None:
+        """Project the text once a prompt, and once a level where that enters its keys; with gradients every time."""
+        if cache is not None and cache.knows_text(level):
             return None
         text = text.to(self.proj_out.weight.dtype)
         return caption(text) if caption else text
@@ -195,6 +194,26 @@ class Transformer(nn.Module):
     def _project(self, x: Tensor, embedded: Tensor, table: Tensor, out: nn.Linear) -> Tensor:
         shift, scale = (table + embedded[:, :, None]).unbind(2)
         return out(modulate(layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), 1 + scale, shift))
+
+
+def _block_sizes(steps: Tensor, sees: Visibility | None) -> tuple[int, ...]:
+    """Count the groups of sigma in each block; all are of one without masks. Shapes: steps [B, G]."""
+    groups = steps.shape[1]
+    if sees is None or groups == 1:
+        return (groups,)
+    return tuple(len(run.rows) * groups // sees.rows for run in sees.runs)
+
+
+def _levels_of(steps: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Give each block's level. Shapes: steps [B, G] to [B, K]."""
+    return torch.cat([part.amax(1, keepdim=True) for part in steps.split(blocks, 1)], dim=1)
+
+
+def _spread(level: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Give each latent its block's level. Shapes: level [B, K] to [B, G], or as it is where it is one for all."""
+    if level.shape[1] == 1:
+        return level
+    return torch.cat([part.expand(-1, n) for part, n in zip(level.split(1, 1), blocks, strict=True)], dim=1)
 
 
 def _rows(sigma: Tensor | float | tuple[float, ...], device: torch.device) -> Tensor:

@@ -79,10 +79,9 @@ def test_wrong_settings_are_seen_and_the_right_ones_are_not(beside):
         assert (max(found.logits) < 0.9) == moved and (min(found.output) > 0.01) == moved
 
 
-def test_one_level_for_all_blocks_where_the_text_is_modulated(beside):
+def test_each_block_has_its_level_where_the_text_is_modulated_too(beside):
     model, example = beside.load(sinks=16), beside.examples(1, 0, 2)
-    by_block = not model.config.modulates_prompt_by_sigma
-    clip = probes.noisy_clip(example.latents, beside.encode(example.prompts), 0, PAPER, by_block=by_block)
+    clip = probes.noisy_clip(example.latents, beside.encode(example.prompts), 0, PAPER)
     assert max(probes.cached_against_masked(model, clip, PAPER)) <= 1e-5
 
 
@@ -108,10 +107,11 @@ def test_a_marked_cell_is_left_out_with_one_line(capsys):
 
 
 @pytest.mark.slow
-def test_the_notebooks_run_on_an_ltx2_file(tmp_path):
+@pytest.mark.parametrize("version", ["2.0", "2.3"])
+def test_the_notebooks_run_on_an_ltx2_file(tmp_path, version):
     """All five, on a file of 0.9 M parameters: nothing in them is specific to the miniature."""
-    config = replace(CONFIGS["2.0"], **OTHERS, caption_channels=40)
-    path = ltx2_file(tmp_path / "tiny.safetensors", config=config)
+    config = replace(CONFIGS[version], **OTHERS, caption_channels=40)
+    path = ltx2_file(tmp_path / "tiny.safetensors", version, config=config)
     out = runner.reproduce("smoke", parameters=[f"teacher={path}"], out=str(tmp_path / "run"))
     for metrics in (out / "metrics").glob("*.json"):
         assert "sync_f1" not in metrics.read_text(), f"{metrics.name} tells quality that nobody can know"

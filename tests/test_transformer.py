@@ -32,6 +32,7 @@ TINY = replace(
     audio_out_channels=5,
     caption_channels=6,
 )
+NEWER = replace(TINY, apply_gated_attention=True, cross_attention_adaln=True)  # LTX-2.3: sigma enters the text too
 
 
 def tiny(config: ModelConfig = TINY, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:
@@ -95,7 +96,11 @@ def test_no_future_reaches_the_past(layout, more, rendering, stream, data):
     """Change one block of one stream: nothing before it moves, to the bit; the block itself does."""
     video_latents = layout.first.video + more
     changed = data.draw(st.integers(0, layout.count(video_latents) - 1))
-    model = tiny(TINY.with_sinks(layout.sinks), dtype=data.draw(st.sampled_from([torch.float32, torch.float64])))
+    config, dtype = (
+        data.draw(st.sampled_from([TINY, NEWER])),
+        data.draw(st.sampled_from([torch.float32, torch.float64])),
+    )
+    model = tiny(config.with_sinks(layout.sinks), dtype=dtype)
     x, sigma, text = inputs(layout, video_latents, dtype=model.proj_out.weight.dtype)
     kind = masks.build(layout, video_latents, 4, rendering=rendering)
     before = model(x, sigma, text, masks=kind)
@@ -126,12 +131,17 @@ def test_no_future_reaches_the_past_through_the_cache(stream):
 
 @torch.no_grad()
 @settings(max_examples=12, deadline=None)
-@given(layouts(), st.integers(0, 6), st.sampled_from([(torch.float32, 1e-5), (torch.float64, 1e-10)]))
-def test_cached_equals_masked(layout, more, kind):
+@given(
+    layouts(),
+    st.integers(0, 6),
+    st.sampled_from([TINY, NEWER]),
+    st.sampled_from([(torch.float32, 1e-5), (torch.float64, 1e-10)]),
+)
+def test_cached_equals_masked(layout, more, config, kind):
     """Block by block through the cache equals one masked pass, whatever the layout, with and without sinks."""
     dtype, tolerance = kind
     video_latents = layout.first.video + more
-    model = tiny(TINY.with_sinks(layout.sinks), dtype=dtype)
+    model = tiny(config.with_sinks(layout.sinks), dtype=dtype)
     x, sigma, text = inputs(layout, video_latents, batch=2, dtype=dtype)
     whole = model(x, sigma, text, masks=masks.build(layout, video_latents, 4))
     for window in (layout.count(video_latents), 20):

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except RuntimeError as error:
         # Imported here: the runner is not needed to answer `--help` or to render a clip.
-        from omniforcing_lib.runner import NotebookFailed
+        from omniforcing_lib.pages.runner import NotebookFailed
 
         if not isinstance(error, NotebookFailed):
             raise
@@ -129,7 +129,7 @@ def _parser() -> Parser:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import runner
+    from omniforcing_lib.pages import runner
 
     runner.reproduce(
         arguments.profile,
@@ -141,25 +141,25 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 
 
 def _refresh(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import runner
+    from omniforcing_lib.pages import runner
 
     runner.refresh(only=arguments.only)
 
 
 def _publish(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import runner
+    from omniforcing_lib.pages import runner
 
     print(f"published {', '.join(runner.publish_run(arguments.folder))}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import runner
+    from omniforcing_lib.pages import runner
 
     runner.rebuild()
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from omniforcing_lib import claims
+    from omniforcing_lib.pages import claims
 
     committed = claims.read_metrics(arguments.committed)
     if not committed:
@@ -188,7 +188,8 @@ def _beside(arguments: argparse.Namespace, prompts: Sequence[str]):
     """Find codec and text encoder of the model, encode all prompts, and say how its weights are loaded."""
     import torch
 
-    from omniforcing_lib import backends, companions
+    from omniforcing_lib import backends
+    from omniforcing_lib.lab import companions
 
     backends.use(arguments.attention)
     near = {"parts": arguments.parts, "gemma": arguments.gemma, "horizon": arguments.horizon}
@@ -202,7 +203,8 @@ def _beside(arguments: argparse.Namespace, prompts: Sequence[str]):
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import media, stream
+    from omniforcing_lib.live import stream
+    from omniforcing_lib.pages import media
 
     _check_clip(arguments)
     beside, load = _beside(arguments, [arguments.prompt])
@@ -213,7 +215,9 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _export_clips(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import checkpoints, stream, submission
+    from omniforcing_lib.lab import submission
+    from omniforcing_lib.live import stream
+    from omniforcing_lib.weights import checkpoints
 
     _check_numbers(arguments)
     tool = submission.tool_of(arguments.tool, arguments.pattern, arguments.samples)
@@ -235,7 +239,8 @@ def _export_clips(arguments: argparse.Namespace) -> None:
 
 
 def _render(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import media, world
+    from omniforcing_lib.bounce import world
+    from omniforcing_lib.pages import media
 
     _check_clip(arguments)
     scene = world.scene(arguments.seed, arguments.prompt)
@@ -258,7 +263,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import checkpoints, protocol
+    from omniforcing_lib.lab import protocol
+    from omniforcing_lib.weights import checkpoints
 
     systems = {}
     for model in arguments.models:
@@ -274,27 +280,29 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _ablate(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import ablations, evaluate
+    from omniforcing_lib.bounce import evaluate
+    from omniforcing_lib.lab import ablations
 
     folder = ablations.run(arguments.out, arms=arguments.arms or tuple(ablations.ARMS), seeds=arguments.seeds)
     print(evaluate.Table(ablations.table(folder)))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import checkpoints
+    from omniforcing_lib.weights import checkpoints
 
     print(checkpoints.inspect(arguments.checkpoint))
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib import checkpoints
+    from omniforcing_lib.weights import checkpoints
 
     written = checkpoints.export(arguments.checkpoint, arguments.out, to=arguments.to)
     print("\n".join([str(written), *checkpoints.left_out(checkpoints.read(arguments.checkpoint), arguments.to)]))
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from omniforcing_lib import journal, recipes
+    from omniforcing_lib.lab import recipes
+    from omniforcing_lib.training import journal
 
     try:
         recipes.main([arguments.stage, *arguments.rest])

@@ -16,10 +16,10 @@ import torch
 from test_train import CAUSAL, FRAMES, GRID, QUICK, pairs, prompts
 from test_transformer import TINY
 
-from omniforcing_lib import distributed, train
-from omniforcing_lib.distributed import Team
 from omniforcing_lib.files import write_json, write_tensors
-from omniforcing_lib.train import Player, Recipe
+from omniforcing_lib.training import distributed, train
+from omniforcing_lib.training.distributed import Team
+from omniforcing_lib.training.train import Player, Recipe
 from omniforcing_lib.transformer import Transformer
 
 

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib import ablations, checkpoints, distill, stream, world
-from omniforcing_lib.ablations import ARMS, Budget
-from omniforcing_lib.anatomy import encoded
-from omniforcing_lib.dataset import Prompts
+from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.lab import ablations, distill
+from omniforcing_lib.lab.ablations import ARMS, Budget
+from omniforcing_lib.lab.anatomy import encoded
 from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.live import stream
 from omniforcing_lib.rollout import Causal
-from omniforcing_lib.text import TinyText
+from omniforcing_lib.training.dataset import Prompts
+from omniforcing_lib.weights import checkpoints
 
 CAUSAL = Causal(PAPER)
 

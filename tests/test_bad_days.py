@@ -16,8 +16,9 @@ import pytest
 import torch
 from test_stream import codec, stream  # noqa: F401  fixtures
 
-from omniforcing_lib import files, media
+from omniforcing_lib import files
 from omniforcing_lib.layout import AV
+from omniforcing_lib.pages import media
 
 sys.path.append(str(Path(__file__).parent / "reliability"))
 import writer
@@ -129,7 +130,9 @@ def test_eight_streams_in_one_process_give_the_bits_of_each_alone(stream):  # no
 SHIPPED = """import hashlib, sys
 import torch
 from itertools import islice
-from omniforcing_lib import checkpoints, stream, text
+from omniforcing_lib.live import stream
+from omniforcing_lib.bounce import text
+from omniforcing_lib.weights import checkpoints
 torch.set_num_threads(1)
 causal = checkpoints.read("student").causal
 student, codec = checkpoints.load("student"), stream.shipped_codec()

@@ -14,13 +14,14 @@ import torch
 from test_transformer import GRID, TINY, inputs, tiny
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from omniforcing_lib import bench, cost, roofs, switching, world
+from omniforcing_lib.bounce import world
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.cost import Rates, Work
 from omniforcing_lib.flow import Skip
+from omniforcing_lib.lab import bench, cost, roofs, switching
+from omniforcing_lib.lab.cost import Rates, Work
 from omniforcing_lib.layout import AV, PAPER, RELEASED
+from omniforcing_lib.live.stream import Chunk
 from omniforcing_lib.rollout import Causal, new_cache, next_block, seeded_noise
-from omniforcing_lib.stream import Chunk
 
 COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)

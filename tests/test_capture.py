@@ -9,12 +9,14 @@ import pytest
 import torch
 from test_transformer import TINY, inputs, tiny
 
-from omniforcing_lib import capture, companions, masks
-from omniforcing_lib.capture import Captured
+from omniforcing_lib import masks
+from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.lab import companions
 from omniforcing_lib.layout import AV, BlockLayout
+from omniforcing_lib.live import capture
+from omniforcing_lib.live.capture import Captured
+from omniforcing_lib.live.stream import Streamer
 from omniforcing_lib.rollout import Causal
-from omniforcing_lib.stream import Streamer
-from omniforcing_lib.text import TinyText
 
 LAYOUT = BlockLayout(AV(1, 1), AV(3, 25), sinks=3)
 CAUSAL = Causal(LAYOUT, window=2)

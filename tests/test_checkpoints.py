@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from synthetic import PREFIX, STUBS
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import checkpoints, files, formats
+from omniforcing_lib import files
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
 from omniforcing_lib.rollout import Causal
+from omniforcing_lib.weights import checkpoints, formats
 
 
 @pytest.fixture

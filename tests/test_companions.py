@@ -9,11 +9,12 @@ import pytest
 import torch
 from synthetic import CONFIGS, ltx2_file
 
-from omniforcing_lib import anatomy, bench, companions, cost, probes, report, runner
 from omniforcing_lib.config import MINIATURE, ModelConfig
+from omniforcing_lib.lab import anatomy, bench, companions, cost, probes
 from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.live.stream import Streamer
+from omniforcing_lib.pages import report, runner
 from omniforcing_lib.rollout import Causal, new_cache
-from omniforcing_lib.stream import Streamer
 from omniforcing_lib.transformer import Transformer
 
 OTHERS = {"in_channels": 24, "out_channels": 24, "audio_in_channels": 16, "audio_out_channels": 16}

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from omniforcing_lib import detect, world
+from omniforcing_lib.bounce import detect, world
 from omniforcing_lib.layout import AV
 
 SEEDS = range(30_000, 30_012)

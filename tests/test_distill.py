@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib import checkpoints, distill, stream, world
-from omniforcing_lib.dataset import Prompts
-from omniforcing_lib.evaluate import Estimate
+from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce.evaluate import Estimate
+from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.lab import distill
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
-from omniforcing_lib.text import TinyText
-from omniforcing_lib.train import History
+from omniforcing_lib.live import stream
+from omniforcing_lib.training.dataset import Prompts
+from omniforcing_lib.training.train import History
+from omniforcing_lib.weights import checkpoints
 
 SMALL = BlockLayout(AV(1, 1), AV(3, 10), sinks=3)
 

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 from test_train import same
 
-from omniforcing_lib import checkpoints, distributed
-from omniforcing_lib.distributed import ALONE, Part
 from omniforcing_lib.layout import AV
+from omniforcing_lib.training import distributed
+from omniforcing_lib.training.distributed import ALONE, Part
+from omniforcing_lib.weights import checkpoints
 
 HERE = Path(__file__).parent
 JOBS = [("ode", 20, None, {}), ("forcing", 20, None, {})]

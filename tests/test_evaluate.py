@@ -6,9 +6,9 @@ from functools import cache
 import numpy as np
 import pytest
 
-from omniforcing_lib import detect, distributions, evaluate, world
+from omniforcing_lib.bounce import detect, distributions, evaluate, world
+from omniforcing_lib.bounce.world import Impact
 from omniforcing_lib.layout import AV
-from omniforcing_lib.world import Impact
 
 
 @cache

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib import checkpoints, evaluate, exposure, protocol, stream, world
-from omniforcing_lib.anatomy import encoded
+from omniforcing_lib.bounce import evaluate, world
+from omniforcing_lib.lab import exposure, protocol
+from omniforcing_lib.lab.anatomy import encoded
 from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.live import stream
+from omniforcing_lib.weights import checkpoints
 
 SECONDS = 4
 

@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_transformer import distance
 
-from omniforcing_lib import anatomy, checkpoints, exports, formats, stream
 from omniforcing_lib.__main__ import main
+from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_json
 from omniforcing_lib.flow import RELEASED_STEPS
+from omniforcing_lib.lab import anatomy
 from omniforcing_lib.layout import AV, PAPER, RELEASED
+from omniforcing_lib.live import stream
 from omniforcing_lib.rollout import Causal
-from omniforcing_lib.text import TinyText
+from omniforcing_lib.weights import checkpoints, exports, formats
 
 LEVEL = torch.tensor([0.6])
 RELEASED_WIDTHS = replace(

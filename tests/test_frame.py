@@ -1,5 +1,6 @@
 """The frame: one environment said in three files, light imports, a command line that answers in one line."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from omniforcing_lib import profiles
 from omniforcing_lib.__main__ import main
+from omniforcing_lib.pages import profiles
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -22,7 +23,9 @@ PINS = dict(
     for line in (ROOT / "constraints.txt").read_text().splitlines()
     if line and not line.startswith("#")
 )
-ROOMS = sorted(path.stem for path in (ROOT / "omniforcing_lib").glob("[a-z]*.py"))
+LIBRARY = ROOT / "omniforcing_lib"
+ROOMS = sorted(".".join(path.relative_to(LIBRARY).with_suffix("").parts) for path in LIBRARY.rglob("[a-z]*.py"))
+FOLDERS = ("", "weights", "bounce", "training", "live", "ltx2", "pages", "lab")
 
 
 def python(code: str) -> str:
@@ -58,8 +61,8 @@ def test_flash_attention_is_never_selected_by_default():
 
 def test_no_file_names_this_machine_or_a_package_host():
     homes = {str(ROOT), str(Path.home()) + "/", "file:" + "//", "://pypi" + ".", "extra-" + "index-url"}
-    folders = [ROOT, *(ROOT / name for name in ("omniforcing_lib", "tests", "notebooks", ".ci", "reports"))]
-    files = [path for folder in folders for path in folder.glob("*") if path.is_file()]
+    folders = [ROOT, *(ROOT / name for name in ("tests", "notebooks", ".ci", "reports"))]
+    files = [path for folder in folders for path in folder.glob("*") if path.is_file()] + [*LIBRARY.rglob("*.*")]
     for path in [*files, *(ROOT / "reports" / "metrics").rglob("*.json")]:
         text = path.read_bytes().decode("utf-8", "ignore")
         assert not [word for word in homes if word in text], path
@@ -83,8 +86,21 @@ def test_every_room_imports_without_the_optional_packages():
 
 def test_global_seeds_are_set_in_one_place():
     seeding = re.compile(r"(torch\.manual_seed|torch\.cuda\.manual_seed|np\.random\.seed)\(")
-    found = [room for room in ROOMS if seeding.search((ROOT / f"omniforcing_lib/{room}.py").read_text())]
-    assert found == ["report"]
+    found = [room for room in ROOMS if seeding.search((LIBRARY / f"{room.replace('.', '/')}.py").read_text())]
+    assert found == ["pages.report"]
+
+
+def test_folders_import_only_from_those_before_them():
+    """The method needs nothing of what is built on it; nested imports count too."""
+    assert {path.parent.name for path in LIBRARY.rglob("__init__.py")} == {"omniforcing_lib", *FOLDERS[1:]}
+    for room in ROOMS:
+        own = room.rpartition(".")[0]
+        for node in ast.walk(ast.parse((LIBRARY / f"{room.replace('.', '/')}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("omniforcing_lib"):
+                asked = node.module.split(".")[1:]
+                names = asked or [alias.name for alias in node.names]
+                for folder in {name for name in names[:1] if name in FOLDERS}:
+                    assert FOLDERS.index(folder) <= FOLDERS.index(own), f"{room} imports {node.module}"
 
 
 def test_profile_errors_list_what_there_is():
@@ -124,7 +140,7 @@ def test_bad_input_ends_in_one_line_and_code_2(line, says, capfd):
 
 
 def test_render_writes_a_clip_of_the_world(tmp_path, capsys):
-    from omniforcing_lib import media
+    from omniforcing_lib.pages import media
 
     assert main(["render", "--seed", "3", "--seconds", "1", "--out", str(tmp_path / "real.mp4")]) == 0
     clip = media.read_clip(tmp_path / "real.mp4")

@@ -7,9 +7,9 @@ import torch
 from diffusers import LTX2Pipeline
 from tiny_ltx2 import MODEL, diffusers_folder, gemma_folder, whole_file
 
-from omniforcing_lib import gemma, ltx2_parts
-from omniforcing_lib.gemma import GemmaText
 from omniforcing_lib.layout import AV
+from omniforcing_lib.ltx2 import gemma, parts
+from omniforcing_lib.ltx2.gemma import GemmaText
 
 LENGTH = 16
 PROMPTS = ["a red ball, bell", "a blue ball", ""]
@@ -94,4 +94,4 @@ def test_a_bad_cache_or_model_is_refused_by_name(files, tmp_path):
         GemmaText(tmp_path, files / "ltx2.safetensors")
     with pytest.raises(ValueError, match="registers"):
         encoder(files, length=12).encode(["a ball"])
-    assert ltx2_parts.context_widths(files / "diffusers") == AV(*text.widths)
+    assert parts.context_widths(files / "diffusers") == AV(*text.widths)

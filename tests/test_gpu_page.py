@@ -15,10 +15,12 @@ import torch
 from tiny_ltx2 import MODEL, gemma_folder, whole_file
 
 from omniforcing_lib import __main__ as cli
-from omniforcing_lib import claims, cost, distributed, recipes
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_json, write_tensors
+from omniforcing_lib.lab import cost, recipes
+from omniforcing_lib.pages import claims
 from omniforcing_lib.rollout import Causal
+from omniforcing_lib.training import distributed
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 PAGE = README.split("## On a GPU, with the real weights\n")[1].split("\n## ")[0]

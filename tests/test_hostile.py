@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from omniforcing_lib import footage, media, runner
 from omniforcing_lib.config import MINIATURE, ModelConfig
+from omniforcing_lib.pages import footage, media, runner
 
 sys.path.append(str(Path(__file__).parent / "reliability"))
 import attacks

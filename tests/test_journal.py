@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import load_file
 from test_train import CAUSAL, QUICK, ode_stage, pairs, player, prompts, same
 
-from omniforcing_lib import dataset, journal, recipes, records, train
-from omniforcing_lib.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
-from omniforcing_lib.distributed import ALONE
+from omniforcing_lib.lab import recipes
 from omniforcing_lib.layout import AV
-from omniforcing_lib.train import Player
+from omniforcing_lib.training import dataset, journal, records, train
+from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
+from omniforcing_lib.training.distributed import ALONE
+from omniforcing_lib.training.train import Player
 
 
 def test_a_run_that_is_told_to_end_stores_its_state_first(tmp_path, capsys):

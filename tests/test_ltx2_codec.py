@@ -13,19 +13,19 @@ from diffusers import LTX2Pipeline
 from diffusers.loaders.single_file_utils import convert_ltx2_audio_vae_to_diffusers, convert_ltx2_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_mmaudio import mel_filterbank
 from safetensors.torch import load_file
-from tiny_ltx2 import SIZE, VAE, configs, diffusers_folder, parts, whole_file
+from tiny_ltx2 import SIZE, VAE, configs, diffusers_folder, modules, whole_file
 
-from omniforcing_lib import ltx2_parts
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.ltx2_codec import LTX2Codec, LTX2DecodeState, load_ltx2_codec, stream_error
-from omniforcing_lib.overlap import Overlap, Tail, convolution, needs, repeated, transposed
+from omniforcing_lib.ltx2 import parts
+from omniforcing_lib.ltx2.codec import LTX2Codec, LTX2DecodeState, load_ltx2_codec, stream_error
+from omniforcing_lib.ltx2.overlap import Overlap, Tail, convolution, needs, repeated, transposed
 
 VARIANTS = {"2.0": ("2.0", False), "2.3, 48 kHz": ("2.3", False), "causal decoder": ("2.0", True)}
 
 
 def codec_of(version: str = "2.0", causal: bool = False, **rest) -> LTX2Codec:
-    made = parts(version, causal=causal)
+    made = modules(version, causal=causal)
     return LTX2Codec(made["vae"], made["audio_vae"], made["vocoder"], SIZE, **rest)
 
 
@@ -230,7 +230,7 @@ def test_the_mel_spectrogram_is_slaneys():
 @pytest.mark.parametrize("version", ["2.0", "2.3"])
 def test_a_single_file_and_a_folder_load_the_same_codec(version, tmp_path):
     """From LTX-2's names and config, or from diffusers': the weights that were written, and the same decode."""
-    made, z = parts(version), latents(1)
+    made, z = modules(version), latents(1)
     one = load_ltx2_codec(whole_file(tmp_path / "ltx2.safetensors", version), SIZE)
     other = load_ltx2_codec(diffusers_folder(tmp_path / "folder", version), SIZE)
     for codec in (one, other):
@@ -243,7 +243,7 @@ def test_a_single_file_and_a_folder_load_the_same_codec(version, tmp_path):
 
 def test_names_agree_with_diffusers_where_it_has_them(tmp_path):
     tensors = load_file(whole_file(tmp_path / "ltx2.safetensors"))
-    names = {"vae.": ltx2_parts.video_names(VAE), "audio_vae.": ltx2_parts.AUDIO_VAE}
+    names = {"vae.": parts.video_names(VAE), "audio_vae.": parts.AUDIO_VAE}
     convert = {"vae.": convert_ltx2_vae_to_diffusers, "audio_vae.": convert_ltx2_audio_vae_to_diffusers}
     for prefix in names:
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -269,21 +269,21 @@ def test_the_full_size_config_of_ltx2_is_diffusers_default():
 
     with torch.device("meta"):
         default = AutoencoderKLLTX2Video().state_dict()
-        ours = AutoencoderKLLTX2Video(**ltx2_parts.video_config(described)).state_dict()
+        ours = AutoencoderKLLTX2Video(**parts.video_config(described)).state_dict()
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in default.items()}
 
 
 def test_what_cannot_be_done_is_refused_by_name(tmp_path):
-    made = parts()
+    made = modules()
     with pytest.raises(ValueError, match="multiples of 32"):
         LTX2Codec(made["vae"], made["audio_vae"], made["vocoder"], (60, 64))
     made["vae"].register_to_config(timestep_conditioning=True)
     with pytest.raises(ValueError, match="timestep_conditioning"):
         LTX2Codec(made["vae"], made["audio_vae"], made["vocoder"], SIZE)
     with pytest.raises(ValueError, match="attn_res_x"):
-        ltx2_parts.video_config(VAE | {"decoder_blocks": [["attn_res_x", {"num_layers": 1}]]})
+        parts.video_config(VAE | {"decoder_blocks": [["attn_res_x", {"num_layers": 1}]]})
     with pytest.raises(ValueError, match="resblock '2'"):
-        ltx2_parts.vocoder_config({"resblock": "2"})
+        parts.vocoder_config({"resblock": "2"})
     path = write_tensors(tmp_path / "bare.safetensors", {"vae.x": torch.zeros(1)})
     with pytest.raises(ValueError, match="no part 'vae'"):
         load_ltx2_codec(path, SIZE)

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from omniforcing_lib import anatomy, checkpoints, memory
+from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import noise_like, noised
+from omniforcing_lib.lab import anatomy
 from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.live.stream import shipped_codec
 from omniforcing_lib.rollout import Causal, join, rollout, seeded_noise
-from omniforcing_lib.stream import shipped_codec
-from omniforcing_lib.text import TinyText
+from omniforcing_lib.weights import checkpoints, memory
 
 LEVEL = torch.tensor([0.6])
 
@@ -183,7 +184,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from omniforcing_lib import checkpoints
+from omniforcing_lib.weights import checkpoints
 def peak():
     # of this process alone; getrusage remembers its parent
     status = Path("/proc/self/status").read_text().split()

@@ -9,10 +9,11 @@ import torch
 from test_train import CAUSAL, GRID, player
 from test_transformer import TINY
 
-from omniforcing_lib import plan, recipes
 from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.lab import recipes
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal, fresh_noise, new_cache, rollout
+from omniforcing_lib.training import plan
 
 CLIP = plan.Clip(batch=2, seconds=1, grid=GRID, text=4)
 

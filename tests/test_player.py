@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omniforcing_lib import widgets
+from omniforcing_lib.pages import widgets
 
 FPS, RATE = 24, 16_000
 

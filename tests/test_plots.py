@@ -11,9 +11,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from omniforcing_lib import canvas, masks, plots, widgets, world
+from omniforcing_lib import masks
+from omniforcing_lib.bounce import world
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER
-from omniforcing_lib.media import wav_bytes
+from omniforcing_lib.pages import canvas, plots, widgets
+from omniforcing_lib.pages.media import wav_bytes
 
 RNG = np.random.default_rng(0)
 

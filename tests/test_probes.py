@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_transformer import TINY, inputs, tiny
 
-from omniforcing_lib import masks, probes
+from omniforcing_lib import masks
+from omniforcing_lib.lab import probes
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER, RELEASED, BlockLayout
 
 SMALL = BlockLayout(AV(1, 1), AV(2, 5), sinks=2)

@@ -18,13 +18,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTX2VideoTransformer3DMod
 from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift, rescale_noise_cfg
 from tiny_ltx2 import SIZE, gemma_folder, whole_file
 
-from omniforcing_lib import checkpoints, formats, media
 from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
-from omniforcing_lib.gemma import GemmaText
 from omniforcing_lib.layout import AV, PAPER, RELEASED
-from omniforcing_lib.ltx2_codec import load_ltx2_codec
+from omniforcing_lib.live.stream import Streamer, generate, teacher_clips, to_arrays
+from omniforcing_lib.ltx2.codec import load_ltx2_codec
+from omniforcing_lib.ltx2.gemma import GemmaText
+from omniforcing_lib.pages import media
 from omniforcing_lib.rollout import Causal, join, rollout, seeded_noise
-from omniforcing_lib.stream import Streamer, generate, teacher_clips, to_arrays
+from omniforcing_lib.weights import checkpoints, formats
 
 GUIDANCE = Guidance(AV(3.0, 7.0), AV(1.0, 1.0), AV(3.0, 3.0), AV(0.7, 0.7), frozenset({1}))
 PROMPT, STEPS = "a red ball, bell", 8

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import PREFIX
 
-from omniforcing_lib import checkpoints
+from omniforcing_lib.weights import checkpoints
 
 BIAS, INDEX = PREFIX + "proj_out.bias", "model.safetensors.index.json"
 CONFIG = replace(synthetic.CONFIGS["2.0"], num_layers=1)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from omniforcing_lib import claims, files, profiles, report, runner
+from omniforcing_lib import files
 from omniforcing_lib.__main__ import main
+from omniforcing_lib.pages import claims, profiles, report, runner
 
 matplotlib.use("agg")
 

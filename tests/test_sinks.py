@@ -9,14 +9,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from omniforcing_lib import masks, rope, rows, sinks, variants
-from omniforcing_lib.dataset import Pairs, Prompts
+from omniforcing_lib import masks, rope
+from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.bounce.world import prompts
+from omniforcing_lib.lab import rows, sinks, variants
+from omniforcing_lib.lab.sinks import Trace
+from omniforcing_lib.lab.variants import Variant
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
-from omniforcing_lib.sinks import Trace
-from omniforcing_lib.text import TinyText
+from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.transformer import Transformer
-from omniforcing_lib.variants import Variant
-from omniforcing_lib.world import prompts
 from tests.test_transformer import GRID, TINY, inputs, tiny
 
 LATENTS = AV(range(7), range(51))

@@ -12,13 +12,14 @@ import pytest
 import torch
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import attention, bench, rope, switching
-from omniforcing_lib.codec_parts import CodecConfig
-from omniforcing_lib.codecs import TinyCodec
+from omniforcing_lib import attention, rope
+from omniforcing_lib.bounce.codec_parts import CodecConfig
+from omniforcing_lib.bounce.codecs import TinyCodec
+from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.lab import bench, switching
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
+from omniforcing_lib.live.stream import Chunk, Streamer, to_arrays
 from omniforcing_lib.rollout import Causal, join, rollout, seeded_noise
-from omniforcing_lib.stream import Chunk, Streamer, to_arrays
-from omniforcing_lib.text import TinyText
 
 CLOCK = Clock()
 HOUR = 3600

@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from omniforcing_lib import submission
 from omniforcing_lib.__main__ import main
+from omniforcing_lib.lab import submission
 from omniforcing_lib.layout import AV, Clock
 
 PROMPTS = {"a cat": "a grey cat on a wall, purring", "a dog": "a dog"}

@@ -5,8 +5,8 @@ from itertools import combinations
 import pytest
 import torch
 
-from omniforcing_lib import world
-from omniforcing_lib.text import TinyText
+from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce.text import TinyText
 
 
 def test_every_prompt_has_its_own_context_and_none_is_the_unconditional_one():

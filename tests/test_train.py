@@ -9,12 +9,13 @@ import torch
 from safetensors import safe_open
 from test_transformer import TINY
 
-from omniforcing_lib import distill, train
-from omniforcing_lib.dataset import Clips, Pairs, Prompts
 from omniforcing_lib.flow import Guidance
+from omniforcing_lib.lab import distill
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.rollout import Causal, fresh_noise, rollout
-from omniforcing_lib.train import Player, Recipe
+from omniforcing_lib.training import train
+from omniforcing_lib.training.dataset import Clips, Pairs, Prompts
+from omniforcing_lib.training.train import Player, Recipe
 from omniforcing_lib.transformer import Transformer
 
 GRID, FRAMES = (2, 2), 5

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from omniforcing_lib import world
+from omniforcing_lib.bounce import world
 from omniforcing_lib.layout import AV
 
 SEEDS = [0, 1, 2]

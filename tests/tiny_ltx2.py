@@ -13,9 +13,9 @@ import torch
 from synthetic import PREFIX, metadata_of, weights
 from torch import nn
 
-from omniforcing_lib import ltx2_parts
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.files import write_tensors
+from omniforcing_lib.ltx2 import parts
 
 SIZE = (64, 64)
 MODEL = replace(
@@ -136,7 +136,7 @@ def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
-def parts(version: str = "2.0", *, causal: bool = False) -> dict[str, nn.Module]:
+def modules(version: str = "2.0", *, causal: bool = False) -> dict[str, nn.Module]:
     """Build the random modules of a tiny LTX-2 of `version` as diffusers' classes."""
     from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
     from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
@@ -155,9 +155,9 @@ def parts(version: str = "2.0", *, causal: bool = False) -> dict[str, nn.Module]
         text |= {"per_modality_projections": True, "proj_bias": True}
         text |= {"video_hidden_dim": MODEL.video_dim, "audio_hidden_dim": MODEL.audio_dim}
     made = {
-        "vae": AutoencoderKLLTX2Video(**ltx2_parts.video_config(vae) | {"decoder_causal": causal}),
-        "audio_vae": AutoencoderKLLTX2Audio(**ltx2_parts.audio_config(audio)),
-        "vocoder": vocoders(**ltx2_parts.vocoder_config(vocoder)),
+        "vae": AutoencoderKLLTX2Video(**parts.video_config(vae) | {"decoder_causal": causal}),
+        "audio_vae": AutoencoderKLLTX2Audio(**parts.audio_config(audio)),
+        "vocoder": vocoders(**parts.vocoder_config(vocoder)),
         "connectors": LTX2TextConnectors(**text),
     }
     return {name: shaken(module, seed) for seed, (name, module) in enumerate(made.items())}
@@ -174,13 +174,13 @@ def whole_file(path: str | Path, version: str = "2.0", *, model: ModelConfig | N
     """Write a whole tiny LTX-2 single file, fp32; give its path."""
     model = model or (MODEL if version == "2.0" else NEWER)
     names = {
-        "vae": ltx2_parts.video_names(configs(version)["vae"]),
-        "audio_vae": ltx2_parts.AUDIO_VAE,
-        "vocoder": ltx2_parts.VOCODER,
-        "connectors": ltx2_parts.TEXT,
+        "vae": parts.video_names(configs(version)["vae"]),
+        "audio_vae": parts.AUDIO_VAE,
+        "vocoder": parts.VOCODER,
+        "connectors": parts.TEXT,
     }
     tensors = {PREFIX + n: t for n, t in weights(model, torch.Generator().manual_seed(0)).items()}
-    for part, module in parts(version).items():
+    for part, module in modules(version).items():
         tensors |= {names[part].to_ltx2(name): tensor for name, tensor in module.state_dict().items()}
     config = configs(version)
     config["transformer"] |= CONNECTOR
@@ -189,7 +189,7 @@ def whole_file(path: str | Path, version: str = "2.0", *, model: ModelConfig | N
 
 def diffusers_folder(path: str | Path, version: str = "2.0") -> Path:
     """Save the same parts as a diffusers folder."""
-    for name, module in parts(version).items():
+    for name, module in modules(version).items():
         module.save_pretrained(Path(path) / name)
     return Path(path)
 

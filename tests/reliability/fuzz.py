@@ -29,15 +29,17 @@ from tqdm import tqdm
 from watch import write
 
 from omniforcing_lib import __main__ as command_line
-from omniforcing_lib import checkpoints, media, world
-from omniforcing_lib.codec_parts import CodecConfig
-from omniforcing_lib.codecs import TinyCodec
+from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce.codec_parts import CodecConfig
+from omniforcing_lib.bounce.codecs import TinyCodec
+from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import MINIATURE
 from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.live.stream import Streamer
+from omniforcing_lib.pages import media
 from omniforcing_lib.rollout import Causal
-from omniforcing_lib.stream import Streamer
-from omniforcing_lib.text import TinyText
 from omniforcing_lib.transformer import Transformer
+from omniforcing_lib.weights import checkpoints
 
 LONGEST_MESSAGE = 1000
 SECONDS_EACH = 20  # of computing: no input may hold the reader longer

@@ -15,7 +15,9 @@ from unittest.mock import patch
 import torch
 from watch import Watch, write
 
-from omniforcing_lib import checkpoints, recipes, train
+from omniforcing_lib.lab import recipes
+from omniforcing_lib.training import train
+from omniforcing_lib.weights import checkpoints
 
 
 def soak(minutes: float, batch: int, seconds: int, seed: int, every: float, checkpoint: int) -> dict[str, object]:

@@ -9,7 +9,8 @@ from statistics import median
 
 import psutil
 
-from omniforcing_lib import files, report
+from omniforcing_lib import files
+from omniforcing_lib.pages import report
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports" / "reliability"
 FLAT = 1.02  # memory at the end over memory once it has settled

@@ -1,0 +1,252 @@
+"""The protocol of what is reported: held-out prompts and seeds, through an mp4, judged from pixels and samples.
+
+Teacher and students get the same prompts and the same seeds. Ceiling (real clips), codec round trip and floor (sound of
+another clip) stand beside them; every measure has a bootstrap interval over clips, and sync F1 is given by seed too.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from omniforcing_lib import files, rollout
+from omniforcing_lib.bounce import distributions, evaluate, world
+from omniforcing_lib.bounce.codecs import TinyCodec
+from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.lab import exposure
+from omniforcing_lib.layout import AV, PAPER, BlockLayout
+from omniforcing_lib.live import stream
+from omniforcing_lib.pages import claims, media, plots
+from omniforcing_lib.weights import checkpoints
+
+Clip = AV[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Say which clips are made: the same for every system.
+
+    Attributes:
+        clips: clips a seed; prompts take turns.
+        seeds: number of disjoint sets of seeds.
+        seconds: length of a clip.
+    """
+
+    clips: int = 64
+    seeds: int = 3
+    seconds: int = 5
+
+    @property
+    def prompts(self) -> list[str]:
+        """Prompt of every clip."""
+        names = world.prompts()
+        return [names[i % len(names)] for i in range(self.clips * self.seeds)]
+
+    def asked(self, system: System) -> list[str]:
+        """Prompt of every clip, empty for a system that gets none."""
+        return self.prompts if system.prompted else [""] * len(self.prompts)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Noise seed of every clip, and the world's seed of the real clip beside it; training never draws them."""
+        return [world.HELD_OUT + 10_000 * s + i for s in range(1, self.seeds + 1) for i in range(self.clips)]
+
+    def real(self, offset: int = 0) -> list[Clip]:
+        """Render true clips of the same prompts."""
+        pairs = zip(self.numbers, self.prompts, strict=True)
+        return [world.render(world.scene(n + offset, p), seconds=self.seconds) for n, p in pairs]
+
+
+class System(NamedTuple):
+    """What is measured: a checkpoint, the steps of a teacher (a student has its own), and whether it is prompted."""
+
+    model: str
+    steps: int = 40
+    prompted: bool = True
+
+
+@torch.inference_mode()
+def sample(system: System, trial: Trial, *, batch: int = 16) -> list[Clip]:
+    """Make the clips of a trial."""
+    codec, loaded, causal = (
+        stream.shipped_codec(),
+        checkpoints.load(system.model),
+        checkpoints.read(system.model).causal,
+    )
+    made: list[Clip] = []
+    for start in tqdm(range(0, len(trial.numbers), batch), desc=f"sampling {Path(system.model).stem}", leave=False):
+        prompts, numbers = (x[start : start + batch] for x in (trial.asked(system), trial.numbers))
+        if causal is None:
+            made += stream.teacher_clips(loaded, codec, prompts, numbers, trial.seconds, steps=system.steps)
+            continue
+        text = TinyText().encode(prompts)
+        noise = rollout.seeded_noise(numbers, text.video)
+        length = codec.clock.latents(trial.seconds).video
+        blocks = rollout.rollout(loaded, causal, text, noise, codec.grid, length)
+        made += stream.to_clips(codec.decode(rollout.join(list(blocks))))
+    return made
+
+
+@torch.inference_mode()
+def through_codec(clips: Sequence[Clip], codec: TinyCodec, batch: int = 16) -> list[Clip]:
+    """Encode and decode clips."""
+    made: list[Clip] = []
+    for start in range(0, len(clips), batch):
+        video, audio = zip(*clips[start : start + batch], strict=True)
+        frames = torch.from_numpy(np.stack(video)).float() / 127.5 - 1
+        made += stream.to_clips(codec.decode(codec.encode(AV(frames, torch.from_numpy(np.stack(audio))))))
+    return made
+
+
+def through_file(clips: Sequence[Clip]) -> list[Clip]:
+    """Write every clip to an mp4 and read it back."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        return [media.read_clip(media.write_clip(path, clip)) for clip in tqdm(clips, desc="mp4", leave=False)]
+
+
+def run(systems: dict[str, System], trial: Trial, out: str | Path, *, floor: bool = True) -> evaluate.Table:
+    """Measure systems by name and write `scores.json`, `scores.md` and a contact sheet of each.
+
+    Returns the table; distances are to real clips of other seeds, equal in number.
+    """
+    out = Path(out)
+    real, prompts = through_file(trial.real()), trial.prompts
+    reference = distributions.feature_sets(through_file(trial.real(offset=5_000)))
+    sets = {"real clips": real, "codec round trip": through_file(through_codec(trial.real(), stream.shipped_codec()))}
+    if floor:
+        sets["shuffled sound"] = evaluate.shuffled(real)
+    for name, system in systems.items():
+        sets[name] = through_file(sample(system, trial))
+    rows, extra = {}, {}
+    for name, clips in sets.items():
+        wanted = trial.asked(systems[name]) if name in systems else prompts
+        readings = [evaluate.read(clip) for clip in tqdm(clips, desc=name, leave=False)]
+        tallies = [evaluate.tally(reading, prompt) for reading, prompt in zip(readings, wanted, strict=True)]
+        if name in systems:
+            _sheet(out / f"{name.replace(' ', '_').replace(',', '')}.png", readings[:8], wanted[:8])
+        rows[name] = evaluate.estimates(tallies)
+        extra[name] = distances(reference, clips) | {"sync_f1_by_seed": by_seed(tallies, trial)}
+        if all(wanted):
+            extra[name]["lowest_of_prompts"] = worst(tallies, prompts)
+    table = evaluate.Table(rows)
+    _store(out, trial, systems, table, extra)
+    return table
+
+
+def _sheet(path: Path, readings: Sequence[evaluate.Reading], titles: Sequence[str]) -> None:
+    events = [AV([*(p.seen for p in r.pairs), *r.seen], [*(p.heard for p in r.pairs), *r.heard]) for r in readings]
+    picture = plots.contact_sheet([r.clip for r in readings], titles, events)
+    with files.replacing(path) as partial:
+        picture.savefig(partial, format="png")
+
+
+def brief(model: str, clips: int) -> dict[str, float]:
+    """Measure a miniature in little, for its file's own metadata: the mean of every measure over a few clips."""
+    trial = Trial(clips, seeds=1)
+    made = through_file(sample(System(model, steps=20), trial))
+    row = evaluate.table(made, trial.prompts, name=model, draws=1).rows[model]
+    return {"clips": clips} | {name: round(e.mean, 4) for name, e in row.items() if np.isfinite(e.mean)}
+
+
+def distances(reference: AV[np.ndarray], clips: Sequence[Clip]) -> dict[str, float]:
+    """Fréchet and energy distance of hand-made features to the reference set, for each stream."""
+    found = distributions.feature_sets(clips)
+    measures = {"frechet": distributions.frechet, "energy": distributions.energy_distance}
+    pairs = reference._asdict().items()
+    return {f"{name}_{s}": round(fn(a, getattr(found, s)), 4) for name, fn in measures.items() for s, a in pairs}
+
+
+def by_seed(tallies: Sequence[evaluate.Tally], trial: Trial) -> list[float]:
+    """Sync F1 of each set of seeds on its own."""
+    parts = [tallies[start : start + trial.clips] for start in range(0, len(tallies), trial.clips)]
+    return [round(evaluate.estimates(part, draws=1)["sync_f1"].mean, 4) for part in parts]
+
+
+def worst(tallies: Sequence[evaluate.Tally], prompts: Sequence[str]) -> dict[str, float]:
+    """Give each measure of prompt and sync for the prompt that does worst at it."""
+    found: dict[str, float] = {}
+    for prompt in dict.fromkeys(prompts):
+        row = evaluate.estimates([t for t, p in zip(tallies, prompts, strict=True) if p == prompt], draws=1)
+        for name in ("one_ball", "colour", "timbre", "sync_f1", "wall_pitch"):
+            found[name] = min(found.get(name, 1.0), round(row[name].mean, 4))
+    return found
+
+
+def _store(out: Path, trial: Trial, systems: dict[str, System], table: evaluate.Table, extra: dict[str, dict]) -> None:
+    record = {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds}
+    record["systems"] = {name: system._asdict() for name, system in systems.items()}
+    files.write_json(out / "scores.json", record | {"measures": _plain(table), "more": extra})
+    size = f"{trial.seeds} seeds × {trial.clips} clips of {trial.seconds} s"
+    title = f"{size}, held-out, through an mp4; mean and 95 % interval."
+    more = "Distances are on named, hand-made features, to as many real clips of other seeds."
+    files.write_text(out / "scores.md", "\n\n".join([title, str(table), more, _columns(extra)]) + "\n")
+
+
+def _plain(table: evaluate.Table) -> dict[str, dict[str, list[float] | None]]:
+    """Give a table as JSON can hold it: mean, low, high of each measure, None where nothing was to be measured."""
+    rows = {name: {k: [round(float(v), 5) for v in e] for k, e in row.items()} for name, row in table.rows.items()}
+    return {n: {k: v if np.isfinite(v).all() else None for k, v in row.items()} for n, row in rows.items()}
+
+
+def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width: int = 10) -> str:
+    """Measure what long roll-outs lose, span by span of `width` seconds, and write `long.json` and `long.md`.
+
+    Real clips stand beside the students. `last / first` is `exposure.kept`; seams are those of `exposure.seam`.
+    Returns the text.
+
+    Raises ValueError for a teacher, which has no blocks, or a length that is not two spans or more.
+    """
+    if trial.seconds % width or trial.seconds < 2 * width:
+        raise ValueError(f"long roll-outs last two or more whole spans of {width} s, found {trial.seconds} s")
+    layouts = {"real clips": PAPER}
+    for name, system in systems.items():
+        causal = checkpoints.read(system.model).causal
+        if causal is None:
+            raise ValueError(f"{system.model} is no causal student: it cannot be rolled out for {trial.seconds} s")
+        layouts[name] = causal.layout
+    size = f"{trial.clips * trial.seeds} roll-outs of {trial.seconds} s"
+    parts, record = [f"{size}, held-out, through an mp4; mean and 95 % interval."], {}
+    for name, layout in layouts.items():
+        made = sample(systems[name], trial, batch=8) if name in systems else trial.real()
+        readings = [evaluate.read(clip) for clip in through_file(made)]
+        wanted = trial.asked(systems[name]) if name in systems else trial.prompts
+        table, seams = _spans(readings, wanted, layout, range(0, trial.seconds, width), width)
+        parts += [f"## {name}", str(table), _columns(seams)]
+        record[name] = {"measures": _plain(table), "seams": seams}
+    settings = {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds, "width": width}
+    settings["systems"] = {name: system._asdict() for name, system in systems.items()}
+    files.write_json(Path(out) / "long.json", settings | {"spans": record})
+    files.write_text(Path(out) / "long.md", "\n\n".join(parts) + "\n")
+    return "\n\n".join(parts)
+
+
+def _spans(
+    readings: Sequence[evaluate.Reading], prompts: Sequence[str], layout: BlockLayout, starts: range, width: int
+) -> tuple[evaluate.Table, dict[str, dict[str, float]]]:
+    counts = [
+        [evaluate.tally(r, p, start, start + width) for r, p in zip(readings, prompts, strict=True)] for start in starts
+    ]
+    names = [f"{start} to {start + width} s" for start in starts]
+    rows = dict(zip(names, map(evaluate.estimates, counts), strict=True))
+    seams = {
+        name: {f"seam, {of}": round(exposure.seam(readings, layout, of, *span), 4) for of in exposure.STEPS}
+        for name, span in zip([*names, "all"], [*((s, s + width) for s in starts), (0,)], strict=True)
+    }
+    return evaluate.Table(rows | {"last / first": exposure.kept(counts[0], counts[-1])}), seams
+
+
+def _columns(extra: dict[str, dict]) -> str:
+    """Write what is known of each system beside its measures, a column each."""
+    flat = {name: {k: v for k, v in row.items() if not isinstance(v, dict)} for name, row in extra.items()}
+    for name, row in extra.items():
+        flat[name] |= {f"{k}: {m}": v for k, d in row.items() if isinstance(d, dict) for m, v in d.items()}
+    keys = dict.fromkeys(k for row in flat.values() for k in row)
+    return claims.markdown_table([{"": k} | {n: str(row.get(k, "–")) for n, row in flat.items()} for k in keys])

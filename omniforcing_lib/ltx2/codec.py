@@ -1,0 +1,375 @@
+"""LTX-2's own autoencoders and vocoder (diffusers' classes) behind the `Codec` protocol, whole or as a stream.
+
+A stream is decoded by overlap and crop (`overlap`). LTX-2's video decoder is not causal: its convolutions reach some
+22 latents, 7 seconds, ahead; `horizon` cuts that short at a price in fidelity that `stream_error` measures. Its audio
+decoder is causal, its vocoder looks a fraction of a second ahead. Frames and samples leave together, on one clock.
+
+Letters: B batch, F video latents, T audio latents, f frames, n samples, t mel frames, m mel bins, c channels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from omniforcing_lib.layout import AV, Clock
+from omniforcing_lib.ltx2 import parts
+from omniforcing_lib.ltx2.overlap import Chain, Layer, Overlap, Tail, convolution, repeated, transposed
+
+START = AV(0, 0)
+N_FFT, QUIETEST = 1024, 1e-5  # of the mel spectrogram that the audio encoder hears (spec 2)
+
+
+@dataclass
+class LTX2DecodeState:
+    """Remember where a streamed decoding stands: three overlaps, what one stream holds for the other, what was given.
+
+    Attributes:
+        video: latents to frames.
+        mel: latents to mel frames.
+        wave: mel frames to samples.
+        held: frames and samples that wait for the other stream.
+        given: frames and samples that have left.
+    """
+
+    video: Tail = field(default_factory=Tail)
+    mel: Tail = field(default_factory=Tail)
+    wave: Tail = field(default_factory=Tail)
+    held: AV[Tensor] | None = None
+    given: AV[int] = START
+
+    def shown(self, clock: Clock) -> int:
+        """Frames given so far."""
+        return self.given.video
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give all of it as named tensors, to be stored."""
+        tails = {"video": self.video, "mel": self.mel, "wave": self.wave}
+        counts = [n for tail in tails.values() for n in (tail.start, tail.given)]
+        stored = {name: tail.kept for name, tail in tails.items() if tail.kept is not None}
+        if self.held is not None:
+            stored |= {f"held_{name}": part for name, part in self.held._asdict().items()}
+        stored["counts"] = torch.tensor([*counts, *self.given])
+        return {f"decoder.{name}": tensor for name, tensor in stored.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], device: str | torch.device = "cpu") -> LTX2DecodeState:
+        """Take up a decoding where `tensors` left it."""
+        own = {name.removeprefix("decoder."): t.to(device) for name, t in tensors.items() if name[:8] == "decoder."}
+        *counts, frames, samples = own["counts"].tolist()
+        pairs = zip(("video", "mel", "wave"), counts[::2], counts[1::2], strict=True)
+        tails = {name: Tail(own.get(name), start, given) for name, start, given in pairs}
+        held = AV(own["held_video"], own["held_audio"]) if "held_video" in own else None
+        return cls(**tails, held=held, given=AV(frames, samples))
+
+
+class LTX2Codec(nn.Module):
+    """Encode clips to LTX-2's latents and decode them, whole or as a stream (spec 2).
+
+    Args:
+        video: diffusers' `AutoencoderKLLTX2Video`.
+        audio: diffusers' `AutoencoderKLLTX2Audio`.
+        vocoder: diffusers' `LTX2Vocoder` (24 kHz) or `LTX2VocoderWithBWE` (48 kHz).
+        size: height and width of the frames, multiples of 32.
+        horizon: video latents that a streamed frame waits for at most; None waits for all, and equals the whole decode.
+
+    Attributes:
+        grid: tokens of a video latent.
+        channels: of a latent of each stream.
+        clock: of what `decode` gives.
+        hears: the clock of what `encode` takes: 16 kHz.
+    """
+
+    def __init__(
+        self,
+        video: nn.Module,
+        audio: nn.Module,
+        vocoder: nn.Module,
+        size: tuple[int, int] = (512, 768),
+        *,
+        horizon: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.video, self.audio, self.vocoder = video, audio, vocoder
+        config = audio.config
+        self.hears = Clock(mel_rate=config.sample_rate // config.mel_hop_length, sample_rate=config.sample_rate)
+        self.clock = Clock(mel_rate=self.hears.mel_rate, sample_rate=vocoder.config.output_sampling_rate)
+        self.size, patch = tuple(size), video.spatial_compression_ratio
+        if any(side < 2 * patch or side % patch for side in size):
+            raise ValueError(f"frames have sides of 2 or more multiples of {patch}, found {size[0]} x {size[1]}")
+        self.grid = (size[0] // patch, size[1] // patch)
+        self.mels = config.mel_bins // audio.mel_compression_ratio
+        self.channels = AV(video.config.latent_channels, config.latent_channels * self.mels)
+        self._check()
+        strides = AV(self.clock.video_stride, self.clock.audio_stride)
+        chain = video_chain(video.decoder)
+        self.overlaps = AV(
+            Overlap(self._frames, chain, strides.video, strides.video - 1, (*self.size, 3), horizon),
+            Overlap(self._mel, audio_chain(audio.decoder), strides.audio, strides.audio - 1, (2, config.mel_bins)),
+        )
+        self.waves = Overlap(self._samples, vocoder_chain(vocoder), self.clock.hop, shape=(2,))
+
+    @property
+    def delays(self) -> AV[Fraction]:
+        """Seconds that each stream of a streamed decoding lags behind its latents; the later one holds the other."""
+        wave = Fraction(self.waves.delay, self.clock.sample_rate)
+        return AV(
+            Fraction(self.overlaps.video.delay, self.clock.fps),
+            wave + Fraction(self.overlaps.audio.delay, self.clock.mel_rate),
+        )
+
+    def start(self) -> LTX2DecodeState:
+        """Begin a streamed decoding."""
+        return LTX2DecodeState()
+
+    @torch.no_grad()
+    def encode(self, clip: AV[Tensor]) -> AV[Tensor]:
+        """Encode a clip to normalised latents, the means of the posteriors.
+
+        Shapes: video [B, f, H, W, 3], audio [B, n] or [B, n, 2] at 16 kHz, both in [-1, 1] -> AV([B, F, h, w, c],
+        [B, T, c]).
+
+        Raises:
+            ValueError: frames that are not 8k + 1 or of another size, samples that are not 4k + 1 mel hops.
+        """
+        frames, samples = clip
+        if frames.shape[2:] != (*self.size, 3):
+            raise ValueError(f"frames are {(*self.size, 3)}, found {tuple(frames.shape[2:])}: resize them first")
+        self.clock.video_latents_of(frames.shape[1])
+        video = self.video.encode(_like(rearrange(frames, "b f h w c -> b c f h w"), self.video)).latent_dist.mode()
+        mel = _like(self.spectrogram(samples), self.audio)
+        audio = rearrange(self.audio.encode(mel).latent_dist.mode(), "b c t m -> b t (c m)")
+        video = rearrange(video, "b c f h w -> b f h w c")
+        return AV(
+            (video - self.video.latents_mean) * self.video.config.scaling_factor / self.video.latents_std,
+            (audio - self.audio.latents_mean) / self.audio.latents_std,
+        )
+
+    def spectrogram(self, samples: Tensor) -> Tensor:
+        """Give the log-mel spectrogram that the audio encoder hears: 64 Slaney bins, n_fft 1024, hop 160 (spec 2).
+
+        Shapes: [B, n] or [B, n, 2] at 16 kHz, n = (4k + 1) hops -> [B, 2, 4k + 1, m]; mono goes to both ears.
+
+        Raises:
+            ValueError: another number of samples.
+        """
+        stereo = samples[..., None].expand(-1, -1, 2) if samples.ndim == 2 else samples
+        hops, rest = divmod(samples.shape[1], self.hears.hop)
+        if rest or hops % self.hears.audio_stride != 1:
+            unit, one = self.hears.audio_stride * self.hears.hop, self.hears.hop
+            raise ValueError(
+                f"samples must be {unit}k + {one} at {self.hears.sample_rate} Hz, found {samples.shape[1]}"
+            )
+        flat = rearrange(stereo, "b n c -> (b c) n").float()
+        flat = torch.nn.functional.pad(flat, (0, max(0, N_FFT // 2 + 1 - flat.shape[1])))
+        window = torch.hann_window(N_FFT, device=flat.device)
+        spectrum = torch.stft(flat, N_FFT, self.hears.hop, window=window, return_complex=True).abs()[..., :hops]
+        mel = torch.log((self._filters().to(flat) @ spectrum).clamp_min(QUIETEST))
+        return rearrange(mel, "(b c) m t -> b c t m", c=2)
+
+    @torch.no_grad()
+    def decode(self, latents: AV[Tensor], state: LTX2DecodeState | None = None) -> AV[Tensor]:
+        """Decode latents whole, or the next ones of a stream when a state is given (which it moves on).
+
+        In a stream frames and samples come `delays` later than their latents; `finish` gives what is left.
+
+        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n, 2], float32 in [-1, 1].
+
+        Raises:
+            ValueError: latents of another grid or width.
+        """
+        expected = AV((*self.grid, self.channels.video), (self.channels.audio,))
+        for name, stream, shape in zip(AV._fields, latents, expected, strict=True):
+            if stream.shape[2:] != shape:
+                raise ValueError(f"{name} latents are {shape} each, found {tuple(stream.shape[2:])}")
+        return self._advance(latents, self.start(), last=True) if state is None else self._advance(latents, state)
+
+    @torch.no_grad()
+    def finish(self, state: LTX2DecodeState) -> AV[Tensor]:
+        """Give the frames and samples that a stream still owes, up to the last one of each.
+
+        Shapes: as those of `decode`; empty where no latent came.
+        """
+        none = AV(torch.zeros(1, 0, *self.grid, self.channels.video), torch.zeros(1, 0, self.channels.audio))
+        kept = AV(state.video.kept, state.mel.kept)
+        return self._advance(none.map(lambda new, old: new if old is None else old[:, :0], kept), state, last=True)
+
+    def _advance(self, latents: AV[Tensor], state: LTX2DecodeState, *, last: bool = False) -> AV[Tensor]:
+        frames = self.overlaps.video.step(state.video, latents.video, last=last)
+        mel = self.overlaps.audio.step(state.mel, latents.audio, last=last)
+        made = AV(frames, self.waves.step(state.wave, mel, last=last))
+        if state.held is not None:
+            made = made.map(lambda new, held: torch.cat([held, new], 1), state.held)
+        ends = made.map(lambda part, given: given + part.shape[1], state.given)
+        if not last:
+            shared = min(ends.video, self.clock.frames_of(ends.audio))
+            ends = AV(shared, self.clock.samples_of(shared))
+        count = ends.map(lambda end, given: max(0, end - given), state.given)
+        state.held = made.map(lambda part, n: part[:, n:], count)
+        state.given = state.given.map(lambda given, n: given + n, count)
+        return made.map(lambda part, n: part[:, :n], count)
+
+    def _frames(self, latents: Tensor) -> Tensor:
+        raw = latents * self.video.latents_std / self.video.config.scaling_factor + self.video.latents_mean
+        pixels = self.video.decoder(_like(rearrange(raw, "b f h w c -> b c f h w"), self.video))
+        return rearrange(pixels, "b c f h w -> b f h w c").float().clamp(-1, 1)
+
+    def _mel(self, latents: Tensor) -> Tensor:
+        raw = latents * self.audio.latents_std + self.audio.latents_mean
+        mel = self.audio.decoder(_like(rearrange(raw, "b t (c m) -> b c t m", m=self.mels), self.audio))
+        return rearrange(mel, "b c t m -> b t c m")
+
+    def _samples(self, mel: Tensor) -> Tensor:
+        wave = self.vocoder(_like(rearrange(mel, "b t c m -> b c t m"), self.vocoder))
+        return rearrange(wave, "b c n -> b n c").float().clamp(-1, 1)
+
+    def _filters(self) -> Tensor:
+        from transformers.audio_utils import mel_filter_bank
+
+        rate, bins = self.hears.sample_rate, self.audio.config.mel_bins
+        bank = mel_filter_bank(N_FFT // 2 + 1, bins, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
+        return torch.from_numpy(bank.T.copy())
+
+    def _check(self) -> None:
+        """Refuse what would be decoded silently wrong: another clock, noise or time steps in the decoder."""
+        video, audio = self.video.config, self.audio.config
+        found = {
+            "vae.timestep_conditioning": (video.timestep_conditioning, False),
+            "vae.decoder_inject_noise": (any(_each(video.decoder_inject_noise)), False),
+            "vae.patch_size_t": (video.patch_size_t, 1),
+            "vae temporal compression": (self.video.temporal_compression_ratio, self.clock.video_stride),
+            "audio_vae temporal compression": (self.audio.temporal_compression_ratio, self.clock.audio_stride),
+            "audio_vae.causality_axis": (audio.causality_axis, "height"),
+            "audio_vae.mid_block_add_attention": (audio.mid_block_add_attention, False),
+            "audio_vae.attn_resolutions": (bool(audio.attn_resolutions), False),
+            "audio_vae.latents_mean": (len(self.audio.latents_mean), self.channels.audio),
+            "vocoder samples a mel frame": (_samples_a_mel(self.vocoder), self.clock.hop),
+        }
+        for name, (value, expected) in found.items():
+            if value != expected:
+                raise ValueError(f"{name} is {value!r}; only {expected!r} is supported")
+
+
+def load_ltx2_codec(
+    source: str | os.PathLike[str],
+    size: tuple[int, int] = (512, 768),
+    *,
+    horizon: int | None = None,
+    **place: torch.device | torch.dtype,
+) -> LTX2Codec:
+    """Load the codec of an LTX-2 single file or diffusers folder, frozen; `place` is that of `Module.to`.
+
+    Raises:
+        ValueError: a part that is missing, does not fit its config, or that `LTX2Codec` refuses.
+    """
+    loaded = (load(source, **place) for load in (parts.video_vae, parts.audio_vae, parts.vocoder))
+    return LTX2Codec(*loaded, size, horizon=horizon)
+
+
+def stream_error(codec: LTX2Codec, latents: AV[Tensor], horizon: int) -> float:
+    """Measure what a shorter wait costs: PSNR in dB of frames streamed at `horizon` against the whole decode.
+
+    The peak is 2, as frames lie in [-1, 1]; inf where they are equal.
+
+    Shapes: latents as in `LTX2Codec.decode`, one latent a step.
+    """
+    short = LTX2Codec(codec.video, codec.audio, codec.vocoder, codec.size, horizon=horizon)
+    state = short.start()
+    none = latents.audio[:, :0]
+    with torch.no_grad():
+        pieces = [short.overlaps.video.step(state.video, part) for part in latents.video.split(1, 1)]
+        pieces.append(short.overlaps.video.step(state.video, latents.video[:, :0], last=True))
+        whole = codec.decode(AV(latents.video, none)).video
+    error = (torch.cat(pieces, 1) - whole).square().mean()
+    return (10 * torch.log10(4 / error)).item()
+
+
+def video_chain(decoder: nn.Module) -> Chain:
+    """List what diffusers' `LTX2VideoDecoder3d` sees along time: its submodules stand in the order they run in."""
+    layers: list[Layer] = []
+    for name, module in decoder.named_modules():
+        if type(module).__name__ != "LTX2VideoCausalConv3d":
+            continue
+        kernel = module.kernel_size[0]
+        layers.append(convolution(kernel, kernel - 1 if decoder.is_causal else (kernel - 1) // 2))
+        parent = decoder.get_submodule(name.rpartition(".")[0])
+        if type(parent).__name__ == "LTX2VideoUpsampler3d":
+            layers.append(repeated(parent.stride[0], parent.stride[0] - 1))
+    return layers
+
+
+def audio_chain(decoder: nn.Module) -> Chain:
+    """List what diffusers' `LTX2AudioDecoder` sees along time; its levels run from the last to the first."""
+
+    def convolutions(module: nn.Module) -> Iterator[Layer]:
+        for name, layer in module.named_modules():
+            if type(layer).__name__ == "LTX2AudioCausalConv2d" and "shortcut" not in name:
+                kernel, dilation = layer.conv.kernel_size[0], layer.conv.dilation[0]
+                yield convolution(kernel, layer.padding[2], dilation)
+
+    layers = [*convolutions(decoder.conv_in), *convolutions(decoder.mid)]
+    for stage in reversed(decoder.up):
+        layers += convolutions(stage.block)
+        if hasattr(stage, "upsample"):
+            layers += [repeated(2, 0), *convolutions(stage.upsample), Layer(1, 1)]
+    return [*layers, *convolutions(decoder.conv_out)]
+
+
+def vocoder_chain(vocoder: nn.Module) -> Chain:
+    """List what diffusers' `LTX2Vocoder`, or `LTX2VocoderWithBWE`, sees along time."""
+    if hasattr(vocoder, "bwe_generator"):
+        stft = vocoder.mel_stft.stft_fn
+        before = max(0, stft.window_length - stft.hop_length)
+        heard = convolution(stft.forward_basis.shape[-1], before, stride=stft.hop_length)
+        finer = [heard, *vocoder_chain(vocoder.bwe_generator)]
+        return [*vocoder_chain(vocoder.vocoder), [finer, [_upsample(vocoder.resampler)]]]
+    layers = [_same(vocoder.conv_in)]
+    for index, up in enumerate(vocoder.upsamplers):
+        blocks = vocoder.resnets[index * vocoder.resnets_per_upsample :][: vocoder.resnets_per_upsample]
+        layers += [transposed(up.kernel_size[0], up.stride[0], up.padding[0]), [_resnet(block) for block in blocks]]
+    return [*layers, *_activation(vocoder.act_out), _same(vocoder.conv_out)]
+
+
+def _resnet(block: nn.Module) -> Chain:
+    parts = zip(block.acts1, block.convs1, block.acts2, block.convs2, strict=True)
+    return [x for a, b, c, d in parts for x in (*_activation(a), _same(b), *_activation(c), _same(d))]
+
+
+def _activation(module: nn.Module) -> list[Layer]:
+    """An antialiased activation sees its neighbours, any other only its own step."""
+    if not hasattr(module, "downsample"):
+        return []
+    down = module.downsample
+    return [_upsample(module.upsample), convolution(down.kernel_size, down.pad_left, stride=down.ratio)]
+
+
+def _upsample(module: nn.Module) -> Layer:
+    return transposed(module.kernel_size, module.ratio, module.pad_left - module.pad * module.ratio)
+
+
+def _same(conv: nn.Conv1d) -> Layer:
+    kernel, dilation = conv.kernel_size[0], conv.dilation[0]
+    return convolution(kernel, (kernel - 1) * dilation // 2, dilation)
+
+
+def _samples_a_mel(vocoder: nn.Module) -> int:
+    factors = vocoder.config.upsample_factors
+    first = torch.tensor(factors).prod().item()
+    if not hasattr(vocoder, "bwe_generator"):
+        return first
+    return first * vocoder.config.output_sampling_rate // vocoder.config.input_sampling_rate
+
+
+def _like(x: Tensor, module: nn.Module) -> Tensor:
+    parameter = next(module.parameters())
+    return x.to(parameter.device, parameter.dtype)
+
+
+def _each(value: bool | tuple[bool, ...]) -> tuple[bool, ...]:
+    return (value,) if isinstance(value, bool) else tuple(value)

@@ -1,0 +1,157 @@
+"""LTX-2's prompts: Gemma 3 (transformers), then the connectors (diffusers), to the contexts of the two streams.
+
+Gemma is many times larger than what it makes: contexts are cached on disk, so that it can be unloaded, or never loaded
+at all. A cached context is found by its prompt and by what the files of the encoder hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from omniforcing_lib.files import write_tensors
+from omniforcing_lib.layout import AV
+from omniforcing_lib.ltx2 import parts
+
+NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
+SAMPLES, SAMPLE = 64, 4096  # places and bytes of a file that its fingerprint reads
+
+
+class GemmaText:
+    """Encode prompts for LTX-2 (spec 1.7); a `TextEncoder`. Nothing is loaded before a prompt is not in the cache.
+
+    Args:
+        gemma: folder of Gemma 3 with its tokenizer, as transformers saves it.
+        ltx2: LTX-2 single file or diffusers folder that holds the connectors.
+        cache: folder for contexts; None keeps none, and encodes anew each time.
+        negative: what the unconditional prompt "" stands for.
+        length: tokens of a context, padded on the left; a multiple of the connectors' registers.
+        place: device and dtype of the encoder while it is loaded.
+    """
+
+    def __init__(
+        self,
+        gemma: str | os.PathLike[str],
+        ltx2: str | os.PathLike[str],
+        cache: str | os.PathLike[str] | None = None,
+        *,
+        negative: str = NEGATIVE,
+        length: int = 1024,
+        **place: torch.device | torch.dtype,
+    ) -> None:
+        if not (Path(gemma) / "config.json").is_file():
+            raise ValueError(f"{gemma} is no folder of a Gemma model: it has no config.json")
+        self.gemma, self.ltx2, self.cache = Path(gemma), Path(ltx2), None if cache is None else Path(cache)
+        self.negative, self.length, self.place = negative, length, {"dtype": torch.bfloat16} | place
+        self._modules: tuple[object, nn.Module, nn.Module] | None = None
+
+    @cached_property
+    def widths(self) -> AV[int]:
+        """Width of the context of each stream."""
+        return parts.context_widths(self.ltx2)
+
+    @property
+    def channels(self) -> int:
+        """Width of the video's context."""
+        return self.widths.video
+
+    @cached_property
+    def identity(self) -> str:
+        """Fingerprint of all files that make a context, of its length and its precision."""
+        own = self.ltx2.glob("connectors/*") if self.ltx2.is_dir() else [self.ltx2]
+        kinds = (".safetensors", ".json", ".model")
+        files = [path for path in (*self.gemma.iterdir(), *own) if path.suffix in kinds]
+        return fingerprint(files, f"{self.length} {self.place['dtype']}")
+
+    @property
+    def loaded(self) -> bool:
+        """Tell whether the encoder is in memory."""
+        return self._modules is not None
+
+    def encode(
+        self, prompts: Sequence[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> AV[Tensor]:
+        """Encode prompts, each from the cache where it is there; "" is the negative prompt.
+
+        Shapes: pair [B, length, width of the stream].
+        """
+        made = [self._context(prompt.strip() or self.negative) for prompt in prompts]
+        return AV(*zip(*made, strict=True)).map(lambda parts: torch.cat([p.to(device, dtype) for p in parts]))
+
+    def unload(self) -> None:
+        """Free the encoder's memory; it comes back when a prompt is not in the cache."""
+        self._modules = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _context(self, prompt: str) -> AV[Tensor]:
+        if self.cache is None:
+            return self._compute(prompt)
+        path = self.cache / f"{hashlib.sha256(f'{self.identity} {prompt}'.encode()).hexdigest()}.safetensors"
+        if not path.exists():
+            said = {"prompt": prompt, "encoder": self.identity}
+            write_tensors(path, self._compute(prompt)._asdict(), said)
+        try:
+            with safe_open(path, "pt") as file:
+                return AV(file.get_tensor("video"), file.get_tensor("audio"))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is no cached context ({error}); delete it, and it is made again") from error
+
+    @torch.no_grad()
+    def _compute(self, prompt: str) -> AV[Tensor]:
+        """Run Gemma and the connectors on one prompt, as LTX-2 does: padding would be seen by a longer neighbour."""
+        if self._modules is None:
+            self._modules = self._load()
+        tokenizer, gemma, connectors = self._modules
+        tokens = tokenizer(
+            [prompt], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).to(gemma.device)
+        states = gemma(**_known(tokens), output_hidden_states=True).hidden_states
+        hidden = torch.stack(states, -1).to(next(connectors.parameters()).dtype)
+        video, audio, _ = connectors(hidden, tokens.attention_mask, padding_side="left")
+        return AV(video, audio).map(Tensor.cpu)
+
+    def _load(self) -> tuple[object, nn.Module, nn.Module]:
+        from transformers import AutoModel, AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.gemma, local_files_only=True, padding_side="left")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        whole = AutoModel.from_pretrained(
+            self.gemma, local_files_only=True, use_safetensors=True, dtype=self.place["dtype"]
+        )
+        gemma = getattr(whole, "language_model", whole).requires_grad_(False).eval()
+        connectors = parts.connectors(self.ltx2, **self.place)
+        if gemma.config.hidden_size != connectors.config.caption_channels:
+            found = f"{gemma.config.hidden_size}, the connectors take {connectors.config.caption_channels}"
+            raise ValueError(f"{self.gemma}: the hidden width is {found}; use the Gemma that LTX-2 was trained with")
+        for stream in (connectors.video_connector, connectors.audio_connector):
+            registers = stream.num_learnable_registers
+            if not registers or self.length % registers:
+                raise ValueError(f"length is a multiple of the connectors' {registers} registers, found {self.length}")
+        return tokenizer, gemma.to(**self.place), connectors
+
+
+def _known(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def fingerprint(files: Iterable[Path], more: str = "") -> str:
+    """Hash names, sizes and evenly spread samples of files: different weights differ, and 24 GB take no time."""
+    digest = hashlib.sha256(more.encode())
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as file:
+            for i in range(SAMPLES):
+                file.seek(i * max(size - SAMPLE, 0) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()

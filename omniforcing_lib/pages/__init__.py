@@ -1,0 +1,1 @@
+"""What a reader sees: figures, the live player, the run context of a notebook, the series and its report."""

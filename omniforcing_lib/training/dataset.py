@@ -1,0 +1,293 @@
+"""What the stages train on: prompts, clips as latents, and the teacher's trajectories (ODE pairs). Plain safetensors.
+
+Prompts and pairs are held in memory, or read row by row from a folder of shards (`records`): `live` tells which.
+
+Shapes: N clips, K kept noise levels, F video and T audio latents, L text tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce.codecs import TinyCodec
+from omniforcing_lib.bounce.text import TextEncoder
+from omniforcing_lib.files import write_tensors
+from omniforcing_lib.flow import (
+    Guidance,
+    block_noise,
+    guided_denoiser,
+    ltx2_sigmas,
+    snap_indices,
+    trajectory,
+)
+from omniforcing_lib.layout import AV
+from omniforcing_lib.training import records
+from omniforcing_lib.training.distributed import ALONE, Team
+from omniforcing_lib.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Hold the text context of a list of prompts; the last row is the unconditional prompt.
+
+    Shapes: context AV [P + 1, L, C].
+    """
+
+    names: tuple[str, ...]
+    context: AV[Tensor]
+    live = False
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where contexts are given."""
+        return self.context.video.device
+
+    @classmethod
+    def of(cls, text: TextEncoder, names: Sequence[str], device: str | torch.device = "cpu") -> Prompts:
+        """Encode prompts once."""
+        return cls(tuple(names), text.encode([*names, ""], device))
+
+    @property
+    def negative(self) -> AV[Tensor]:
+        """Context of the unconditional prompt. Shapes: AV [1, L, C]."""
+        return self.context.map(lambda c: c[-1:])
+
+    def take(self, index: Tensor) -> AV[Tensor]:
+        """Give the contexts of prompt numbers; -1 is the unconditional prompt. Shapes: [B] to AV [B, L, C]."""
+        return self.context.map(lambda c: c[index])
+
+    def save(self, folder: str | Path, *, a_shard: int = 64) -> Path:
+        """Write as a folder of shards, the unconditional prompt last."""
+
+        def make(rows: range) -> dict[str, Tensor]:
+            return {k: v[rows.start : rows.stop].cpu() for k, v in self.context._asdict().items()}
+
+        return records.write(folder, len(self) + 1, a_shard, make, {"kind": "prompts", "names": list(self.names)})
+
+
+class StoredPrompts:
+    """Contexts of a folder that `Prompts.save` wrote, read when they are asked for.
+
+    Args:
+        folder: of shards.
+        device: where contexts are given.
+        team: the processes.
+
+    Raises:
+        ValueError: see `records.Records`; or the folder holds something else.
+    """
+
+    live = True
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu", team: Team = ALONE) -> None:
+        self._records, self.device = _opened(folder, "prompts", team), torch.device(device)
+        self.names = tuple(self._records.notes["names"])
+        self.negative = self.take(torch.tensor([-1]))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, index: Tensor) -> AV[Tensor]:
+        """Read the contexts of prompt numbers; -1 is the unconditional prompt. Shapes: [B] to AV [B, L, C]."""
+        rows = self._records.rows([i % (len(self) + 1) for i in index.tolist()])
+        return AV(rows["video"], rows["audio"]).map(lambda c: c.to(self.device, torch.float32))
+
+
+def store_prompts(folder: str | Path, text: TextEncoder, names: Sequence[str], *, a_shard: int = 64) -> Path:
+    """Encode prompts shard by shard, in bf16, as `StoredPrompts` reads them; what was cut off goes on."""
+    asked = [*names, ""]
+
+    def make(rows: range) -> dict[str, Tensor]:
+        return text.encode(asked[rows.start : rows.stop], dtype=torch.bfloat16)._asdict()
+
+    return records.write(folder, len(asked), a_shard, make, {"kind": "prompts", "names": list(names)})
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Hold clips as latents with the number of their prompt.
+
+    Shapes: latents AV([N, F, h, w, C], [N, T, C]), prompt [N].
+    """
+
+    latents: AV[Tensor]
+    prompt: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Hold teacher trajectories at the student's noise levels, noise first, clean last (spec 5.4).
+
+    Shapes: states AV([N, K, F, h, w, C], [N, K, T, C]), sigmas [K], prompt [N].
+    """
+
+    states: AV[Tensor]
+    sigmas: Tensor
+    prompt: Tensor
+    live = False
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def shapes(self) -> AV[tuple[int, ...]]:
+        """Shapes of one trajectory: AV([K, F, h, w, C], [K, T, C])."""
+        return self.states.map(lambda s: tuple(s.shape[1:]))
+
+    def take(self, index: Tensor) -> tuple[AV[Tensor], Tensor]:
+        """Give trajectories and the numbers of their prompts. Shapes: [B] to AV [B, K, ...] and [B]."""
+        return self.states.map(lambda s: s[index]), self.prompt[index]
+
+    def save(self, path: str | Path, names: Sequence[str]) -> Path:
+        """Write as safetensors, atomically; states in bf16."""
+        tensors = {"video": self.states.video, "audio": self.states.audio}
+        tensors = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
+        tensors |= {"sigmas": self.sigmas.cpu(), "prompt": self.prompt.cpu()}
+        return write_tensors(path, tensors, {"prompts": json.dumps(list(names))})
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Pairs:
+        """Read what `save` wrote."""
+        with safe_open(path, "pt") as file:
+            video, audio, sigmas, prompt = (
+                file.get_tensor(n).to(device) for n in ("video", "audio", "sigmas", "prompt")
+            )
+        return cls(AV(video.float(), audio.float()), sigmas, prompt)
+
+
+class StoredPairs:
+    """Trajectories of a folder of shards, read when they are asked for; see `Pairs`.
+
+    Args:
+        folder: of shards.
+        device: where states are given.
+        team: the processes.
+
+    Raises:
+        ValueError: see `records.Records`; or the folder holds something else.
+    """
+
+    live = True
+
+    def __init__(self, folder: str | Path, device: str | torch.device = "cpu", team: Team = ALONE) -> None:
+        self._records, self._device = _opened(folder, "pairs", team), torch.device(device)
+        self.sigmas = torch.tensor(self._records.notes["sigmas"])
+        self.shapes = self.take(torch.tensor([0]))[0].map(lambda s: tuple(s.shape[1:]))
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def take(self, index: Tensor) -> tuple[AV[Tensor], Tensor]:
+        """Read trajectories and the numbers of their prompts. Shapes: [B] to AV [B, K, ...] and [B]."""
+        rows = self._records.rows(index.tolist())
+        states = AV(rows["video"], rows["audio"]).map(lambda s: s.to(self._device).float())
+        return states, rows["prompt"].to(self._device)
+
+
+def _opened(folder: str | Path, kind: str, team: Team) -> records.Records:
+    found = records.Records(folder, team)
+    if found.notes.get("kind") != kind:
+        raise ValueError(f"{folder} holds {found.notes.get('kind')!r}, expected {kind!r}")
+    return found
+
+
+@torch.no_grad()
+def world_clips(
+    codec: TinyCodec,
+    seeds: Sequence[int],
+    seconds: int,
+    *,
+    device: str | torch.device = "cpu",
+    batch: int = 64,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> Clips:
+    """Render and encode clips of the world; prompts are numbered as in `world.prompts()`."""
+    codec, names = codec.to(device), world.prompts()
+    latents, numbers = [], []
+    for start in tqdm(range(0, len(seeds), batch), desc="rendering clips", disable=not progress, leave=False):
+        scenes = [world.scene(seed) for seed in seeds[start : start + batch]]
+        encoded = codec.encode(world.render_batch(scenes, seconds, device))
+        latents.append(encoded.map(lambda x: x.to(dtype)))
+        numbers += [names.index(f"a {s.colour} ball, {s.timbre}") for s in scenes]
+    return Clips(AV(*map(torch.cat, zip(*latents, strict=True))), torch.tensor(numbers, device=device))
+
+
+@torch.no_grad()
+def ode_pairs(
+    teacher: Transformer,
+    prompts: Prompts | StoredPrompts,
+    guidance: Guidance,
+    step_list: Sequence[int],
+    seeds: Sequence[int],
+    latents: AV[int],
+    grid: tuple[int, int],
+    *,
+    steps: int = 40,
+    batch: int = 16,
+    progress: bool = True,
+    first: int = 0,
+) -> Pairs:
+    """Run the guided teacher and keep its states at the student's noise levels (spec 5.4).
+
+    Prompt of clip i is `first` + i modulo the number of prompts; its noise comes from its seed alone.
+    """
+    device = teacher.proj_out.weight.device
+    sigmas, keep = ltx2_sigmas(steps), snap_indices(step_list, steps)
+    shapes = latent_shapes(teacher, latents, grid)
+    index = torch.arange(first, first + len(seeds), device=device) % len(prompts)
+    kept = []
+    for start in tqdm(range(0, len(seeds), batch), desc="teacher trajectories", disable=not progress, leave=False):
+        noise = block_noise(seeds[start : start + batch], 0, shapes).map(lambda x: x.to(device))
+        text = prompts.take(index[start : start + batch])
+        denoise = guided_denoiser(teacher, text, prompts.negative, guidance)
+        kept.append(trajectory(denoise, noise, sigmas.to(device), keep))
+    return Pairs(AV(*map(torch.cat, zip(*kept, strict=True))), sigmas[list(keep)].float(), index)
+
+
+def store_pairs(
+    folder: str | Path,
+    make: Callable[[range], Pairs],
+    count: int,
+    notes: Mapping[str, object],
+    *,
+    a_shard: int = 16,
+    team: Team = ALONE,
+) -> Path:
+    """Make trajectories shard by shard, each process its share; what was cut off goes on where it was.
+
+    Args:
+        folder: of shards.
+        make: gives the trajectories of some clips.
+        count: clips in all.
+        notes: what the trajectories depend on, their `sigmas` among it; JSON.
+        a_shard: clips a shard.
+        team: the processes.
+    """
+
+    def tensors(rows: range) -> dict[str, Tensor]:
+        made = make(rows)
+        states = made.states.map(lambda s: s.to("cpu", torch.bfloat16).contiguous())
+        return states._asdict() | {"prompt": made.prompt.cpu()}
+
+    return records.write(folder, count, a_shard, tensors, {"kind": "pairs", **notes}, team)
+
+
+def latent_shapes(model: Transformer, latents: AV[int], grid: tuple[int, int]) -> AV[tuple[int, ...]]:
+    """Give the shapes of a clip's latents without the batch: ([F, h, w, C], [T, C])."""
+    return AV((latents.video, *grid, model.config.in_channels), (latents.audio, model.config.audio_in_channels))

@@ -1,0 +1,232 @@
+"""The folder of a run, and its bad days: a lock, a line a step, a checkpoint at any moment, an end when asked.
+
+A folder holds `lock`, `history.jsonl`, and the state: `state.safetensors` of one process, or `state-<step>/` of
+several, each whole or not there. Whoever dies, whenever: the same command goes on from the last state.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from omniforcing_lib.files import write_json, write_tensors, write_text
+from omniforcing_lib.training import distributed
+from omniforcing_lib.training.distributed import Team
+
+if TYPE_CHECKING:
+    from omniforcing_lib.training.train import Player
+
+SIGTERM_CODE = 128 + signal.SIGTERM
+"""Exit code of a run that a scheduler ended and that can go on: 143."""
+
+
+class Diverged(ArithmeticError):
+    """Too many steps in a row had a gradient that is not finite or too large."""
+
+
+class Journal:
+    """What a run writes to its folder; without a folder it writes nothing.
+
+    Args:
+        folder: of the run; None keeps nothing.
+        players: who learns, by name.
+        seed: of the run.
+        team: the processes.
+    """
+
+    def __init__(self, folder: Path | None, players: Mapping[str, Player], seed: int, team: Team) -> None:
+        self.folder, self.players, self.seed, self.team = folder, players, seed, team
+        self.asked_to_end = False
+        self._lines = None
+
+    def resume(self) -> int:
+        """Load the newest state; give the step to go on with.
+
+        Raises:
+            ValueError: it was trained with another seed or other settings, or is damaged.
+        """
+        if self.folder is None:
+            return 0
+        found = self._newest()
+        start, state = found if found else (0, None)
+        if state is not None:
+            read = self._read_one if state.is_file() else self._read_many
+            try:
+                tensors = read(state)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{state} is damaged: {error}; remove it to start from nothing") from error
+            for name, player in self.players.items():
+                player.load(_part(tensors, f"{name}/"))
+        if self.team.leads:
+            self._open_history(start)
+        return start
+
+    def _newest(self) -> tuple[int, Path] | None:
+        states = []
+        for path in (self.folder / "state.safetensors", *self.folder.glob("state-*")):
+            if path.exists():
+                notes = self._notes(path)
+                if str(notes["seed"]) != str(self.seed):
+                    raise ValueError(
+                        f"{path} was trained with seed {notes['seed']}, found {self.seed}: "
+                        "use that seed, or another folder"
+                    )
+                states.append((int(notes["step"]), path))
+        return max(states, default=None)
+
+    @staticmethod
+    def _notes(path: Path) -> Mapping[str, object]:
+        if path.is_dir():
+            return distributed.stored_notes(path)
+        try:
+            with safe_open(path, "pt") as file:
+                return file.metadata()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged: {error}; remove it to start from nothing") from error
+
+    def _read_one(self, path: Path) -> dict[str, Tensor]:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+
+    def _read_many(self, path: Path) -> dict[str, Tensor]:
+        blank = {f"{name}/{k}": v for name, player in self.players.items() for k, v in player.blank().items()}
+        return distributed.restore(path, blank)
+
+    def store(self, step: int) -> None:
+        """Write the state after `step` steps; the one before goes when this one is there."""
+        if self.folder is None:
+            return
+        tensors = {f"{name}/{k}": v for name, player in self.players.items() for k, v in player.state().items()}
+        notes = {"step": str(step), "seed": str(self.seed)}
+        if self.team.mesh is None:
+            made = write_tensors(self.folder / "state.safetensors", tensors, notes)
+        else:
+            made = self.folder / f"state-{step:08d}"
+            self.team.hurry(distributed.UNHURRIED_S)
+            distributed.store(made, tensors, notes, self.team)
+            self.team.hurry(distributed.PATIENCE_S)
+        if self.team.leads:
+            for old in {*self.folder.glob("state-*"), self.folder / "state.safetensors"} - {made}:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+    def _open_history(self, start: int) -> None:
+        """Drop the lines of steps that will run again."""
+        path = self.folder / "history.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) < start]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+        self._lines = path.open("a", buffering=1)
+
+    def note(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Append a step to `history.jsonl`; what is not finite is null."""
+        if self._lines:
+            values = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+
+    def diverged(self, steps: list[dict[str, float]]) -> Diverged:
+        """Write the seeds, steps, norms and losses of the bad steps; give the error to raise."""
+        first, last = int(steps[0]["step"]), int(steps[-1]["step"])
+        message = f"the gradients of steps {first} to {last} were not finite or too large: {len(steps)} updates skipped"
+        if self.folder is None or not self.team.leads:
+            return Diverged(message)
+        rows = [{k: v if math.isfinite(v) else repr(v) for k, v in row.items()} for row in steps]
+        path = self.folder / "diverged.json"
+        write_json(path, {"seed": self.seed, "steps": rows})
+        return Diverged(f"{message}; their seeds, norms and losses are in {path}")
+
+    def close(self) -> None:
+        """Close the history."""
+        if self._lines:
+            self._lines.close()
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _step_of(line: str) -> float:
+    """Number of a line's step; infinite where the line was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+@contextmanager
+def opened(
+    folder: str | os.PathLike[str] | None, players: Mapping[str, Player], seed: int, team: Team
+) -> Iterator[Journal]:
+    """Open the folder of a run for this run alone, and heed SIGTERM until it is closed.
+
+    Raises:
+        ValueError: another run has the folder.
+    """
+    journal = Journal(Path(folder) if folder else None, players, seed, team)
+    if journal.folder is None:
+        yield journal
+        return
+    journal.folder.mkdir(parents=True, exist_ok=True)
+    with _locked(journal.folder / "lock", team.leads), _heeding(lambda: setattr(journal, "asked_to_end", True)):
+        try:
+            yield journal
+        finally:
+            journal.close()
+
+
+@contextmanager
+def _locked(path: Path, leads: bool) -> Iterator[None]:
+    """Hold a folder's lock: a file with host and process id, locked by the kernel, which lets go of it at any death."""
+    if not leads:
+        yield
+        return
+    with path.open("a+") as file:
+        file.seek(0)
+        owner = file.read().strip()
+        host = owner.partition(" ")[0]
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"{path.parent} is in use by {owner or 'a run that has just begun'}; "
+                "wait for it, or give this run another folder"
+            ) from error
+        if owner and host != socket.gethostname():
+            raise ValueError(
+                f"{path.parent} was last used by {owner}, which cannot be seen from {socket.gethostname()}; "
+                f"if that run is over, remove {path}"
+            )
+        if owner:
+            print(f"{path.parent}: taken over from {owner}, which ended without letting go of it", flush=True)
+        file.truncate(0)
+        file.write(f"{socket.gethostname()} process {os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+@contextmanager
+def _heeding(told: Callable[[], None]) -> Iterator[None]:
+    """Call `told` on SIGTERM instead of dying; only the main thread of a process may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: told())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -17,7 +17,7 @@ from test_train import CAUSAL, FRAMES, GRID, QUICK, pairs, prompts
 from test_transformer import TINY
 
 from omniforcing_lib.files import write_json, write_tensors
-from omniforcing_lib.training import distributed, train
+from omniforcing_lib.training import distributed, stages, train
 from omniforcing_lib.training.distributed import Team
 from omniforcing_lib.training.train import Player, Recipe
 from omniforcing_lib.transformer import Transformer
@@ -41,10 +41,10 @@ def stage(name: str, team: Team, **changes: object) -> tuple[dict[str, Player], 
 
     if name == "ode":
         student = learner(recipe, 2)
-        return {"student": student}, train.ode_stage(student, pairs(), prompts(), CAUSAL, batch=4)
+        return {"student": student}, stages.ode_stage(student, pairs(), prompts(), CAUSAL, batch=4)
     student, critic = learner(recipe, 2, 1), learner(replace(recipe, ema=0.0), 0)
     teacher = team.shard(model(0).requires_grad_(False).eval(), amp=recipe.amp)
-    step = train.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=4, ratio=4)
+    step = stages.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=4, ratio=4)
     return {"student": student, "critic": critic}, step
 
 

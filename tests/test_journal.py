@@ -24,7 +24,7 @@ from test_train import CAUSAL, QUICK, ode_stage, pairs, player, prompts, same
 
 from omniforcing_lib.lab import recipes
 from omniforcing_lib.layout import AV
-from omniforcing_lib.training import dataset, journal, records, train
+from omniforcing_lib.training import dataset, journal, records, stages, train
 from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
 from omniforcing_lib.training.distributed import ALONE
 from omniforcing_lib.training.train import Player
@@ -146,7 +146,7 @@ def test_shards_give_the_rows_of_one_file_and_train_to_the_same_bits(tmp_path):
     ends = []
     for data, text in ((held, prompts()), (read, told)):
         learner = player()
-        train.fit(train.ode_stage(learner, data, text, CAUSAL, batch=4), {"student": learner}, 3, progress=False)
+        train.fit(stages.ode_stage(learner, data, text, CAUSAL, batch=4), {"student": learner}, 3, progress=False)
         ends.append(learner.state())
     assert same(*ends)
 

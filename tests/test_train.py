@@ -13,7 +13,7 @@ from omniforcing_lib.flow import Guidance
 from omniforcing_lib.lab import distill
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.rollout import Causal, fresh_noise, rollout
-from omniforcing_lib.training import train
+from omniforcing_lib.training import stages, train
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts
 from omniforcing_lib.training.train import Player, Recipe
 from omniforcing_lib.transformer import Transformer
@@ -46,20 +46,20 @@ def pairs(count: int = 3) -> Pairs:
 
 def flow_stage() -> tuple[dict[str, Player], train.Step]:
     learner = player(sinks=0)
-    return {"teacher": learner}, train.flow_stage(
+    return {"teacher": learner}, stages.flow_stage(
         learner, Clips(distill.ends(pairs()), pairs().prompt), prompts(), batch=4
     )
 
 
 def ode_stage() -> tuple[dict[str, Player], train.Step]:
     learner = player()
-    return {"student": learner}, train.ode_stage(learner, pairs(), prompts(), CAUSAL, batch=4)
+    return {"student": learner}, stages.ode_stage(learner, pairs(), prompts(), CAUSAL, batch=4)
 
 
 def self_forcing_stage() -> tuple[dict[str, Player], train.Step]:
     student, critic = player(seed=1), player(replace(QUICK, ema=0.0), sinks=0)
     teacher = player(sinks=0).model.requires_grad_(False).eval()
-    step = train.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=2, ratio=2)
+    step = stages.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=2, ratio=2)
     return {"student": student, "critic": critic}, step
 
 
@@ -132,7 +132,7 @@ def test_only_guidance_moves_the_student_where_critic_and_teacher_agree(cfg):
     student, critic = player(seed=1), player(sinks=0)
     teacher = player(sinks=0).model.requires_grad_(False).eval()
     how = {"batch": 2, "guidance": Guidance(cfg=AV(cfg, cfg))}
-    step = train.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, **how)
+    step = stages.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, **how)
     norm = float(step(0, torch.Generator().manual_seed(0))["norm"])
     assert norm == 0 if cfg == 1 else norm > 1e-3
 
@@ -141,7 +141,7 @@ def test_the_critic_learns_in_every_step_and_the_student_in_every_fifth():
     players, _ = self_forcing_stage()
     student, critic = players.values()
     teacher = player(sinks=0).model.requires_grad_(False)
-    step = train.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=1, ratio=5)
+    step = stages.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=1, ratio=5)
     for i in range(6):
         before = {name: p.model.proj_out.weight.detach().clone() for name, p in players.items()}
         numbers = step(i, torch.Generator().manual_seed(i))
@@ -161,7 +161,7 @@ def test_training_after_sampling_in_inference_mode():
 
 def test_take_level_picks_the_state_of_each_latents_level():
     states, level = draw(2, 4, 3, 2, 2, seed=0), torch.tensor([[0, 3, 1], [2, 2, 0]])
-    picked = train.take_level(states, level)
+    picked = stages.take_level(states, level)
     assert picked.shape == (2, 3, 2, 2)
     for clip, latent in [(c, f) for c in range(2) for f in range(3)]:
         assert torch.equal(picked[clip, latent], states[clip, level[clip, latent], latent])
@@ -199,7 +199,7 @@ def test_matrices_decay_and_biases_do_not():
 
 
 def test_noise_levels_lean_towards_noise_and_stay_in_range():
-    sigma = train.training_sigma(4096, torch.Generator().manual_seed(0))
+    sigma = stages.training_sigma(4096, torch.Generator().manual_seed(0))
     assert 0 < sigma.min() and sigma.max() <= 1
     mild, strong = sigma[::2], sigma[1::2]
     assert 0.5 < mild.median() < 0.75 < strong.median() < 0.95

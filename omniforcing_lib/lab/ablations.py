@@ -29,9 +29,9 @@ from omniforcing_lib.lab import distill, exposure
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.live import stream
 from omniforcing_lib.rollout import Causal, fresh_noise, join, rollout
-from omniforcing_lib.training import train
+from omniforcing_lib.training import stages
 from omniforcing_lib.training.dataset import Pairs, Prompts
-from omniforcing_lib.training.train import Sampler
+from omniforcing_lib.training.stages import Sampler
 from omniforcing_lib.transformer import Transformer
 from omniforcing_lib.weights import checkpoints
 
@@ -102,7 +102,7 @@ def true_past(pairs: Pairs, prompts: Prompts, causal: Causal, grid: tuple[int, i
     clips = distill.ends(pairs)
 
     def sample(student: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
-        index = train.pick(len(pairs), batch, generator)
+        index = stages.pick(len(pairs), batch, generator)
         past, text = clips.map(lambda clip: clip[index]), prompts.take(pairs.prompt[index])
         noise, frames = fresh_noise(generator, batch), past.video.shape[1]
         way = {"exit_step": exit_step, "history": past}
@@ -121,7 +121,7 @@ def late_windows(
 
     def sample(student: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
         skipped = int(torch.randint(late + 1, (), generator=generator, device=generator.device))
-        text = prompts.take(train.pick(len(prompts.names), batch, generator))
+        text = prompts.take(stages.pick(len(prompts.names), batch, generator))
         noise, frames = fresh_noise(generator, batch), video_latents + skipped * causal.layout.step.video
         blocks = rollout(student, causal, text, noise, codec.grid, frames, exit_step=exit_step)
         if not skipped:

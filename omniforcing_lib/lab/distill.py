@@ -1,6 +1,6 @@
 """Run Stages 2 and 3 in front of the reader, a few steps or for real, and ask them where their gradients go.
 
-The stages themselves are `train.ode_stage` and `train.self_forcing_stage`; here they get players, and a witness that
+The stages themselves are `stages.ode_stage` and `stages.self_forcing_stage`; here they get players, and a witness that
 notes what reaches the model.
 
 Shapes: B batch, F video and T audio latents, K blocks.
@@ -26,9 +26,10 @@ from omniforcing_lib.flow import ONES, Guidance, noise_like, x0_of
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.live.stream import MINIATURE_CFG
 from omniforcing_lib.rollout import Causal, rollout
-from omniforcing_lib.training import dataset, train
+from omniforcing_lib.training import dataset, stages, train
 from omniforcing_lib.training.dataset import Pairs, Prompts
-from omniforcing_lib.training.train import History, Player, Recipe, Sampler
+from omniforcing_lib.training.stages import Sampler
+from omniforcing_lib.training.train import History, Player, Recipe
 from omniforcing_lib.transformer import Transformer
 from omniforcing_lib.weights import checkpoints
 
@@ -78,7 +79,7 @@ def stage2(
     """Regress the ends of trajectories under the causal masks, from the teacher with fresh sinks."""
     model = checkpoints.load(source, device=pairs.prompt.device, sinks=causal.layout.sinks)
     player = Player(model, Recipe(lr=5e-4, warmup=min(20, steps // 4), steps=steps, ema=0.0))
-    step = train.ode_stage(player, pairs, prompts, causal, batch)
+    step = stages.ode_stage(player, pairs, prompts, causal, batch)
     with witness(player.model) as levels:
         history = train.fit(step, {"student": player}, steps, seed=seed, progress=False)
     return Lesson(player.best.eval(), history, levels)
@@ -124,7 +125,7 @@ def regression_loss(
     level = torch.randint(len(pairs.sigmas) - 1, (batch, causal.layout.count(frames)), generator=generator)
     chosen = causal.layout.block_index(frames).map(lambda index: level[:, index].to(pairs.prompt.device))
     sigma = chosen.map(lambda c: pairs.sigmas.to(c.device)[c])
-    x = pairs.states.map(lambda s, c: train.take_level(s[: len(c)], c), chosen)
+    x = pairs.states.map(lambda s, c: stages.take_level(s[: len(c)], c), chosen)
     velocity = model(x, sigma, prompts.take(pairs.prompt[:batch]), masks=kind)
     return losses.ode_regression(x.map(x0_of, velocity, sigma), ends(pairs).map(lambda e: e[:batch]), sigma).map(float)
 
@@ -147,7 +148,7 @@ def stage3(
 ) -> Lesson:
     """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic.
 
-    Streams count by `weights`; a `sampler` makes the clips in another way (see `train.self_forcing_stage`).
+    Streams count by `weights`; a `sampler` makes the clips in another way (see `stages.self_forcing_stage`).
     """
     device = prompts.context.video.device
     recipe = {"betas": (0.0, 0.999), "warmup": 3}
@@ -156,7 +157,7 @@ def stage3(
     critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=2e-4, ema=0.0, **recipe))
     real, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
     way = {"guidance": guidance, "ratio": ratio, "weights": weights, "sampler": sampler}
-    step = train.self_forcing_stage(player, critic, real, prompts, causal, codec.grid, frames, batch, **way)
+    step = stages.self_forcing_stage(player, critic, real, prompts, causal, codec.grid, frames, batch, **way)
     players = {"student": player, "critic": critic}
     # it ends on a step of the student, which no critic step need follow
     history = train.fit(step, players, (steps - 1) * ratio + 1, seed=seed, progress=False)

@@ -24,7 +24,7 @@ from omniforcing_lib.flow import Guidance
 from omniforcing_lib.lab import protocol
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.rollout import Causal
-from omniforcing_lib.training import dataset, distributed, plan, train
+from omniforcing_lib.training import dataset, distributed, plan, stages, train
 from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
 from omniforcing_lib.training.distributed import Team
 from omniforcing_lib.training.train import Player, Recipe
@@ -134,7 +134,7 @@ def teacher(
     )
     model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(seed)).to(place)
     player = job.player(model, lr=lr, steps=steps, warmup=min(500, steps // 10), ema=average(steps))
-    step = train.flow_stage(player, data, job.contexts(), batch)
+    step = stages.flow_stage(player, data, job.contexts(), batch)
     history = job.run(step, {"teacher": player}, steps, "teacher")
     settings = {"stage": "teacher", "steps": steps, "batch": batch, "clips": clips, "lr": lr}
     return job.save(player, out, history, ("video", "audio"), **settings)
@@ -193,7 +193,7 @@ def stage2(
     data = ode_pairs(pairs, teacher, prompts, causal, count, clock.latents(seconds), shape, tuple(cfg), job)
     model = job.load(teacher, causal.layout.sinks)
     player = job.player(model, lr=lr, steps=steps, warmup=min(100, steps // 10), ema=average(steps))
-    step = train.ode_stage(player, data, prompts, causal, batch)
+    step = stages.ode_stage(player, data, prompts, causal, batch)
     history = job.run(step, {"student": player}, steps, "stage 2")
     settings = {"stage": "stage 2", "teacher": teacher, "steps": steps, "batch": batch, "pairs": len(data), "lr": lr}
     return job.save(player, out, history, ("video", "audio"), causal, **settings)
@@ -223,7 +223,7 @@ def stage3(
     critic = job.player(job.load(teacher), lr=critic_lr, betas=betas, warmup=10, ema=0.0)
     how = {"guidance": Guidance(cfg=AV(*cfg)), "ratio": ratio}
     frames = clock.latents(seconds).video
-    step = train.self_forcing_stage(
+    step = stages.self_forcing_stage(
         player, critic, job.load(teacher, frozen=True), job.contexts(), causal, shape, frames, batch, **how
     )
     history = job.run(step, {"student": player, "critic": critic}, steps, "stage 3")

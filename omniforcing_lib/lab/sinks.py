@@ -24,7 +24,7 @@ from omniforcing_lib.lab.companions import Companions
 from omniforcing_lib.lab.variants import Variant, build
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal
-from omniforcing_lib.training import dataset
+from omniforcing_lib.training import dataset, stages
 from omniforcing_lib.training import train as training
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.transformer import Transformer
@@ -193,7 +193,7 @@ class Trace:
 def train(variant: Variant, study: Study, *, steps: int, batch: int = 4, seed: int = 0, every: int = 20) -> Trace:
     """Run Stage 2 for a few steps (spec 5.4) and record each of them; `every` so many the held-out loss."""
     player = training.Player(build(variant, study.teacher, study.device), variant.recipe)
-    stage = training.ode_stage(player, study.pairs, study.prompts, variant.causal, batch)
+    stage = stages.ode_stage(player, study.pairs, study.prompts, variant.causal, batch)
     trace = Trace()
 
     def judge(done: int) -> None:

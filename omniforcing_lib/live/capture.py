@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from omniforcing_lib.cache import KVCache, Span
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rope import Ropes, Rotation
-from omniforcing_lib.training.train import Numbers, Recorded
+from omniforcing_lib.training.graphs import Recorded
+from omniforcing_lib.training.train import Numbers
 from omniforcing_lib.transformer import Transformer
 
 

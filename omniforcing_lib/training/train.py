@@ -1,6 +1,7 @@
-"""One training loop and the stages over it (paper Sec. 3.3 and 4; spec 5).
+"""One training loop (paper Sec. 4; spec 5).
 
-A stage is a function `step(i, generator) -> numbers`; a `Player` is a model with its optimiser and average. All
+A stage (see `stages`) is a function `step(i, generator) -> numbers`; a `Player` is a model with its optimiser and its
+average. All
 randomness of step i comes from (seed, i), so a killed run that resumes ends where an unbroken one does.
 """
 
@@ -10,7 +11,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,20 +19,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from omniforcing_lib import losses, masks
+from omniforcing_lib import losses
 from omniforcing_lib.blocks import Block
-from omniforcing_lib.flow import DMD_GUIDANCE, ONES, Guidance, guided_denoiser, noised, x0_of
+from omniforcing_lib.flow import ONES
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import Causal, fresh_noise, join, rollout
 from omniforcing_lib.training import journal
-from omniforcing_lib.training.dataset import Clips, Pairs, Prompts
 from omniforcing_lib.training.distributed import ALONE, PATIENCE_S, UNHURRIED_S, Part, Team, local
 from omniforcing_lib.transformer import Transformer
 
 Numbers = dict[str, float | Tensor]
 Step = Callable[[int, torch.Generator], Numbers]
-Sampler = Callable[[Transformer, torch.Generator, int], tuple[AV[Tensor], AV[Tensor]]]
-"""sampler(student, generator, exit step) -> text AV [B, L, C] and clips AV([B, F, h, w, C], [B, T, C]) made for it."""
 
 
 @dataclass(frozen=True)
@@ -333,245 +329,3 @@ def fit(
 def mixed(seed: int, step: int) -> int:
     """Mix seed and step number into the seed of one step."""
     return (seed * 1_000_003 + step) * 2_654_435_761 % 2**63
-
-
-def recorded(piece: Callable[..., Numbers], *players: Player, live: bool = False) -> Callable[..., Numbers]:
-    """Record a piece of a step where that can be done; `live` pieces ask the host for data."""
-    return piece if live or not all(player.recordable for player in players) else Recorded(piece)
-
-
-class Recorded:
-    """Record a piece of a step as CUDA graphs, one a key, and replay them; on the CPU just call it.
-
-    A small model keeps a GPU waiting for launches: replayed, the miniature trains several times faster. The piece may
-    use no random numbers but the generator's, and may not ask the GPU for a value.
-    """
-
-    def __init__(self, piece: Callable[..., Numbers], warm: int = 3) -> None:
-        self._piece, self._warm = piece, warm
-        self._calls: dict[object, int] = {}
-        self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, Numbers]] = {}
-        self._own: torch.Generator | None = None
-
-    def __call__(self, generator: torch.Generator, *key: int) -> Numbers:
-        """Run with the generator as it was last seeded."""
-        if generator.device.type != "cuda":
-            return self._piece(generator, *key)
-        # a graph stays bound to the generator that it was recorded with
-        self._own = self._own or torch.Generator(generator.device)
-        generator = self._own.manual_seed(generator.initial_seed())
-        self._calls[key] = self._calls.get(key, 0) + 1
-        if self._calls[key] <= self._warm:
-            return self._warm_up(generator, key)
-        if key not in self._graphs:
-            self._graphs[key] = self._record(generator, key)
-        graph, numbers = self._graphs[key]
-        graph.replay()
-        return {name: value.clone() for name, value in numbers.items()}
-
-    def _warm_up(self, generator: torch.Generator, key: tuple[int, ...]) -> Numbers:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            numbers = self._piece(generator, *key)
-        torch.cuda.current_stream().wait_stream(side)
-        return numbers
-
-    def _record(self, generator: torch.Generator, key: tuple[int, ...]) -> tuple[torch.cuda.CUDAGraph, Numbers]:
-        graph, seed = torch.cuda.CUDAGraph(), generator.initial_seed()
-        graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            numbers = self._piece(generator, *key)
-        generator.manual_seed(seed)
-        return graph, numbers
-
-
-def pick(count: int, batch: int, generator: torch.Generator) -> Tensor:
-    """Draw `batch` numbers below `count`."""
-    return torch.randint(count, (batch,), generator=generator, device=generator.device)
-
-
-def training_sigma(batch: int, generator: torch.Generator, shifts: tuple[float, float] = (2.0, 7.8)) -> Tensor:
-    """Draw noise levels: uniform, then shifted towards noise as LTX-2's schedule is (spec 1.10).
-
-    Half of a batch takes a mild shift (details), half LTX-2's own e^2.05 (the course of a whole clip).
-
-    Shapes: float32 [batch].
-    """
-    even = torch.rand(batch, generator=generator, device=generator.device).clamp_min(1e-3)
-    shift = torch.where(torch.arange(batch, device=even.device) % 2 == 0, *shifts)
-    return shift * even / (1 + (shift - 1) * even)
-
-
-def flow_stage(
-    player: Player, clips: Clips, prompts: Prompts, batch: int, *, drop: float = 0.1, weights: AV[float] = ONES
-) -> Step:
-    """Train the bidirectional teacher by flow matching; prompts are dropped for CFG."""
-
-    def terms(generator: torch.Generator, part: Part) -> Numbers:
-        index = pick(len(clips), batch, generator)
-        x0 = clips.latents.map(lambda x: x[part.of(index)].float())
-        dropped = torch.rand(batch, generator=generator, device=generator.device) < drop
-        text = prompts.take(part.of(torch.where(dropped, -1, clips.prompt[index])))
-        level, eps = part.of(training_sigma(batch, generator)), part.noise(x0, generator)
-        sigma = AV(level, level)
-        with player.autocast():
-            velocity = player.model(x0.map(noised, eps, sigma), sigma, text)
-        return losses.flow_matching(velocity, x0, eps).map(lambda loss: loss * part.share)._asdict()
-
-    piece = recorded(lambda g: player.learn(batch, g, partial(terms, g), weights), player, live=prompts.live)
-    return lambda i, generator: piece(generator)
-
-
-def ode_stage(
-    player: Player,
-    pairs: Pairs,
-    prompts: Prompts,
-    causal: Causal,
-    batch: int,
-    *,
-    weights: AV[float] = ONES,
-) -> Step:
-    """Stage 2: regress the end of the teacher's trajectories under the causal masks (spec 5.4).
-
-    Each block of a clip has its own noise level, clean included; audio takes its block's, by the block table.
-    """
-    (frames, height, width), audio = pairs.shapes.video[1:4], pairs.shapes.audio[1]
-    causal.layout.check(AV(frames, audio))
-    kind = masks.build(causal.layout, frames, height * width, window=causal.window)
-    device, count = prompts.device, causal.layout.count(frames)
-    table = causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
-    sigmas = pairs.sigmas.to(device)
-
-    def terms(generator: torch.Generator, part: Part) -> Numbers:
-        index = pick(len(pairs), batch, generator)
-        level = torch.randint(len(sigmas), (batch, count), generator=generator, device=generator.device)
-        drawn = table.map(lambda blocks: level[:, blocks])
-        chosen = drawn.map(part.of)
-        states, prompt = pairs.take(part.of(index))
-        x = states.map(take_level, chosen)
-        sigma = chosen.map(lambda c: sigmas[c])
-        with player.autocast():
-            velocity = player.model(x, sigma, prompts.take(prompt), masks=kind)
-        loss = losses.ode_regression(x.map(x0_of, velocity, sigma), states.map(lambda s: s[:, -1]), sigma)
-        # only noisy latents count, so parts of a batch count by how many they have
-        noisy = drawn.map(lambda c: sigmas[c] > 1e-6)
-        share = noisy.map(lambda n: part.of(n).sum() / n.sum().clamp_min(1))
-        return loss.map(torch.mul, share)._asdict()
-
-    live = pairs.live or prompts.live
-    piece = recorded(lambda g: player.learn(batch, g, partial(terms, g), weights), player, live=live)
-    return lambda i, generator: piece(generator)
-
-
-def take_level(states: Tensor, level: Tensor) -> Tensor:
-    """Pick a state of the trajectory for each latent. Shapes: states [B, K, F, ...], level [B, F] to [B, F, ...]."""
-    index = level[:, None].reshape(len(level), 1, -1, *[1] * (states.dim() - 3))
-    return states.gather(1, index.expand(-1, 1, *states.shape[2:])).squeeze(1)
-
-
-def own_clips(prompts: Prompts, causal: Causal, grid: tuple[int, int], video_latents: int, batch: int) -> Sampler:
-    """Let a student roll out clips on its own past: what Stage 3 learns from."""
-
-    def sample(
-        student: Transformer, generator: torch.Generator, exit_step: int, part: Part | None = None
-    ) -> tuple[AV[Tensor], AV[Tensor]]:
-        part = part or Part(batch, slice(0, batch))
-        text = prompts.take(part.of(pick(len(prompts), batch, generator)))
-        whole = fresh_noise(generator, batch)
-        blocks = rollout(
-            student, causal, text, lambda *of: whole(*of).map(part.of), grid, video_latents, exit_step=exit_step
-        )
-        return text, join(list(blocks))
-
-    return sample
-
-
-def self_forcing_stage(
-    student: Player,
-    critic: Player,
-    teacher: Transformer,
-    prompts: Prompts,
-    causal: Causal,
-    grid: tuple[int, int],
-    video_latents: int,
-    batch: int,
-    *,
-    guidance: Guidance = DMD_GUIDANCE,
-    ratio: int = 5,
-    weights: AV[float] = ONES,
-    sampler: Sampler | None = None,
-) -> Step:
-    """Stage 3: joint self-forcing DMD through the rolling cache (paper Sec. 3.3; spec 5.7).
-
-    Every step trains the critic on the student's own clips; every `ratio`-th trains the student first. All blocks of
-    a clip leave at one step, drawn from the non-zero noise levels. A `sampler` may make the clips in another way
-    than `own_clips`; it makes whole batches.
-
-    Besides losses and gradient norms a step tells the health of the student's clips: `gap`, how far critic and
-    teacher are apart on them, as a share of how far the clips are from the teacher's; `motion`, the mean absolute
-    difference of successive video latents; `loudness`, the mean square of the audio latents.
-
-    Raises:
-        ValueError: the batch cannot be cut as asked, or blocks leave the window, so that they can't be recomputed.
-    """
-    levels, blocks = len(causal.steps) - 1, causal.layout.count(video_latents)
-    whole = all(len(p.team.parts(batch, p.recipe.accumulate)) == 1 and p.team.size == 1 for p in (student, critic))
-    if sampler and not whole:
-        raise ValueError("a sampler makes whole batches: use it with one process, and accumulate 1")
-    if student.recipe.recompute and blocks > causal.window + 2:
-        raise ValueError(
-            f"recomputing needs a window that keeps the whole clip: {blocks} blocks, a window of {causal.window}; "
-            f"train clips of {causal.window + 2} blocks, or without recomputing"
-        )
-    clips = own_clips(prompts, causal, grid, video_latents, batch)
-
-    def sample(generator: torch.Generator, exit_step: int, part: Part) -> tuple[AV[Tensor], AV[Tensor]]:
-        with student.autocast():
-            if sampler:
-                return sampler(student.model, generator, exit_step)
-            return clips(student.model, generator, exit_step, part)
-
-    def dmd_terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
-        text, x_hat = sample(generator, exit_step, part)
-        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator)), part.noise(x_hat, generator)
-        fake = guided_denoiser(critic.model, text)
-        real = guided_denoiser(teacher, text, prompts.negative, guidance)
-        with student.autocast():
-            loss = losses.dmd(x_hat, fake, real, sigma, eps)
-        numbers = loss._asdict() | health(x_hat) | {"gap": sum(loss).detach()}
-        return {name: value * part.share for name, value in numbers.items()}
-
-    def critic_terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
-        with torch.no_grad():
-            text, x_hat = sample(generator, exit_step, part)
-        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator)), part.noise(x_hat, generator)
-        with critic.autocast():
-            loss = losses.critic(x_hat, guided_denoiser(critic.model, text), sigma, eps)
-        return loss.map(lambda value: value * part.share)._asdict()
-
-    def generate(generator: torch.Generator, exit_step: int) -> Numbers:
-        numbers = student.learn(batch, generator, partial(dmd_terms, generator, exit_step), weights)
-        named = {"dmd_video": numbers.pop("video"), "dmd_audio": numbers.pop("audio"), "norm": numbers.pop("norm")}
-        return named | numbers | {"gap": numbers["gap"].sqrt()}
-
-    def judge(generator: torch.Generator, exit_step: int) -> Numbers:
-        numbers = critic.learn(batch, generator, partial(critic_terms, generator, exit_step), weights)
-        return {f"critic_{name}": value for name, value in numbers.items()}
-
-    live = prompts.live
-    parts = (recorded(generate, student, critic, live=live), recorded(judge, student, critic, live=live))
-
-    def step(i: int, generator: torch.Generator) -> Numbers:
-        dice = torch.Generator().manual_seed(generator.initial_seed())
-        exits = torch.randint(levels, (2,), generator=dice).tolist()
-        made = parts[0](generator, exits[0]) if i % ratio == 0 else {}
-        return made | parts[1](generator, exits[1])
-
-    return step
-
-
-@torch.no_grad()
-def health(clips: AV[Tensor]) -> dict[str, Tensor]:
-    """Tell at a glance whether clips move and sound: see `self_forcing_stage`. Shapes: AV([B, F, ...], [B, T, C])."""
-    return {"motion": clips.video.diff(dim=1).abs().mean(), "loudness": clips.audio.square().mean()}

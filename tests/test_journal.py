@@ -61,14 +61,19 @@ def test_two_runs_that_share_a_folder_refuse_each_other(tmp_path):
     train.fit(step, players, 1, folder=tmp_path, progress=False)
 
 
-def test_the_lock_of_a_dead_process_is_taken_over_aloud_and_of_another_host_is_not(tmp_path, capsys):
+def test_the_lock_of_the_dead_is_taken_over_aloud_and_of_another_host_when_it_has_long_been_silent(tmp_path, capsys):
     players, step = ode_stage()
     (tmp_path / "lock").write_text(f"{socket.gethostname()} process 999999\n")
     train.fit(step, players, 1, folder=tmp_path, progress=False)
     assert "taken over from" in capsys.readouterr().out
     (tmp_path / "lock").write_text("another-host process 1\n")
-    with pytest.raises(ValueError, match="another-host process 1, which cannot be seen"):
+    with pytest.raises(ValueError, match=r"another-host process 1, which cannot be seen.*over in 30 minutes"):
         train.fit(step, players, 2, folder=tmp_path, progress=False)
+    long_ago = time.time() - journal.SILENT_S - 60
+    for path in tmp_path.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    train.fit(step, players, 2, folder=tmp_path, progress=False)
+    assert "taken over from another-host process 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"\x80" * 99])

@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,8 @@ from omniforcing_lib.training.distributed import Team
 if TYPE_CHECKING:
     from omniforcing_lib.training.train import Player
 
+SILENT_S = 1800.0
+"""A run on another host that has written nothing for so long is over: a step, or a checkpoint, is much sooner."""
 SIGTERM_CODE = 128 + signal.SIGTERM
 """Exit code of a run that a scheduler ended and that can go on: 143."""
 
@@ -203,10 +205,10 @@ def _locked(path: Path, leads: bool) -> Iterator[None]:
                 f"{path.parent} is in use by {owner or 'a run that has just begun'}; "
                 "wait for it, or give this run another folder"
             ) from error
-        if owner and host != socket.gethostname():
+        if owner and host != socket.gethostname() and (left := SILENT_S - _silence_s(path.parent)) > 0:
             raise ValueError(
-                f"{path.parent} was last used by {owner}, which cannot be seen from {socket.gethostname()}; "
-                f"if that run is over, remove {path}"
+                f"{path.parent} was last used by {owner}, which cannot be seen from {socket.gethostname()}; if that "
+                f"run is over, remove {path}; if it writes nothing, it counts as over in {math.ceil(left / 60)} minutes"
             )
         if owner:
             print(f"{path.parent}: taken over from {owner}, which ended without letting go of it", flush=True)
@@ -217,6 +219,18 @@ def _locked(path: Path, leads: bool) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def _silence_s(folder: Path) -> float:
+    """Give the seconds since anything in a folder was written, by the clock of whoever keeps the files."""
+    clock = folder / f".{os.getpid()}.clock"
+    clock.touch()
+    now, written = clock.stat().st_mtime, 0.0
+    clock.unlink()
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # moved in the meantime: by somebody
+            written = max(written, path.stat().st_mtime)
+    return now - written
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """One training loop (paper Sec. 4; spec 5).
 
 A stage (see `stages`) is a function `step(i, generator) -> numbers`; a `Player` is a model with its optimiser and its
-average. All
-randomness of step i comes from (seed, i), so a killed run that resumes ends where an unbroken one does.
+average. All randomness of step i comes from (seed, i), so a killed run that resumes ends where an unbroken one does.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.lab import distill
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
 from omniforcing_lib.live import stream
-from omniforcing_lib.training.dataset import Prompts
+from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.training.train import History
 from omniforcing_lib.weights import checkpoints
 
@@ -63,6 +63,22 @@ def test_the_loss_of_a_state_that_is_known_is_its_distance(prompts):
     loss, far = distill.regression_loss(model, pairs, prompts, causal, batch=4), distill.to_go(pairs)
     assert all(f[2] ** 2 * 0.8 < value < f[0] ** 2 * 1.2 for value, f in zip(loss, far, strict=True))
     assert all((f[:-1] > f[1:]).all() and f[-1] == 0 for f in far)
+
+
+def test_more_pairs_than_are_stored_are_the_stored_ones_and_fresh_ones(prompts, monkeypatch):
+    """The prompts go on in turn, and no noise is drawn twice."""
+    causal, codec = checkpoints.read("stage2").causal, stream.shipped_codec()
+    stored = distill.teacher_pairs("", codec, prompts, causal, 90)
+
+    def fresh(teacher, prompts, guidance, steps, seeds, *, first, **how):
+        index = torch.arange(first, first + len(seeds)) % len(prompts)
+        return Pairs(stored.states.map(lambda s: -s[: len(seeds)]), stored.sigmas, index)
+
+    monkeypatch.setattr(distill.dataset, "ode_pairs", fresh)
+    pairs = distill.teacher_pairs("", codec, prompts, causal, 95)
+    assert pairs.prompt.tolist() == [i % 18 for i in range(95)]
+    for all_states, old in zip(pairs.states, stored.states, strict=True):
+        assert torch.equal(all_states[:90], old) and torch.equal(all_states[90:], -old[:5])
 
 
 def test_stored_pairs_of_other_levels_are_refused(prompts):

@@ -47,20 +47,29 @@ class Lesson(NamedTuple):
 def teacher_pairs(
     source: str, codec: TinyCodec, prompts: Prompts, causal: Causal, count: int, *, seed: int = 0
 ) -> Pairs:
-    """Take the first `count` stored trajectories of 5 seconds, or let another teacher than the shipped one make them.
+    """Take the stored trajectories of 5 seconds, as many as there are; the teacher, or another one, makes the rest.
 
     Prompts take turns. Raises ValueError when the stored levels are not those of `causal`.
     """
-    device = prompts.context.video.device
-    if source:
-        teacher, seeds = checkpoints.load(source, device=device), range(seed * count, (seed + 1) * count)
-        shape = {"latents": codec.clock.latents(5), "grid": codec.grid}
-        return dataset.ode_pairs(teacher, prompts, MINIATURE_CFG, causal.steps, seeds, **shape, progress=False)
-    stored = Pairs.load(checkpoints.DATA / "ode_pairs.safetensors", device)
-    levels = stored.sigmas.double().cpu()
-    if levels.shape != causal.sigmas.shape or not torch.allclose(levels, causal.sigmas, atol=1e-4):
-        raise ValueError(f"the stored pairs keep {stored.sigmas.tolist()}, the student steps {causal.sigmas.tolist()}")
-    return Pairs(stored.states.map(lambda s: s[:count]), stored.sigmas, stored.prompt[:count])
+    device, stored = prompts.context.video.device, None
+    if not source:
+        stored = Pairs.load(checkpoints.DATA / "ode_pairs.safetensors", device)
+        levels = stored.sigmas.double().cpu()
+        if levels.shape != causal.sigmas.shape or not torch.allclose(levels, causal.sigmas, atol=1e-4):
+            raise ValueError(
+                f"the stored pairs keep {stored.sigmas.tolist()}, the student steps {causal.sigmas.tolist()}"
+            )
+        if len(stored) >= count:
+            return Pairs(stored.states.map(lambda s: s[:count]), stored.sigmas, stored.prompt[:count])
+    first = len(stored) if stored else 0
+    seeds = range(first, count) if stored else range(seed * count, (seed + 1) * count)
+    how = {"latents": codec.clock.latents(5), "grid": codec.grid, "first": first, "progress": len(seeds) > 90}
+    teacher = checkpoints.load(source or "teacher", device=device)
+    made = dataset.ode_pairs(teacher, prompts, MINIATURE_CFG, causal.steps, seeds, **how)
+    if stored is None:
+        return made
+    states = stored.states.map(lambda old, new: torch.cat([old, new]), made.states)
+    return Pairs(states, stored.sigmas, torch.cat([stored.prompt, made.prompt]))
 
 
 def ends(pairs: Pairs) -> AV[Tensor]:

@@ -18,10 +18,8 @@ class Profile:
         long_clips: roll-outs of `long_seconds` in notebook 04.
         stage_batch: clips a step of Stages 2 and 3 in notebook 04.
         teacher_steps: Euler steps of the guided teacher.
-        train_from_scratch: remake the shipped checkpoints instead of loading them.
-        codec_steps: optimiser steps of the codec when it is remade.
-        pretrain_steps: optimiser steps of the teacher when it is remade.
-        ode_pairs: teacher trajectories that Stage 2 regresses on.
+        fresh_ablations: make notebook 04's ablations anew instead of reading the stored ones.
+        ode_pairs: teacher trajectories that Stage 2 regresses on; what is not stored is sampled.
         stage2_steps: optimiser steps of causal ODE regression.
         stage3_steps: generator steps of self-forcing DMD.
         sink_counts: sink numbers that notebook 03 compares.
@@ -48,9 +46,7 @@ class Profile:
     long_clips: int
     stage_batch: int
     teacher_steps: int
-    train_from_scratch: bool
-    codec_steps: int
-    pretrain_steps: int
+    fresh_ablations: bool
     ode_pairs: int
     stage2_steps: int
     stage3_steps: int
@@ -87,9 +83,7 @@ SMOKE = Profile(
     long_clips=2,
     stage_batch=2,
     teacher_steps=10,
-    train_from_scratch=False,
-    codec_steps=10,
-    pretrain_steps=10,
+    fresh_ablations=False,
     ode_pairs=18,
     stage2_steps=6,
     stage3_steps=2,
@@ -121,7 +115,7 @@ CPU = replace(
     stage2_steps=100,
     stage3_steps=40,
     sink_counts=(0, 1, 2, 4, 8, 16, 24),
-    sink_steps=30,
+    sink_steps=25,
     sink_clips=4,
     long_seconds=60,
     bench_seconds=60,
@@ -129,7 +123,7 @@ CPU = replace(
     bench_blocks=9,
     bench_turns=3,
     switches=32,
-    seeds=2,
+    seeds=3,
     teacher_clips=16,
     mask_seconds=(5, 10, 20, 40, 80, 160),
 )
@@ -140,11 +134,10 @@ FULL = replace(
     forced_clips=54,
     long_clips=32,
     stage_batch=8,
-    train_from_scratch=True,
-    codec_steps=4000,
-    pretrain_steps=6000,
+    fresh_ablations=True,
+    ode_pairs=384,
     stage2_steps=1500,
-    stage3_steps=600,
+    stage3_steps=250,
     sink_steps=300,
     long_seconds=180,
     bench_seconds=180,

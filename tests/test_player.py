@@ -125,7 +125,10 @@ def test_a_failing_stream_is_told_and_leaves_no_thread():
 
 # Two players: the shipped student, and flashes of light that each come with a click.
 CELLS = (
-    """from omniforcing_lib import checkpoints, stream, text, widgets
+    """from omniforcing_lib.bounce import text
+from omniforcing_lib.live import stream
+from omniforcing_lib.pages import widgets
+from omniforcing_lib.weights import checkpoints
 
 codec, causal = stream.shipped_codec(), checkpoints.read("student").causal
 live = stream.Streamer(checkpoints.load("student"), causal, codec, text.TinyText(), "a red ball, bell")

@@ -15,7 +15,9 @@ from omniforcing_lib.pages import claims, profiles, report, runner
 matplotlib.use("agg")
 
 PARAMETERS = 'profile: str = "smoke"  # smoke | cpu\nseed: int = 0  # any\nout_dir: str = ""  # run folder'
-BEGIN = 'from omniforcing_lib import report\n\nrun = report.begin("{}", profile=profile, seed=seed, out_dir=out_dir)'
+BEGIN = (
+    'from omniforcing_lib.pages import report\n\nrun = report.begin("{}", profile=profile, seed=seed, out_dir=out_dir)'
+)
 
 
 def write_notebook(folder, name, *cells):

@@ -34,6 +34,9 @@ TINY = replace(
 )
 NEWER = replace(TINY, apply_gated_attention=True, cross_attention_adaln=True)  # LTX-2.3: sigma enters the text too
 
+# in float32 its random gates blow rounding up: `test_companions` holds it to 1e-5 at weights of a usual size
+KINDS = [(TINY, torch.float32, 1e-5), (TINY, torch.float64, 1e-10), (NEWER, torch.float64, 1e-10)]
+
 
 def tiny(config: ModelConfig = TINY, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:
     """Build a tiny model whose every weight matters (nothing starts at zero)."""
@@ -131,15 +134,10 @@ def test_no_future_reaches_the_past_through_the_cache(stream):
 
 @torch.no_grad()
 @settings(max_examples=12, deadline=None)
-@given(
-    layouts(),
-    st.integers(0, 6),
-    st.sampled_from([TINY, NEWER]),
-    st.sampled_from([(torch.float32, 1e-5), (torch.float64, 1e-10)]),
-)
-def test_cached_equals_masked(layout, more, config, kind):
+@given(layouts(), st.integers(0, 6), st.sampled_from(KINDS))
+def test_cached_equals_masked(layout, more, kind):
     """Block by block through the cache equals one masked pass, whatever the layout, with and without sinks."""
-    dtype, tolerance = kind
+    config, dtype, tolerance = kind
     video_latents = layout.first.video + more
     model = tiny(config.with_sinks(layout.sinks), dtype=dtype)
     x, sigma, text = inputs(layout, video_latents, batch=2, dtype=dtype)

@@ -152,7 +152,7 @@ def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 def _modulated(text: Tensor | None, prompt: Tensor) -> Tensor | None:
     """Shift and scale text. Shapes: text [B, L, D], prompt [B, 1, 2, D] (shift, scale)."""
     shift, scale = prompt.unbind(2)
-    return None if text is None else text * (1 + scale) + shift
+    return None if text is None else modulate(text, 1 + scale, shift)
 
 
 class Block(nn.Module):

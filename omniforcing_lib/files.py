@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -73,12 +73,20 @@ def _scratch(path: Path) -> Iterator[Path]:
 def _sweep(path: Path) -> None:
     for left in path.parent.glob("." + glob.escape(path.name) + ".*.part"):
         writer = left.name.split(".")[-2]
-        if writer.isdigit() and time.time() - _touched(left) > STALE_S and not _alive(int(writer)):
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(FileNotFoundError):  # its writer has just finished
+            silence = time.time() - (last_written(left) or left.stat().st_mtime)
+            if writer.isdigit() and silence > STALE_S and not _alive(int(writer)):
+                shutil.rmtree(left, ignore_errors=True)
 
 
-def _touched(folder: Path) -> float:
-    return max((entry.stat().st_mtime for entry in folder.glob("*")), default=folder.stat().st_mtime)
+def last_written(folder: Path) -> float:
+    """Give when the newest file below a folder was written, 0 where there is none; files may go in the meantime."""
+    newest = 0.0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                newest = max(newest, os.stat(os.path.join(parent, name)).st_mtime)
+    return newest
 
 
 def _alive(process: int) -> bool:

@@ -97,9 +97,8 @@ def test_folders_import_only_from_those_before_them():
         own = room.rpartition(".")[0]
         for node in ast.walk(ast.parse((LIBRARY / f"{room.replace('.', '/')}.py").read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("omniforcing_lib"):
-                asked = node.module.split(".")[1:]
-                names = asked or [alias.name for alias in node.names]
-                for folder in {name for name in names[:1] if name in FOLDERS}:
+                asked = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                for folder in {name for name in asked if name in FOLDERS}:
                     assert FOLDERS.index(folder) <= FOLDERS.index(own), f"{room} imports {node.module}"
 
 

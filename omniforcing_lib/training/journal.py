@@ -15,14 +15,14 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omniforcing_lib.files import write_json, write_tensors, write_text
+from omniforcing_lib.files import last_written, write_json, write_tensors, write_text
 from omniforcing_lib.training import distributed
 from omniforcing_lib.training.distributed import Team
 
@@ -225,12 +225,9 @@ def _silence_s(folder: Path) -> float:
     """Give the seconds since anything in a folder was written, by the clock of whoever keeps the files."""
     clock = folder / f".{os.getpid()}.clock"
     clock.touch()
-    now, written = clock.stat().st_mtime, 0.0
+    now = clock.stat().st_mtime
     clock.unlink()
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # moved in the meantime: by somebody
-            written = max(written, path.stat().st_mtime)
-    return now - written
+    return now - last_written(folder)
 
 
 @contextmanager

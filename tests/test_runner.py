@@ -153,6 +153,22 @@ def test_scrub_keeps_counts_and_drops_what_changes():
     assert kept.cells[0].execution_count == 1 and [o.name for o in kept.cells[0].outputs] == ["stdout"]
 
 
+def test_a_page_shows_of_stderr_what_a_terminal_would(tmp_path):
+    bar = "stage 2:   0%|   | 0/9\rstage 2: 100%|###| 9/9\r            \r"
+    texts = {"a bar alone": bar, "a warning between bars": bar + "UserWarning: heed me\n" + bar}
+    node = nbformat.v4.new_notebook()
+    for name, text in texts.items():
+        outputs = [
+            nbformat.v4.new_output("stream", name=kind, text=t) for kind, t in (("stdout", name), ("stderr", text))
+        ]
+        node.cells.append(nbformat.v4.new_code_cell("x", outputs=outputs))
+    nbformat.write(node, tmp_path / "run.ipynb")
+    runner._write_html(tmp_path / "run.ipynb", tmp_path / "run.html")
+    page = (tmp_path / "run.html").read_text()
+    assert all(name in page for name in texts)
+    assert page.count("UserWarning: heed me") == 1 and "stage 2" not in page
+
+
 def test_stored_report_and_readme_follow_from_the_stored_metrics():
     metrics, title = runner.stored_metrics()
     scores = claims.read_scores(runner.STORED / "scores")

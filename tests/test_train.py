@@ -174,6 +174,11 @@ def test_the_rate_warms_up_then_falls_as_a_cosine():
     assert replace(recipe, steps=0).rate(10_000) == 2.0
 
 
+def test_a_decay_that_leaves_all_is_none():
+    plain, decayed = Recipe(lr=3e-4, warmup=4), Recipe(lr=3e-4, warmup=4, steps=50, final=1.0)
+    assert [plain.rate(i) for i in range(60)] == [decayed.rate(i) for i in range(60)]
+
+
 def test_the_average_follows_the_model():
     learner = player(Recipe(lr=0.1, warmup=1, ema=0.75))
     weight, average = learner.model.proj_out.weight, learner.average.proj_out.weight

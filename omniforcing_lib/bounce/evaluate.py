@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+from tqdm import tqdm
 
 from omniforcing_lib.bounce import detect
 from omniforcing_lib.bounce.distributions import energy_distance, feature_sets, features, frechet
@@ -38,6 +39,7 @@ __all__ = [
     "frechet",
     "match",
     "read",
+    "read_all",
     "score",
     "shuffled",
     "table",
@@ -110,6 +112,11 @@ def read(clip: AV[np.ndarray], clock: Clock = CLOCK) -> Reading:
     end_s = min(len(clip.video) / clock.fps, len(clip.audio) / clock.sample_rate) - EDGE_S
     rest = AV(_without(seen, (p.seen for p in pairs), end_s), _without(heard, (p.heard for p in pairs), end_s))
     return Reading(clip, clock, track, tuple(pairs), rest.video, rest.audio, tuple(s.time_s for s in seen))
+
+
+def read_all(clips: Sequence[AV[np.ndarray]], name: str = "clips", clock: Clock = CLOCK) -> list[Reading]:
+    """Run the detectors over every clip, with a bar under that name where it takes a while."""
+    return [read(clip, clock) for clip in tqdm(clips, desc=f"reading {name}", delay=2, leave=False)]
 
 
 def match(seen: Sequence[Impact], heard: Sequence[detect.Onset], tolerance_s: float = TOLERANCE_S) -> list[Pair]:
@@ -266,7 +273,7 @@ def table(
     clock: Clock = CLOCK,
 ) -> Table:
     """Score clips against their prompts: one row with the mean and 95 % interval of every measure."""
-    tallies = [tally(read(c, clock), p) for c, p in zip(clips, prompts, strict=True)]
+    tallies = [tally(reading, p) for reading, p in zip(read_all(clips, name, clock), prompts, strict=True)]
     return Table({name: estimates(tallies, draws=draws, seed=seed)})
 
 

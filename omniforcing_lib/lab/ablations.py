@@ -224,7 +224,7 @@ class _Bench:
         numbers = range(first, first + self.budget.clips)
         latents = exposure.roll(student, causal, self.codec, self.names, numbers, seconds)
         clips = exposure.decoded(self.codec, latents)
-        readings = [evaluate.read(clip) for clip in clips]
+        readings = evaluate.read_all(clips)
         whole, late = (
             [evaluate.tally(r, p, from_s) for r, p in zip(readings, self.names, strict=True)]
             for from_s in (0, seconds - CLIP_SECONDS)

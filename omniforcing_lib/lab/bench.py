@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from omniforcing_lib import masks
 from omniforcing_lib.config import MINIATURE, ModelConfig
@@ -86,7 +87,8 @@ def alternate(calls: Mapping[str, Callable[[], object]], turns: int, warm: int =
     for _ in range(warm):
         for call in calls.values():
             call()
-    rounds = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(turns)]
+    bar = tqdm(range(turns), desc=f"timing {', '.join(calls)}", unit="turn", delay=2, leave=False)
+    rounds = [{name: seconds_of(call) for name, call in calls.items()} for _ in bar]
     return {name: [times[name] for times in rounds] for name in calls}
 
 
@@ -124,7 +126,7 @@ class Watched(NamedTuple):
 def watch(streamer: Streamer, blocks: int, keep: int | None = None) -> Watched:
     """Run a stream and time every block, decoding included; only `keep` chunks and the last are held."""
     seen = Watched([], [], [], [])
-    for k in range(blocks):
+    for k in tqdm(range(blocks), desc="streaming", unit="block", delay=2, leave=False):
         made: list[Chunk] = []
         seen.seconds.append(seconds_of(lambda made=made: made.append(streamer.step())))
         seen.cache_bytes.append(streamer.cache_bytes)
@@ -186,7 +188,7 @@ def in_turn(
 ) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
     """Roll streams of one model out, a block of each in turn: medians of each block's seconds, and cache bytes."""
     rounds = []
-    for _ in range(turns):
+    for _ in tqdm(range(turns), desc=f"timing {', '.join(policies)}", unit="turn", delay=2, leave=False):
         rolls = [block_seconds(model, causal, grid, blocks) for causal in policies.values()]
         rounds.append(list(zip(*rolls, strict=True)))
     seconds = np.median([[[s for s, _ in row] for row in made] for made in rounds], axis=0).T

@@ -90,7 +90,7 @@ def stage2(
     player = Player(model, Recipe(lr=5e-4, warmup=min(20, steps // 4), steps=steps, ema=0.0))
     step = stages.ode_stage(player, pairs, prompts, causal, batch)
     with witness(player.model) as levels:
-        history = train.fit(step, {"student": player}, steps, seed=seed, progress=False)
+        history = train.fit(step, {"student": player}, steps, seed=seed, label="stage 2", leave=False)
     return Lesson(player.best.eval(), history, levels)
 
 
@@ -149,6 +149,8 @@ def stage3(
     steps: int,
     batch: int,
     seconds: int = 5,
+    lr: float = 1e-4,
+    final: float = 1.0,
     ratio: int = 5,
     guidance: Guidance = MINIATURE_CFG,
     weights: AV[float] = ONES,
@@ -157,19 +159,21 @@ def stage3(
 ) -> Lesson:
     """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic.
 
-    Streams count by `weights`; a `sampler` makes the clips in another way (see `stages.self_forcing_stage`).
+    The critic learns at twice the rate `lr`; a cosine decay leaves the share `final` of both. Streams count by
+    `weights`; a `sampler` makes the clips in another way (see `stages.self_forcing_stage`).
     """
     device = prompts.context.video.device
-    recipe = {"betas": (0.0, 0.999), "warmup": 3}
+    # it ends on a step of the student, which no critic step need follow
+    turns = (steps - 1) * ratio + 1
+    recipe = {"betas": (0.0, 0.999), "warmup": 3, "steps": turns, "final": final}
     # the average spans the last quarter of the run
-    player = Player(copy.deepcopy(student), Recipe(lr=1e-4, ema=max(0.0, 1 - 4 / steps), **recipe))
-    critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=2e-4, ema=0.0, **recipe))
+    player = Player(copy.deepcopy(student), Recipe(lr=lr, ema=max(0.0, 1 - 4 / steps), **recipe))
+    critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=2 * lr, ema=0.0, **recipe))
     real, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
     way = {"guidance": guidance, "ratio": ratio, "weights": weights, "sampler": sampler}
     step = stages.self_forcing_stage(player, critic, real, prompts, causal, codec.grid, frames, batch, **way)
     players = {"student": player, "critic": critic}
-    # it ends on a step of the student, which no critic step need follow
-    history = train.fit(step, players, (steps - 1) * ratio + 1, seed=seed, progress=False)
+    history = train.fit(step, players, turns, seed=seed, label="stage 3", leave=False)
     return Lesson(player.best.eval(), history, [])
 
 

@@ -17,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from omniforcing_lib.bounce import evaluate, world
 from omniforcing_lib.bounce.codecs import DecodeState, TinyCodec
@@ -52,12 +53,18 @@ def roll(
     Shapes: history and result AV([n, F, h, w, C], [n, T, C]).
     """
     weight, made = model.proj_out.weight, []
-    for start in range(0, len(seeds), batch):
-        some = slice(start, start + batch)
-        text = TinyText().encode(list(prompts[some]), weight.device, weight.dtype)
-        past = history and history.map(lambda x, some=some: x[some].to(weight))
-        noise, frames = seeded_noise(seeds[some], weight), codec.clock.latents(seconds).video
-        made.append(join(list(rollout(model, causal, text, noise, codec.grid, frames, history=past))))
+    starts, frames = range(0, len(seeds), batch), codec.clock.latents(seconds).video
+    total = len(starts) * causal.layout.count(frames)
+    with tqdm(total=total, desc=f"rolling out {len(seeds)} clips", unit="block", delay=2, leave=False) as bar:
+        for start in starts:
+            some = slice(start, start + batch)
+            text = TinyText().encode(list(prompts[some]), weight.device, weight.dtype)
+            past = history and history.map(lambda x, some=some: x[some].to(weight))
+            noise, blocks = seeded_noise(seeds[some], weight), []
+            for block in rollout(model, causal, text, noise, codec.grid, frames, history=past):
+                blocks.append(block)
+                bar.update()
+            made.append(join(blocks))
     return AV(*zip(*made, strict=True)).map(torch.cat)
 
 
@@ -69,8 +76,9 @@ def true_clips(prompts: Sequence[str], seeds: Sequence[int], seconds: int) -> li
 @torch.no_grad()
 def decoded(codec: TinyCodec, latents: AV[Tensor], batch: int = 18) -> list[AV[np.ndarray]]:
     """Decode latents to clips. Shapes: AV([n, F, h, w, C], [n, T, C])."""
-    pieces = zip(*(stream.split(batch) for stream in latents), strict=True)
-    return [clip for piece in pieces for clip in to_clips(codec.decode(AV(*piece)))]
+    pieces = list(zip(*(stream.split(batch) for stream in latents), strict=True))
+    bar = tqdm(pieces, desc=f"decoding {len(latents.video)} clips", delay=2, leave=False)
+    return [clip for piece in bar for clip in to_clips(codec.decode(AV(*piece)))]
 
 
 def ahead(seen: np.ndarray, frames: int) -> np.ndarray:
@@ -142,7 +150,9 @@ def by_block(
     NaN where there was no ball, or no event.
     Shapes: AV([n, F, h, w, C], [n, T, C]) -> AV([n, K - FIRST], [n, K - FIRST]).
     """
-    errors = [[judged(clip, codec.clock) for clip in clips] for clips in windows(codec, layout, out, history)]
+    count = layout.count(out.video.shape[1]) - FIRST
+    bar = tqdm(windows(codec, layout, out, history), desc="judging", total=count, unit="block", delay=2, leave=False)
+    errors = [[judged(clip, codec.clock) for clip in clips] for clips in bar]
     return AV(*np.moveaxis(np.array(errors, dtype=float), (0, 1, 2), (2, 1, 0)))
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from omniforcing_lib import masks
 from omniforcing_lib.attention import attend
@@ -269,7 +270,7 @@ def in_turn(
     """Time calls in alternation after one warm-up of each; median milliseconds by name."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
+    for turn in tqdm(range(repeats + 1), desc="timing", unit="turn", delay=2, leave=False):
         for name, call in calls.items():
             wait()
             began = time.perf_counter()

@@ -128,7 +128,7 @@ def run(systems: dict[str, System], trial: Trial, out: str | Path, *, floor: boo
     rows, extra = {}, {}
     for name, clips in sets.items():
         wanted = trial.asked(systems[name]) if name in systems else prompts
-        readings = [evaluate.read(clip) for clip in tqdm(clips, desc=name, leave=False)]
+        readings = evaluate.read_all(clips, name)
         tallies = [evaluate.tally(reading, prompt) for reading, prompt in zip(readings, wanted, strict=True)]
         if name in systems:
             _sheet(out / f"{name.replace(' ', '_').replace(',', '')}.png", readings[:8], wanted[:8])
@@ -216,7 +216,7 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
     parts, record = [f"{size}, held-out, through an mp4; mean and 95 % interval."], {}
     for name, layout in layouts.items():
         made = sample(systems[name], trial, batch=8) if name in systems else trial.real()
-        readings = [evaluate.read(clip) for clip in through_file(made)]
+        readings = evaluate.read_all(through_file(made), name)
         wanted = trial.asked(systems[name]) if name in systems else trial.prompts
         table, seams = _spans(readings, wanted, layout, range(0, trial.seconds, width), width)
         parts += [f"## {name}", str(table), _columns(seams)]

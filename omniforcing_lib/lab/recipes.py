@@ -210,24 +210,30 @@ def stage3(
     grid: Sequence[int] = (0, 0),
     lr: float = 1e-4,
     critic_lr: float = 1e-4,
+    final: float = 1.0,
     ratio: int = 5,
     cfg: Sequence[float] = (3.0, 3.0),
     job: Job = Job(),
 ) -> Path:
-    """Distil on the student's own roll-outs: joint self-forcing DMD; `steps` counts critic steps."""
+    """Distil on the student's own roll-outs: joint self-forcing DMD; `steps` counts critic steps.
+
+    `final` is the share of both rates that a cosine decay leaves at the end.
+    """
     causal = checkpoints.read(student).causal
     if causal is None:
         raise ValueError(f"{student} is no causal student (its config has no `omniforcing` part); train stage2 first")
-    (clock, shape), betas = geometry(codec, grid), (0.0, 0.999)
-    player = job.player(job.load(student), lr=lr, betas=betas, warmup=10, ema=min(0.99, average(steps // ratio)))
-    critic = job.player(job.load(teacher), lr=critic_lr, betas=betas, warmup=10, ema=0.0)
+    clock, shape = geometry(codec, grid)
+    recipe = {"betas": (0.0, 0.999), "warmup": 10, "steps": steps, "final": final}
+    player = job.player(job.load(student), lr=lr, ema=min(0.99, average(steps // ratio)), **recipe)
+    critic = job.player(job.load(teacher), lr=critic_lr, ema=0.0, **recipe)
     how = {"guidance": Guidance(cfg=AV(*cfg)), "ratio": ratio}
     frames = clock.latents(seconds).video
     step = stages.self_forcing_stage(
         player, critic, job.load(teacher, frozen=True), job.contexts(), causal, shape, frames, batch, **how
     )
     history = job.run(step, {"student": player, "critic": critic}, steps, "stage 3")
-    settings = {"stage": "stage 3", "teacher": teacher, "steps": steps, "batch": batch, "lr": lr, "cfg": list(cfg)}
+    settings = {"stage": "stage 3", "teacher": teacher, "steps": steps, "batch": batch, "cfg": list(cfg)}
+    settings |= {"lr": lr, "critic_lr": critic_lr, "final": final}
     return job.save(
         player, out, history, ("dmd_video", "dmd_audio", "critic_video", "critic_audio"), causal, **settings
     )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 from omniforcing_lib.lab import bench
 from omniforcing_lib.lab.bench import alternate, seconds_of
@@ -70,7 +71,7 @@ def over_floor(
     machine falls on both.
     """
     probes, ratios = _probes(device, size), []
-    for _ in range(turns + 1):  # the first warms up
+    for _ in tqdm(range(turns + 1), desc="timing", unit="turn", delay=2, leave=False):  # the first warms up
         before = {name: seconds_of(probe) for name, probe in probes.items()}
         took = seconds_of(call)
         around = {name: (before[name] + seconds_of(probe)) / 2 for name, probe in probes.items()}

@@ -242,7 +242,7 @@ def compare(
     """Train every variant once a seed and sum up; the same seed draws the same batches for all of them."""
     jobs = [(name, seed) for name in variants for seed in seeds]
     traces: dict[str, list[Trace]] = {name: [] for name in variants}
-    for name, seed in tqdm(jobs, desc="short stage 2 runs", unit="run", leave=False, disable=None):
+    for name, seed in tqdm(jobs, desc="short stage 2 runs", unit="run", delay=2, leave=False):
         traces[name].append(train(variants[name], study, steps=steps, batch=batch, seed=seed))
     return {name: summarise(runs) for name, runs in traces.items()}
 

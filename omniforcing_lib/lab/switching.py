@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 from omniforcing_lib.bounce import detect
 from omniforcing_lib.lab import bench, exposure
@@ -20,6 +21,14 @@ def switched(streamer: Streamer, prompt: str, at: int, blocks: int, *, recache: 
     chunks = [streamer.step() for _ in range(at)]
     streamer.set_prompt(prompt, recache=recache)
     return chunks + [streamer.step() for _ in range(blocks - at)]
+
+
+def all_switched(
+    streams: Sequence[tuple[Streamer, str]], at: int, blocks: int, *, recache: bool = False
+) -> list[list[Chunk]]:
+    """Switch every stream to its other prompt, see `switched`."""
+    bar = tqdm(streams, desc="switching", unit="stream", delay=2, leave=False)
+    return [switched(streamer, prompt, at, blocks, recache=recache) for streamer, prompt in bar]
 
 
 def prompt_pairs(names: Sequence[str], count: int) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
 from omniforcing_lib.bounce.codecs import Codec, TinyCodec, load_codec
 from omniforcing_lib.bounce.text import TextEncoder, TinyText
@@ -276,7 +277,9 @@ def teacher_clips(
     negative = context.map(lambda t: t[-1:])
     noise = block_noise(seeds, 0, shapes).map(lambda x: x.to(weight.device))
     denoise = guided_denoiser(model, context.map(lambda t: t[:-1]), negative, guidance)
-    return to_clips(codec.decode(euler(denoise, noise, ltx2_sigmas(steps))))
+    with tqdm(total=steps, desc=f"sampling {len(prompts)} clips", unit="step", delay=2, leave=False) as bar:
+        ends = euler(denoise, noise, ltx2_sigmas(steps), lambda i, _: bar.update(i - bar.n))
+    return to_clips(codec.decode(ends))
 
 
 def generate(

@@ -16,12 +16,15 @@ class Profile:
         clips: clips of each system that notebook 04 scores.
         forced_clips: clips that notebook 04 rolls out on a true past and on the student's own.
         long_clips: roll-outs of `long_seconds` in notebook 04.
-        stage_batch: clips a step of Stages 2 and 3 in notebook 04.
         teacher_steps: Euler steps of the guided teacher.
         fresh_ablations: make notebook 04's ablations anew instead of reading the stored ones.
         ode_pairs: teacher trajectories that Stage 2 regresses on; what is not stored is sampled.
         stage2_steps: optimiser steps of causal ODE regression.
+        stage2_batch: clips of each of those steps.
         stage3_steps: generator steps of self-forcing DMD.
+        stage3_batch: clips of each of those steps, and of each step of the critic.
+        stage3_lr: learning rate of its student; that of the critic is twice as high.
+        stage3_final: share of both rates that a cosine decay leaves at the end.
         sink_counts: sink numbers that notebook 03 compares.
         sink_steps: training steps of each of those variants.
         sink_clips: clips of each of those steps; four times as many judge.
@@ -44,12 +47,15 @@ class Profile:
     clips: int
     forced_clips: int
     long_clips: int
-    stage_batch: int
     teacher_steps: int
     fresh_ablations: bool
     ode_pairs: int
     stage2_steps: int
+    stage2_batch: int
     stage3_steps: int
+    stage3_batch: int
+    stage3_lr: float
+    stage3_final: float
     sink_counts: tuple[int, ...]
     sink_steps: int
     sink_clips: int
@@ -81,12 +87,15 @@ SMOKE = Profile(
     clips=6,
     forced_clips=4,
     long_clips=2,
-    stage_batch=2,
     teacher_steps=10,
     fresh_ablations=False,
     ode_pairs=18,
     stage2_steps=6,
+    stage2_batch=2,
     stage3_steps=2,
+    stage3_batch=2,
+    stage3_lr=1e-4,
+    stage3_final=1.0,
     sink_counts=(0, 16),
     sink_steps=3,
     sink_clips=2,
@@ -109,11 +118,12 @@ CPU = replace(
     clips=54,
     forced_clips=18,
     long_clips=6,
-    stage_batch=4,
     teacher_steps=40,
     ode_pairs=90,
     stage2_steps=100,
+    stage2_batch=4,
     stage3_steps=40,
+    stage3_batch=4,
     sink_counts=(0, 1, 2, 4, 8, 16, 24),
     sink_steps=25,
     sink_clips=4,
@@ -133,11 +143,14 @@ FULL = replace(
     clips=90,
     forced_clips=54,
     long_clips=32,
-    stage_batch=8,
     fresh_ablations=True,
     ode_pairs=384,
     stage2_steps=1500,
-    stage3_steps=250,
+    stage2_batch=8,
+    stage3_steps=344,
+    stage3_batch=16,
+    stage3_lr=1.5e-4,
+    stage3_final=0.05,
     sink_steps=300,
     long_seconds=180,
     bench_seconds=180,

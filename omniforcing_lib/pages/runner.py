@@ -196,10 +196,24 @@ def _run_all(plan: Mapping[Path, dict[str, object]], target: Path, times: dict[s
 
 
 def _write_html(notebook: Path, path: Path) -> None:
+    import nbformat
     from nbconvert import HTMLExporter
 
-    body, _ = HTMLExporter().from_filename(str(notebook))
+    node = nbformat.read(notebook, as_version=4)
+    for cell in node.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [kept for output in cell.outputs if (kept := _without_bars(output))]
+    body, _ = HTMLExporter().from_notebook_node(node)
     files.write_text(path, body)
+
+
+def _without_bars(output: NotebookNode) -> NotebookNode | None:
+    """Keep of stderr what a terminal would show at the end: a bar overwrites itself, and then goes."""
+    if output.get("name") != "stderr":
+        return output
+    shown = (line.rsplit("\r", 1)[-1].rstrip() for line in output.text.split("\n"))
+    output.text = "\n".join(filter(None, shown))
+    return output if output.text else None
 
 
 def _gather(target: Path, profile: str, parameters: Sequence[str], times: Mapping[str, float]) -> None:

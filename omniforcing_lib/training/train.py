@@ -280,10 +280,13 @@ def fit(
     every: int = 500,
     label: str = "training",
     progress: bool = True,
+    leave: bool = True,
     stop: Callable[[], bool] = lambda: False,
     give_up: int = 20,
 ) -> History:
-    """Run a stage with a progress bar; with a folder, checkpoint every `every` steps and resume from there.
+    """Run a stage with a progress bar, which stays to the end or beyond it (`leave`).
+
+    With a folder it checkpoints every `every` steps and resumes from there.
 
     A folder belongs to one run at a time. SIGTERM ends a run that has one after the step, with a checkpoint and exit
     code 143. Returns the history of the steps that ran now.
@@ -296,7 +299,8 @@ def fit(
     team, generator = first.team, torch.Generator(first.device)
     with journal.opened(folder, players, seed, team) as book:
         start, shown = book.resume(), progress and team.leads
-        bar = tqdm(range(start, steps), desc=label, initial=start, total=steps, disable=not shown, mininterval=1.0)
+        look = {"initial": start, "total": steps, "disable": not shown, "leave": leave, "mininterval": 1.0}
+        bar = tqdm(range(start, steps), desc=label, **look)
         for i in bar:
             before = [player.skipped for player in players.values()]
             for player in players.values():

@@ -153,20 +153,37 @@ def test_scrub_keeps_counts_and_drops_what_changes():
     assert kept.cells[0].execution_count == 1 and [o.name for o in kept.cells[0].outputs] == ["stdout"]
 
 
-def test_a_page_shows_of_stderr_what_a_terminal_would(tmp_path):
+def test_a_page_shows_warnings_and_players_and_no_bars(tmp_path):
     bar = "stage 2:   0%|   | 0/9\rstage 2: 100%|###| 9/9\r            \r"
-    texts = {"a bar alone": bar, "a warning between bars": bar + "UserWarning: heed me\n" + bar}
-    node = nbformat.v4.new_notebook()
-    for name, text in texts.items():
-        outputs = [
-            nbformat.v4.new_output("stream", name=kind, text=t) for kind, t in (("stdout", name), ("stderr", text))
-        ]
-        node.cells.append(nbformat.v4.new_code_cell("x", outputs=outputs))
+    widgets = {
+        "closed bar": "HBoxModel",
+        "amount": "FloatProgressModel",
+        "player": "HBoxModel",
+        "slider": "IntSliderModel",
+    }
+    parts = {"closed bar": ["IPY_MODEL_amount"], "player": ["IPY_MODEL_slider"]}
+    state = {
+        name: {
+            "model_name": kind,
+            "model_module": "@jupyter-widgets/controls",
+            "state": {"children": parts.get(name, [])},
+        }
+        for name, kind in widgets.items()
+    }
+    outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text="9 steps"),
+        nbformat.v4.new_output("stream", name="stderr", text=bar),
+        nbformat.v4.new_output("stream", name="stderr", text=bar + "UserWarning: heed me\n" + bar),
+    ]
+    for name in parts:
+        outputs.append(nbformat.v4.new_output("display_data", data={runner.WIDGET: {"model_id": name}}))
+    node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x", outputs=outputs)])
+    node.metadata.widgets = {"application/vnd.jupyter.widget-state+json": {"state": state}}
     nbformat.write(node, tmp_path / "run.ipynb")
     runner._write_html(tmp_path / "run.ipynb", tmp_path / "run.html")
     page = (tmp_path / "run.html").read_text()
-    assert all(name in page for name in texts)
-    assert page.count("UserWarning: heed me") == 1 and "stage 2" not in page
+    assert page.count("9 steps") == page.count("UserWarning: heed me") == 1
+    assert "stage 2" not in page and '"model_id": "closed bar"' not in page and '"model_id": "player"' in page
 
 
 def test_stored_report_and_readme_follow_from_the_stored_metrics():

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib.bounce import detect
 from omniforcing_lib.bounce.distributions import energy_distance, feature_sets, features, frechet

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib import masks
 from omniforcing_lib.config import MINIATURE, ModelConfig

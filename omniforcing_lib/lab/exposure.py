@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib.bounce import evaluate, world
 from omniforcing_lib.bounce.codecs import DecodeState, TinyCodec

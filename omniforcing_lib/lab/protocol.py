@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib import files, rollout
 from omniforcing_lib.bounce import distributions, evaluate, world

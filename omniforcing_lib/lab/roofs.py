@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib.lab import bench
 from omniforcing_lib.lab.bench import alternate, seconds_of

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib import flow, losses, masks
 from omniforcing_lib.lab import rows

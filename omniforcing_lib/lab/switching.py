@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib.bounce import detect
 from omniforcing_lib.lab import bench, exposure

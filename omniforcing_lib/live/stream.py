@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib.bounce.codecs import Codec, TinyCodec, load_codec
 from omniforcing_lib.bounce.text import TextEncoder, TinyText

@@ -200,15 +200,20 @@ def _write_html(notebook: Path, path: Path) -> None:
     from nbconvert import HTMLExporter
 
     node = nbformat.read(notebook, as_version=4)
+    widgets = node.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
     for cell in node.cells:
         if cell.cell_type == "code":
-            cell.outputs = [kept for output in cell.outputs if (kept := _without_bars(output))]
+            cell.outputs = [kept for o in cell.outputs if (kept := _without_bars(o, widgets.get("state", {})))]
     body, _ = HTMLExporter().from_notebook_node(node)
     files.write_text(path, body)
 
 
-def _without_bars(output: NotebookNode) -> NotebookNode | None:
-    """Keep of stderr what a terminal would show at the end: a bar overwrites itself, and then goes."""
+def _without_bars(output: NotebookNode, widgets: Mapping[str, Mapping]) -> NotebookNode | None:
+    """Keep what a reader sees at the end: bars of a terminal overwrite themselves, those of Jupyter close."""
+    if view := output.get("data", {}).get(WIDGET):
+        parts = widgets.get(view["model_id"], {}).get("state", {}).get("children", [])
+        kinds = {widgets.get(part.removeprefix("IPY_MODEL_"), {}).get("model_name") for part in parts}
+        return None if "FloatProgressModel" in kinds else output
     if output.get("name") != "stderr":
         return output
     shown = (line.rsplit("\r", 1)[-1].rstrip() for line in output.text.split("\n"))

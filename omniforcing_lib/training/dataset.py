@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.codecs import TinyCodec

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib.files import write_json, write_tensors
 from omniforcing_lib.training.distributed import ALONE, Team

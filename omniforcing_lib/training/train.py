@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib import losses
 from omniforcing_lib.blocks import Block

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.codecs import TinyCodec

@@ -6,13 +6,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 
-# What a reader may see change from run to run: bars on stderr, players and tables in HTML.
+# What a reader may see change from run to run: warnings on stderr, tables in HTML, players, bars on a slow machine.
 NOT_COMPARED = ("stderr", "text/html", "text/markdown")
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def pytest_collectstart(collector):
     if hasattr(collector, "skip_compare"):
         collector.skip_compare = (*collector.skip_compare, *NOT_COMPARED)
+
+
+def pytest_runtest_setup(item):
+    if compare := getattr(item, "compare_outputs", None):
+
+        def without_widgets(*sides):
+            return compare(*([o for o in outputs if WIDGET not in o.get("data", {})] for outputs in sides))
+
+        item.compare_outputs = without_widgets
 
 
 def pytest_collection_modifyitems(items):

@@ -8,7 +8,6 @@ import pytest
 
 # What a reader may see change from run to run: warnings on stderr, tables in HTML, players, bars on a slow machine.
 NOT_COMPARED = ("stderr", "text/html", "text/markdown")
-WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def pytest_collectstart(collector):
@@ -18,6 +17,7 @@ def pytest_collectstart(collector):
 
 def pytest_runtest_setup(item):
     if compare := getattr(item, "compare_outputs", None):
+        from omniforcing_lib.pages.runner import WIDGET
 
         def without_widgets(*sides):
             return compare(*([o for o in outputs if WIDGET not in o.get("data", {})] for outputs in sides))

@@ -149,8 +149,7 @@ def stage3(
     steps: int,
     batch: int,
     seconds: int = 5,
-    lr: float = 1e-4,
-    final: float = 1.0,
+    lr: tuple[float, float] = (1e-4, 2e-4),
     ratio: int = 5,
     guidance: Guidance = MINIATURE_CFG,
     weights: AV[float] = ONES,
@@ -159,16 +158,15 @@ def stage3(
 ) -> Lesson:
     """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic.
 
-    The critic learns at twice the rate `lr`; a cosine decay leaves the share `final` of both. Streams count by
-    `weights`; a `sampler` makes the clips in another way (see `stages.self_forcing_stage`).
+    They learn at the rates `lr`. Streams count by `weights`; a `sampler` makes the clips in another way (see
+    `stages.self_forcing_stage`).
     """
     device = prompts.context.video.device
     # it ends on a step of the student, which no critic step need follow
-    turns = (steps - 1) * ratio + 1
-    recipe = {"betas": (0.0, 0.999), "warmup": 3, "steps": turns, "final": final}
+    turns, recipe = (steps - 1) * ratio + 1, {"betas": (0.0, 0.999), "warmup": 3}
     # the average spans the last quarter of the run
-    player = Player(copy.deepcopy(student), Recipe(lr=lr, ema=max(0.0, 1 - 4 / steps), **recipe))
-    critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=2 * lr, ema=0.0, **recipe))
+    player = Player(copy.deepcopy(student), Recipe(lr=lr[0], ema=max(0.0, 1 - 4 / steps), **recipe))
+    critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=lr[1], ema=0.0, **recipe))
     real, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
     way = {"guidance": guidance, "ratio": ratio, "weights": weights, "sampler": sampler}
     step = stages.self_forcing_stage(player, critic, real, prompts, causal, codec.grid, frames, batch, **way)

@@ -208,8 +208,8 @@ def stage3(
     batch: int = 8,
     seconds: int = 5,
     grid: Sequence[int] = (0, 0),
-    lr: float = 1e-4,
-    critic_lr: float = 1e-4,
+    lr: float = 6e-5,
+    critic_lr: float = 1.5e-4,
     final: float = 1.0,
     ratio: int = 5,
     cfg: Sequence[float] = (3.0, 3.0),
@@ -224,7 +224,7 @@ def stage3(
         raise ValueError(f"{student} is no causal student (its config has no `omniforcing` part); train stage2 first")
     clock, shape = geometry(codec, grid)
     recipe = {"betas": (0.0, 0.999), "warmup": 10, "steps": steps, "final": final}
-    player = job.player(job.load(student), lr=lr, ema=min(0.99, average(steps // ratio)), **recipe)
+    player = job.player(job.load(student), lr=lr, ema=average(steps // ratio, 1 / 4), **recipe)
     critic = job.player(job.load(teacher), lr=critic_lr, ema=0.0, **recipe)
     how = {"guidance": Guidance(cfg=AV(*cfg)), "ratio": ratio}
     frames = clock.latents(seconds).video
@@ -301,9 +301,9 @@ def ode_pairs(
     return StoredPairs(dataset.store_pairs(path, make, count, notes, team=job.team), job.place, job.team)
 
 
-def average(steps: int) -> float:
-    """Choose the decay of the average so that it spans about the last twentieth of a run."""
-    return max(0.9, min(0.9995, 1 - 20 / max(1, steps)))
+def average(steps: int, share: float = 1 / 20) -> float:
+    """Choose the decay of the average so that it spans about the last `share` of a run."""
+    return max(0.9, min(0.9995, 1 - 1 / max(1, share * steps)))
 
 
 STAGES = {

@@ -23,8 +23,7 @@ class Profile:
         stage2_batch: clips of each of those steps.
         stage3_steps: generator steps of self-forcing DMD.
         stage3_batch: clips of each of those steps, and of each step of the critic.
-        stage3_lr: learning rate of its student; that of the critic is twice as high.
-        stage3_final: share of both rates that a cosine decay leaves at the end.
+        stage3_lr: learning rates of its student and of its critic.
         sink_counts: sink numbers that notebook 03 compares.
         sink_steps: training steps of each of those variants.
         sink_clips: clips of each of those steps; four times as many judge.
@@ -54,8 +53,7 @@ class Profile:
     stage2_batch: int
     stage3_steps: int
     stage3_batch: int
-    stage3_lr: float
-    stage3_final: float
+    stage3_lr: tuple[float, float]
     sink_counts: tuple[int, ...]
     sink_steps: int
     sink_clips: int
@@ -94,8 +92,7 @@ SMOKE = Profile(
     stage2_batch=2,
     stage3_steps=2,
     stage3_batch=2,
-    stage3_lr=1e-4,
-    stage3_final=1.0,
+    stage3_lr=(1e-4, 2e-4),
     sink_counts=(0, 16),
     sink_steps=3,
     sink_clips=2,
@@ -147,10 +144,9 @@ FULL = replace(
     ode_pairs=384,
     stage2_steps=1500,
     stage2_batch=8,
-    stage3_steps=344,
+    stage3_steps=290,
     stage3_batch=16,
-    stage3_lr=1.5e-4,
-    stage3_final=0.05,
+    stage3_lr=(6e-5, 1.5e-4),
     sink_steps=300,
     long_seconds=180,
     bench_seconds=180,

@@ -163,7 +163,8 @@ def stage3(
     """
     device = prompts.context.video.device
     # it ends on a step of the student, which no critic step need follow
-    turns, recipe = (steps - 1) * ratio + 1, {"betas": (0.0, 0.999), "warmup": 3}
+    turns = (steps - 1) * ratio + 1
+    recipe = {"betas": (0.0, 0.999), "warmup": 3}
     # the average spans the last quarter of the run
     player = Player(copy.deepcopy(student), Recipe(lr=lr[0], ema=max(0.0, 1 - 4 / steps), **recipe))
     critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=lr[1], ema=0.0, **recipe))

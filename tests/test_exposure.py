@@ -48,12 +48,6 @@ def test_the_law_bridges_frames_without_a_ball(clips):
     assert np.isnan(exposure.ahead(np.full((24, 2), np.nan), 5)).all()
 
 
-def test_folding_stays_in_the_box_and_is_a_triangle():
-    folded = exposure._folded(np.array([0.0, world.SPAN / 2, world.SPAN, 1.5 * world.SPAN, 2 * world.SPAN, -3.0]))
-    middle = (world.LOW + world.HIGH) / 2
-    np.testing.assert_allclose(folded, [world.LOW, middle, world.HIGH, middle, world.LOW, world.LOW + 3])
-
-
 def test_windows_hold_two_blocks_that_start_together(codec, clips, latents):
     """Frames are those of the clip from the block before on; the sound runs on the same clock."""
     whole = exposure.decoded(codec, latents)

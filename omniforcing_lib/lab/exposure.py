@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib.bounce import evaluate, world
+from omniforcing_lib.bounce import evaluate, variety, world
 from omniforcing_lib.bounce.codecs import DecodeState, TinyCodec
 from omniforcing_lib.bounce.evaluate import Estimate, Reading, Tally
 from omniforcing_lib.bounce.text import TinyText
@@ -31,7 +31,6 @@ from omniforcing_lib.transformer import Transformer
 FIRST = 2
 """The first block whose past is a whole second, long enough to tell where the ball goes."""
 
-FASTEST = 1.25 * world.SPEED[1]
 QUIET = 1e-6
 """Power below which a change of level is not heard."""
 
@@ -84,30 +83,12 @@ def decoded(codec: TinyCodec, latents: AV[Tensor], batch: int = 18) -> list[AV[n
 def ahead(seen: np.ndarray, frames: int) -> np.ndarray:
     """Carry the ball on by the world's law: constant speed, reflected at the walls.
 
-    Each axis is a triangle wave; its phase and speed are those that fit `seen` best, by a grid that closes in.
+    Each axis is the triangle wave that fits `seen` best, see `variety.fit`.
     Shapes: [F, 2] pixels, NaN where no ball was found -> [frames, 2].
     """
-    return np.stack([_carried(axis, frames) for axis in seen.T], axis=1)
-
-
-def _carried(seen: np.ndarray, frames: int) -> np.ndarray:
-    found = np.flatnonzero(np.isfinite(seen))
-    if len(found) < 2:
-        return np.full(frames, np.nan)
-    phases, speeds = np.arange(0, 2 * world.SPAN, 1.5), np.linspace(0, FASTEST / world.CLOCK.fps, 48)
-    for _ in range(4):
-        error = np.abs(_folded(phases[:, None, None] + speeds[:, None] * found) - seen[found]).mean(-1)
-        i, j = np.unravel_index(error.argmin(), error.shape)
-        phase, speed = phases[i], speeds[j]
-        phases, speeds = (
-            np.linspace(c - d, c + d, 17) for c, d in ((phase, np.ptp(phases[:2])), (speed, np.ptp(speeds[:2])))
-        )
-    return _folded(phase + speed * (len(seen) + np.arange(frames)))
-
-
-def _folded(way: np.ndarray) -> np.ndarray:
-    """Fold a straight way into the box: there and back again."""
-    return world.LOW + np.abs(np.mod(way + world.SPAN, 2 * world.SPAN) - world.SPAN)
+    fits = [variety.fit(axis) for axis in seen.T]
+    steps = len(seen) + np.arange(frames)
+    return np.stack([variety.folded(phase + speed * steps) for phase, speed in fits], axis=1)
 
 
 def windows(

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-STATUS = {True: "reproduced in miniature", False: "contradicted", None: "not seen in miniature"}
 README_MARKS = ("<!-- results: written by make report -->", "<!-- end of results -->")
 Metrics = dict[str, dict[str, dict]]
 MEASURES = {

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omniforcing_lib.files import write_bytes, write_json
-from omniforcing_lib.pages import profiles
-from omniforcing_lib.pages.claims import STATUS, markdown_table, plain_table, quote
+from omniforcing_lib.pages import profiles, verdicts
+from omniforcing_lib.pages.claims import CLAIMS, markdown_table, plain_table, quote
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,15 +153,32 @@ class Run:
             entry["interval"] = [_rounded(edge) for edge in interval]
         self.metrics[name] = entry
 
-    def claim(self, number: int, metrics: Sequence[str], holds: bool | None, note: str = "") -> None:
-        """Answer claim `number` of the paper (`omniforcing_lib.pages.claims` lists them) with recorded metrics.
+    def claim(
+        self, number: int, limits: Mapping[str, verdicts.Limit] | str, *, also: Sequence[str] = (), note: str = ""
+    ) -> None:
+        """Answer claim `number` of the paper (`claims.CLAIMS` lists them) with recorded metrics.
 
-        `holds`: True is "reproduced in miniature", False "contradicted", None "not seen in miniature".
+        `limits` says what each of some metrics would have to be, and `verdicts.verdict` decides; or it is
+        `verdicts.NOT_TRIED` or `NOT_RUN`. The metrics `also` are quoted beside them and decide nothing.
         """
-        if missing := [name for name in metrics if name not in self.metrics]:
+        tried = not isinstance(limits, str)
+        names = [*(limits if tried else ()), *also]
+        if number not in CLAIMS:
+            raise ValueError(f"the claims are numbered {min(CLAIMS)} to {max(CLAIMS)}, found {number}")
+        if missing := [name for name in names if name not in self.metrics]:
             raise ValueError(f"claim {number} quotes unrecorded metrics: {', '.join(missing)}")
-        entry = {"claim": number, "metrics": list(metrics), "status": STATUS[holds], "note": note}
-        self.metrics[f"claim {number:02d}"] = entry
+        if tried:
+            parts = {name: self._verdict(name, limit) for name, limit in limits.items()}
+            status = verdicts.whole(parts)
+        elif limits in (verdicts.NOT_TRIED, verdicts.NOT_RUN):
+            status = limits
+        else:
+            raise ValueError(f"claim {number} is judged by limits, or is 'not tried', found {limits!r}")
+        self.metrics[f"claim {number:02d}"] = {"claim": number, "metrics": names, "status": status, "note": note}
+
+    def _verdict(self, name: str, limit: verdicts.Limit) -> str:
+        entry = self.metrics[name]
+        return verdicts.verdict(float(entry["value"]), entry.get("interval"), limit)
 
     def quote(self, name: str) -> str:
         """Return a recorded metric as text, with its unit and interval."""

@@ -72,7 +72,7 @@ def test_a_failing_notebook_ends_the_run_and_what_ran_is_reported(series, tmp_pa
     assert error.endswith("CheckFailed: clocks agree: False (3 against 25)")
     rows = claims.claim_rows(claims.read_metrics(out / "metrics"))
     assert [row["status"] for row in rows].count("no run") == len(claims.CLAIMS) - 1
-    assert rows[6]["ours"] == "drift: 2.333 [0, 3] ms" and rows[6]["status"] == verdicts.NOT_SEPARATED
+    assert rows[6]["ours"] == "drift: 2.333 [0, 3] ms (limit ≤ 2.5)" and rows[6]["status"] == verdicts.NOT_SEPARATED
     assert rows[6]["ours"] in (out / "REPORT.md").read_text() and "01_holds" in (out / "index.html").read_text()
     assert (out / "html" / "01_holds.html").exists() and not (out / "html" / "02_fails.html").exists()
     record = json.loads((out / "run" / "01_holds.json").read_text())

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from omniforcing_lib import files
 from omniforcing_lib.pages import claims, profiles, report, verdicts
 from omniforcing_lib.pages.verdicts import at_least, at_most, verdict
 
@@ -88,7 +89,7 @@ def test_a_run_answers_by_the_intervals_it_recorded(run):
     run.claim(14, verdicts.NOT_TRIED, also=["ratio"])
     rows = claims.claim_rows({"04": run.metrics})
     assert [rows[i]["status"] for i in (0, 13)] == [verdicts.NOT_SEPARATED, verdicts.NOT_TRIED]
-    assert rows[0]["ours"] == "ratio: 0.469 [0.2, 1.24]; one seed: 0.469; 54 clips"
+    assert rows[0]["ours"] == "ratio: 0.469 [0.2, 1.24] (limit ≤ 1.09); one seed: 0.469 (limit ≤ 1.09); 54 clips"
 
 
 def test_a_verdict_cannot_be_typed(run):
@@ -99,3 +100,23 @@ def test_a_verdict_cannot_be_typed(run):
     with pytest.raises(ValueError, match="numbered 1 to 14, found 15"):
         run.claim(15, {"ratio": RATIO})
     assert "claim 01" not in run.metrics
+
+
+def test_a_short_run_is_read_beside_the_stored_long_one(run, tmp_path, monkeypatch):
+    tables = []
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report.Run, "table", lambda self, rows: tables.append(rows))
+    stored = report.Run("04", profiles.SMOKE, seed=0, device="cpu", teacher="", folder=tmp_path / "reports")
+    stored.metric("ratio", 0.469, interval=(0.2, 1.24))
+    files.write_json(tmp_path / "reports" / "metrics" / "cpu" / "04.json", stored.metrics)
+    run.metric("ratio", 3.5, "x")
+    run.metric("new", 2)
+    run.check("clocks agree", True)
+    run.claim(1, {"ratio": RATIO})
+    run.summary()
+    run.summary(["ratio"])
+    run.profile = profiles.from_name("cpu")
+    run.summary(["new"])
+    beside = {"measure": "ratio", "value": "3.5 x", "profile cpu": "0.469 [0.2, 1.24]"}
+    assert tables[0] == [beside, {"measure": "new", "value": "2", "profile cpu": "—"}]
+    assert tables[1:] == [[beside], [{"measure": "new", "value": "2"}]]

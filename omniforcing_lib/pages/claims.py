@@ -63,10 +63,15 @@ CLAIMS = {
     5: Claim(
         "throughput against the teacher",
         "05",
-        "time of a 5-second clip; frames a second",
+        "operations for 5 s at the 19B's widths, decoders included; times of smaller models; frames a second",
         "197 s → 5.7 s for 5 s (34.6×); ~25 FPS on one GPU (authors later: ~20 with 4 steps)",
     ),
-    6: Claim("first chunk", "05", "time to the first decoded chunk", "197 s → 0.7 s"),
+    6: Claim(
+        "first chunk",
+        "05",
+        "operations up to the first decoded chunk at the 19B's widths; times of smaller models",
+        "197 s → 0.7 s",
+    ),
     7: Claim(
         "the block layout truncates nothing and keeps the clocks together",
         "02",
@@ -88,13 +93,13 @@ CLAIMS = {
     10: Claim(
         "identity RoPE on sinks matters",
         "03",
-        "loss, identity against counted positions",
+        "loss, sinks with times before zero less unrotated sinks; counted positions beside it",
         "loss .081 identity, .402 counted positions",
     ),
     11: Claim(
         "sinks beat extra QK-norm and tanh gates",
         "03",
-        "loss of each variant",
+        "loss of each variant less that of sinks, seed by seed",
         "loss .081 sinks, .232, 1.258",
     ),
     12: Claim(
@@ -106,13 +111,13 @@ CLAIMS = {
     13: Claim(
         "rolling KV caches make the context cost constant",
         "05",
-        "block time and memory by block",
+        "operations and bytes by block; block time beside them",
         "O(L) a step",
     ),
     14: Claim(
         "the two streams can run concurrently between cross-modal layers",
         "05",
-        "time of a block, streams in turn against side by side",
+        "share of the work that running side by side could hide",
         "qualitative",
     ),
 }
@@ -170,7 +175,8 @@ def _claim_row(number: int, claim: Claim, answer: tuple[dict, dict] | None, shor
     ours, status = "no run", "no run"
     if answer is not None:
         entries, entry = answer
-        numbers = [f"{name}: {quote(entries[name])}" for name in entry["metrics"]]
+        limits = {name: f" (limit {limit})" for name, limit in entry.get("limits", {}).items()}
+        numbers = [f"{name}: {quote(entries[name])}{limits.get(name, '')}" for name in entry["metrics"]]
         numbers = numbers[:2] if short else [*numbers, *filter(None, [entry["note"]])]
         ours, status = "; ".join(numbers) or "—", entry["status"]
     return {"#": str(number), **claim._asdict(), "ours": ours, "status": status}
@@ -188,7 +194,7 @@ def quality(stored: Mapping[str, dict]) -> str:
     size = f"{scores['seeds']} seeds × {scores['clips']} clips of {scores['seconds']} s"
     if long:
         size += f"; last column {long['seeds'] * long['clips']} roll-outs of {long['seconds']} s"
-    how = "held-out prompts and seeds, through an mp4, judged from pixels and samples"
+    how = "held-out seeds (every prompt is trained on), through an mp4, judged from pixels and samples"
     return f"{size}; {how}.\n\n{markdown_table(quality_rows(stored))}"
 
 

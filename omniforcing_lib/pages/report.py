@@ -168,17 +168,18 @@ class Run:
         if missing := [name for name in names if name not in self.metrics]:
             raise ValueError(f"claim {number} quotes unrecorded metrics: {', '.join(missing)}")
         if tried:
-            parts = {name: self._verdict(name, limit) for name, limit in limits.items()}
-            status = verdicts.whole(parts)
+            status = verdicts.whole({name: self._verdict(name, limit) for name, limit in limits.items()})
         elif limits in (verdicts.NOT_TRIED, verdicts.NOT_RUN):
             status = limits
         else:
             raise ValueError(f"claim {number} is judged by limits, or is 'not tried', found {limits!r}")
-        self.metrics[f"claim {number:02d}"] = {"claim": number, "metrics": names, "status": status, "note": note}
+        entry = {"claim": number, "metrics": names, "status": status, "note": note}
+        entry["limits"] = {name: str(limit) for name, limit in limits.items()} if tried else {}
+        self.metrics[f"claim {number:02d}"] = entry
 
     def _verdict(self, name: str, limit: verdicts.Limit) -> str:
-        entry = self.metrics[name]
-        return verdicts.verdict(float(entry["value"]), entry.get("interval"), limit)
+        value, *interval = (float(x) for x in (self.metrics[name]["value"], *self.metrics[name].get("interval", ())))
+        return verdicts.verdict(value, interval or None, limit)
 
     def quote(self, name: str) -> str:
         """Return a recorded metric as text, with its unit and interval."""
@@ -202,6 +203,16 @@ class Run:
         if not rows:
             raise ValueError("a table needs at least one row")
         display({"text/plain": plain_table(rows), "text/markdown": markdown_table(rows)}, raw=True)
+
+    def summary(self, names: Sequence[str] = ()) -> None:
+        """Show recorded numbers, all or some; in profile smoke those beside them that profile cpu has in `reports`."""
+        numbers = {name: e for name, e in self.metrics.items() if e.get("unit", "check") != "check"}
+        rows = [{"measure": name, "value": quote(numbers[name])} for name in names or numbers if name in numbers]
+        path = self.path("reports", "metrics", "cpu", f"{self.name}.json")
+        if self.profile.name == "smoke" and not self.teacher and path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            rows = [row | {"profile cpu": _quoted(stored.get(row["measure"]))} for row in rows]
+        self.table(rows)
 
     def clip(self, name: str, clip: AV[np.ndarray], clock: Clock | None = None) -> None:
         """Write a clip as mp4 beside the run's files and show a player when it is small enough to store.
@@ -242,6 +253,10 @@ class Run:
             "git": git_state(),
             "versions": versions(),
         }
+
+
+def _quoted(entry: Mapping | None) -> str:
+    return quote(entry) if entry else "—"
 
 
 def source_sha256(notebook: Path) -> str:

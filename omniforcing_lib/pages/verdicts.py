@@ -46,6 +46,10 @@ class Limit(NamedTuple):
     exact: bool = False
     power: bool = True
 
+    def __str__(self) -> str:
+        """Write the limit as a table shows it."""
+        return f"{'≥' if self.better == 'higher' else '≤'} {self.edge:.4g}"
+
 
 def at_least(edge: float, *, nothing: float | None = None, exact: bool = False, power: bool = True) -> Limit:
     """Ask for a number of `edge` or more; ValueError where `nothing` is more than that."""

@@ -186,8 +186,7 @@ def test_a_page_shows_warnings_and_players_and_no_bars(tmp_path):
 
 
 def test_stored_report_and_readme_follow_from_the_stored_metrics():
-    metrics, title = runner.stored_metrics()
-    scores = claims.read_scores(runner.STORED / "scores")
-    assert (runner.STORED / "REPORT.md").read_text() == claims.markdown(metrics, title, scores)
+    found = runner.stored()
+    assert (runner.STORED / "REPORT.md").read_text() == claims.markdown(*found)
     readme = (report.ROOT / "README.md").read_text()
-    assert readme == claims.fill_readme(readme, metrics, title, scores)
+    assert readme == claims.fill_readme(readme, *found)

@@ -221,8 +221,13 @@ def _estimated(entry: Sequence[float] | None) -> str:
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def markdown(metrics: Metrics, title: str, scores: Mapping[str, dict] | None = None) -> str:
-    """Write the text of REPORT.md: the claims, what the protocol measured, then every measure by notebook."""
+def markdown(
+    metrics: Metrics,
+    title: str,
+    scores: Mapping[str, dict] | None = None,
+    origins: Sequence[Mapping[str, str]] = (),
+) -> str:
+    """Write the text of REPORT.md: the claims, what the protocol measured, its `origins`, every measure by notebook."""
     parts = [
         f"# Report: {title}",
         "Generated from the metrics files of one run; no number here was typed. Intervals are 95 %. The "
@@ -234,13 +239,21 @@ def markdown(metrics: Metrics, title: str, scores: Mapping[str, dict] | None = N
     if scores:
         pictures = "Contact sheets of the first clips, impacts and onsets marked: `reports/scores/*.png`."
         parts += ["## Quality by the protocol", quality(scores), pictures]
+    if origins:
+        parts += ["## Where the numbers come from", markdown_table(origins)]
     for notebook, entries in metrics.items():
         parts += [f"## {notebook}", _measures(entries)]
     return "\n\n".join(parts) + "\n"
 
 
-def fill_readme(text: str, metrics: Metrics, title: str, scores: Mapping[str, dict] | None = None) -> str:
-    """Replace what stands between the README's two result markers by the table of quality and the short claims."""
+def fill_readme(
+    text: str,
+    metrics: Metrics,
+    title: str,
+    scores: Mapping[str, dict] | None = None,
+    origins: Sequence[Mapping[str, str]] = (),
+) -> str:
+    """Replace what stands between the README's two result markers: quality, the short claims, what is out of date."""
     head, opening, rest = text.partition(README_MARKS[0])
     _, closing, tail = rest.partition(README_MARKS[1])
     if not (opening and closing):
@@ -248,7 +261,21 @@ def fill_readme(text: str, metrics: Metrics, title: str, scores: Mapping[str, di
     rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in claim_rows(metrics, short=True)]
     first = f"{quality(scores)}\n\n" if scores else ""
     claims = f"Claim by claim, {title}; all numbers in `reports/REPORT.md`.\n\n{markdown_table(rows)}"
-    return f"{head}{opening}\n{first}{claims}\n{closing}{tail}"
+    return f"{head}{opening}\n{first}{claims}{_aged(origins)}\n{closing}{tail}"
+
+
+def _aged(origins: Sequence[Mapping[str, str]]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for row in origins:
+        for reason in row["not as here"].split("; "):
+            reasons.setdefault(reason, []).append(row["numbers"])
+    reasons.pop("—", None)
+    told = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in reasons.items())
+    return (
+        f"\n\nNumbers of another state than the repository is in (commits in `reports/REPORT.md`): {told}."
+        if told
+        else ""
+    )
 
 
 def _measures(entries: Mapping[str, dict]) -> str:

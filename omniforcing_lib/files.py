@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -87,6 +88,12 @@ def last_written(folder: Path) -> float:
             with suppress(FileNotFoundError):
                 newest = max(newest, os.stat(os.path.join(parent, name)).st_mtime)
     return newest
+
+
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _alive(process: int) -> bool:

@@ -10,14 +10,13 @@ from matplotlib.figure import Figure
 
 from omniforcing_lib import files
 from omniforcing_lib.__main__ import main
-from omniforcing_lib.pages import claims, profiles, report, runner
+from omniforcing_lib.pages import claims, profiles, report, runner, verdicts
 
 matplotlib.use("agg")
 
 PARAMETERS = 'profile: str = "smoke"  # smoke | cpu\nseed: int = 0  # any\nout_dir: str = ""  # run folder'
-BEGIN = (
-    'from omniforcing_lib.pages import report\n\nrun = report.begin("{}", profile=profile, seed=seed, out_dir=out_dir)'
-)
+IMPORTS = "from omniforcing_lib.pages import report, verdicts"
+BEGIN = IMPORTS + '\n\nrun = report.begin("{}", profile=profile, seed=seed, out_dir=out_dir)'
 
 
 def write_notebook(folder, name, *cells):
@@ -33,7 +32,7 @@ def write_notebook(folder, name, *cells):
 def series(tmp_path):
     folder = tmp_path / "series"
     folder.mkdir()
-    answer = 'run.metric("drift", seed / 3, "ms", interval=(0, 3)); run.claim(7, ["drift"], holds=True)'
+    answer = 'run.metric("drift", seed / 3, "ms", interval=(0, 3)); run.claim(7, {"drift": verdicts.at_most(2.5)})'
     write_notebook(folder, "01_holds", answer, 'run.check("seed arrived", seed == 7)', "run.finish()")
     write_notebook(folder, "02_fails", 'run.check("clocks agree", False, "3 against 25")')
     return folder
@@ -73,7 +72,7 @@ def test_a_failing_notebook_ends_the_run_and_what_ran_is_reported(series, tmp_pa
     assert error.endswith("CheckFailed: clocks agree: False (3 against 25)")
     rows = claims.claim_rows(claims.read_metrics(out / "metrics"))
     assert [row["status"] for row in rows].count("no run") == len(claims.CLAIMS) - 1
-    assert rows[6]["ours"] == "drift: 2.333 [0, 3] ms"
+    assert rows[6]["ours"] == "drift: 2.333 [0, 3] ms (limit ≤ 2.5)" and rows[6]["status"] == verdicts.NOT_SEPARATED
     assert rows[6]["ours"] in (out / "REPORT.md").read_text() and "01_holds" in (out / "index.html").read_text()
     assert (out / "html" / "01_holds.html").exists() and not (out / "html" / "02_fails.html").exists()
     record = json.loads((out / "run" / "01_holds.json").read_text())
@@ -110,7 +109,7 @@ def test_figures_and_claims_need_their_numbers(run):
     assert len(report._small_png(figure)) <= report.FIGURE_BYTES
     assert (run.folder / "figures" / "02_masks_leak.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="claim 7 quotes unrecorded metrics: leak"):
-        run.claim(7, ["leak"], holds=True)
+        run.claim(7, {"leak": verdicts.at_most(0, exact=True)})
     with pytest.raises(ValueError, match="figure 'leak' names metrics that were not recorded: leak"):
         run.finish()
 
@@ -187,8 +186,7 @@ def test_a_page_shows_warnings_and_players_and_no_bars(tmp_path):
 
 
 def test_stored_report_and_readme_follow_from_the_stored_metrics():
-    metrics, title = runner.stored_metrics()
-    scores = claims.read_scores(runner.STORED / "scores")
-    assert (runner.STORED / "REPORT.md").read_text() == claims.markdown(metrics, title, scores)
+    found = runner.stored()
+    assert (runner.STORED / "REPORT.md").read_text() == claims.markdown(*found)
     readme = (report.ROOT / "README.md").read_text()
-    assert readme == claims.fill_readme(readme, metrics, title, scores)
+    assert readme == claims.fill_readme(readme, *found)

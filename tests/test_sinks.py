@@ -161,6 +161,18 @@ def test_a_gradient_that_is_not_finite_is_a_broken_run():
     assert broken.diverged and found.broken == 1 and found.norm == math.inf and math.isnan(found.final)
 
 
+def test_variants_are_compared_seed_by_seed():
+    """Seeds that differ more from each other than two variants do still tell the variants apart."""
+
+    def ended(*finals):
+        return sinks.summarise([Trace([1.0], [0.0], [1.0], {0: AV(1.0, 1.0), 2: AV(x, 0.0)}) for x in finals])
+
+    easy, hard = ended(0.10, 0.20, 0.30), ended(0.14, 0.25, 0.36)
+    mean, (low, high) = sinks.gap(hard, easy)
+    assert mean == pytest.approx(0.05) and 0 < low < mean < high < 0.1
+    assert hard.final - easy.final < hard.spread and sinks.gap(ended(0.4), ended(0.1)) == (pytest.approx(0.3), None)
+
+
 @pytest.mark.parametrize(
     "change", [{"precision": "bf16"}, {"settings": "released"}, {"positions": "counted"}, {"audio_rows": "row"}]
 )

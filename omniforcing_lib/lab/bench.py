@@ -360,11 +360,6 @@ def equal(a: AV[np.ndarray], b: AV[np.ndarray], tolerance: float = 0.0) -> bool:
     return bool(close) and np.array_equal(a.video, b.video)
 
 
-def verdict(ratio: float, paper: float) -> bool | None:
-    """Answer a claim of speed: half of the paper's factor or more is a yes, no gain is a no, between is neither."""
-    return True if ratio >= paper / 2 else False if ratio <= 1 else None
-
-
 @torch.inference_mode()
 def moved_by_the_other(model: Transformer, grid: tuple[int, int], skip: Skip | None) -> AV[float]:
     """Change all latents of one stream and tell how far the other stream's output moves.

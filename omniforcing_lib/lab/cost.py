@@ -9,13 +9,14 @@ Shapes: FLOPs count a multiplication and an addition as two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import nnls
+from torch import Tensor
 
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
@@ -115,6 +116,65 @@ def clip_work(config: ModelConfig, latents: AV[int], tokens: int, text: int, pas
     """Count a clip by the bidirectional teacher, where every pass runs all tokens and every token sees all."""
     whole = AV(tokens * latents.video, latents.audio)
     return pass_work(config, whole, whole, text).times(passes)
+
+
+def decoding(latents: AV[int], grid: tuple[int, int]) -> AV[float]:
+    """Count FLOPs of LTX-2's own decoders, run once over some latents: picture, and mel with vocoder (spec 2).
+
+    diffusers' defaults are the 19B's sizes; on the meta device, nothing is allocated. A stream does more: its frames
+    overlap, because the picture's decoder is not causal.
+    """
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2 import LTX2Vocoder
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def counted(*calls: Callable[[Tensor], Tensor], x: Tensor) -> float:
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            for call in calls:
+                x = call(x)
+        return counter.get_total_flops()
+
+    with torch.device("meta"):
+        picture, sound, vocoder = AutoencoderKLLTX2Video(), AutoencoderKLLTX2Audio(), LTX2Vocoder()
+        mels = sound.config.mel_bins // sound.mel_compression_ratio
+        seen = torch.empty(1, picture.config.latent_channels, latents.video, *grid)
+        heard = torch.empty(1, sound.config.latent_channels, latents.audio, mels)
+    return AV(counted(picture.decoder, x=seen), counted(sound.decoder, vocoder, x=heard))
+
+
+class Gain(NamedTuple):
+    """Operations of a teacher's clip, over those of the student's clip and of its first chunk."""
+
+    clip: float
+    first_chunk: float
+
+
+def gain(
+    config: ModelConfig,
+    causal: Causal,
+    latents: AV[int],
+    grid: tuple[int, int],
+    text: int,
+    passes: int,
+    decoders: Callable[[AV[int], tuple[int, int]], AV[float]] = lambda latents, grid: AV(0.0, 0.0),
+) -> Gain:
+    """Divide the operations of a teacher by a student's: what the speed-up is if both run at the same rate.
+
+    Args:
+        config: widths and layers of both.
+        causal: how the student streams; its first chunk is blocks 0 and 1 (spec 6.5).
+        latents: of the clip.
+        grid: tokens of a frame.
+        text: tokens of the prompt.
+        passes: of the teacher over the whole clip.
+        decoders: what decoding costs, added to teacher and student alike: `decoding` is LTX-2's.
+    """
+    tokens, layout = grid[0] * grid[1], causal.layout
+    works = stream_works(config, causal, tokens, text, layout.count(latents.video))
+    opened = layout.block(1).map(lambda span: span.stop)
+    teacher = clip_work(config, latents, tokens, text, passes).flops + sum(decoders(latents, grid))
+    student = plus(*works).flops + sum(decoders(latents, grid))
+    return Gain(teacher / student, teacher / (plus(*works[:2]).flops + sum(decoders(opened, grid))))
 
 
 class Memory(NamedTuple):

@@ -23,6 +23,7 @@ from omniforcing_lib.lab import rows
 from omniforcing_lib.lab.companions import Companions
 from omniforcing_lib.lab.variants import Variant, build
 from omniforcing_lib.layout import AV
+from omniforcing_lib.pages import verdicts
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.training import dataset, stages
 from omniforcing_lib.training import train as training
@@ -224,7 +225,8 @@ def _sink_norm(model: Transformer, norm: float, clip: float) -> float:
 class Summary(NamedTuple):
     """One variant over its seeds: largest gradient norms of all, means of the losses, runs that broke.
 
-    `norm` is of the whole gradient, `sink_norm` of the sinks' part, `rest_norm` of the whole without it.
+    `norm` is of the whole gradient, `sink_norm` of the sinks' part, `rest_norm` of the whole without it; `finals` are
+    the seeds' own final losses.
     """
 
     norm: float
@@ -234,6 +236,7 @@ class Summary(NamedTuple):
     final: float
     spread: float
     broken: int
+    finals: tuple[float, ...]
 
 
 def compare(
@@ -258,7 +261,13 @@ def summarise(traces: Sequence[Trace]) -> Summary:
         final=sum(finals) / len(finals),
         spread=(max(finals) - min(finals)) / 2,
         broken=sum(trace.diverged for trace in traces),
+        finals=tuple(finals),
     )
+
+
+def gap(a: Summary, b: Summary) -> tuple[float, tuple[float, float] | None]:
+    """Subtract the final loss of `b` from that of `a`, seed by seed, with its 95 % interval over seeds, if several."""
+    return verdicts.over_seeds([x - y for x, y in zip(a.finals, b.finals, strict=True)])
 
 
 def table(summaries: Mapping[str, Summary], paper: Mapping[str, Reported] | None = None) -> list[dict[str, object]]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-STATUS = {True: "reproduced in miniature", False: "contradicted", None: "not seen in miniature"}
 README_MARKS = ("<!-- results: written by make report -->", "<!-- end of results -->")
 Metrics = dict[str, dict[str, dict]]
 MEASURES = {
@@ -64,10 +63,15 @@ CLAIMS = {
     5: Claim(
         "throughput against the teacher",
         "05",
-        "time of a 5-second clip; frames a second",
+        "operations for 5 s at the 19B's widths, decoders included; times of smaller models; frames a second",
         "197 s → 5.7 s for 5 s (34.6×); ~25 FPS on one GPU (authors later: ~20 with 4 steps)",
     ),
-    6: Claim("first chunk", "05", "time to the first decoded chunk", "197 s → 0.7 s"),
+    6: Claim(
+        "first chunk",
+        "05",
+        "operations up to the first decoded chunk at the 19B's widths; times of smaller models",
+        "197 s → 0.7 s",
+    ),
     7: Claim(
         "the block layout truncates nothing and keeps the clocks together",
         "02",
@@ -89,13 +93,13 @@ CLAIMS = {
     10: Claim(
         "identity RoPE on sinks matters",
         "03",
-        "loss, identity against counted positions",
+        "loss, sinks with times before zero less unrotated sinks; counted positions beside it",
         "loss .081 identity, .402 counted positions",
     ),
     11: Claim(
         "sinks beat extra QK-norm and tanh gates",
         "03",
-        "loss of each variant",
+        "loss of each variant less that of sinks, seed by seed",
         "loss .081 sinks, .232, 1.258",
     ),
     12: Claim(
@@ -107,13 +111,13 @@ CLAIMS = {
     13: Claim(
         "rolling KV caches make the context cost constant",
         "05",
-        "block time and memory by block",
+        "operations and bytes by block; block time beside them",
         "O(L) a step",
     ),
     14: Claim(
         "the two streams can run concurrently between cross-modal layers",
         "05",
-        "time of a block, streams in turn against side by side",
+        "share of the work that running side by side could hide",
         "qualitative",
     ),
 }
@@ -171,7 +175,8 @@ def _claim_row(number: int, claim: Claim, answer: tuple[dict, dict] | None, shor
     ours, status = "no run", "no run"
     if answer is not None:
         entries, entry = answer
-        numbers = [f"{name}: {quote(entries[name])}" for name in entry["metrics"]]
+        limits = {name: f" (limit {limit})" for name, limit in entry.get("limits", {}).items()}
+        numbers = [f"{name}: {quote(entries[name])}{limits.get(name, '')}" for name in entry["metrics"]]
         numbers = numbers[:2] if short else [*numbers, *filter(None, [entry["note"]])]
         ours, status = "; ".join(numbers) or "—", entry["status"]
     return {"#": str(number), **claim._asdict(), "ours": ours, "status": status}
@@ -189,7 +194,7 @@ def quality(stored: Mapping[str, dict]) -> str:
     size = f"{scores['seeds']} seeds × {scores['clips']} clips of {scores['seconds']} s"
     if long:
         size += f"; last column {long['seeds'] * long['clips']} roll-outs of {long['seconds']} s"
-    how = "held-out prompts and seeds, through an mp4, judged from pixels and samples"
+    how = "held-out seeds (every prompt is trained on), through an mp4, judged from pixels and samples"
     return f"{size}; {how}.\n\n{markdown_table(quality_rows(stored))}"
 
 
@@ -216,8 +221,13 @@ def _estimated(entry: Sequence[float] | None) -> str:
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def markdown(metrics: Metrics, title: str, scores: Mapping[str, dict] | None = None) -> str:
-    """Write the text of REPORT.md: the claims, what the protocol measured, then every measure by notebook."""
+def markdown(
+    metrics: Metrics,
+    title: str,
+    scores: Mapping[str, dict] | None = None,
+    origins: Sequence[Mapping[str, str]] = (),
+) -> str:
+    """Write the text of REPORT.md: the claims, what the protocol measured, its `origins`, every measure by notebook."""
     parts = [
         f"# Report: {title}",
         "Generated from the metrics files of one run; no number here was typed. Intervals are 95 %. The "
@@ -229,13 +239,21 @@ def markdown(metrics: Metrics, title: str, scores: Mapping[str, dict] | None = N
     if scores:
         pictures = "Contact sheets of the first clips, impacts and onsets marked: `reports/scores/*.png`."
         parts += ["## Quality by the protocol", quality(scores), pictures]
+    if origins:
+        parts += ["## Where the numbers come from", markdown_table(origins)]
     for notebook, entries in metrics.items():
         parts += [f"## {notebook}", _measures(entries)]
     return "\n\n".join(parts) + "\n"
 
 
-def fill_readme(text: str, metrics: Metrics, title: str, scores: Mapping[str, dict] | None = None) -> str:
-    """Replace what stands between the README's two result markers by the table of quality and the short claims."""
+def fill_readme(
+    text: str,
+    metrics: Metrics,
+    title: str,
+    scores: Mapping[str, dict] | None = None,
+    origins: Sequence[Mapping[str, str]] = (),
+) -> str:
+    """Replace what stands between the README's two result markers: quality, the short claims, what is out of date."""
     head, opening, rest = text.partition(README_MARKS[0])
     _, closing, tail = rest.partition(README_MARKS[1])
     if not (opening and closing):
@@ -243,7 +261,21 @@ def fill_readme(text: str, metrics: Metrics, title: str, scores: Mapping[str, di
     rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in claim_rows(metrics, short=True)]
     first = f"{quality(scores)}\n\n" if scores else ""
     claims = f"Claim by claim, {title}; all numbers in `reports/REPORT.md`.\n\n{markdown_table(rows)}"
-    return f"{head}{opening}\n{first}{claims}\n{closing}{tail}"
+    return f"{head}{opening}\n{first}{claims}{_aged(origins)}\n{closing}{tail}"
+
+
+def _aged(origins: Sequence[Mapping[str, str]]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for row in origins:
+        for reason in row["not as here"].split("; "):
+            reasons.setdefault(reason, []).append(row["numbers"])
+    reasons.pop("—", None)
+    told = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in reasons.items())
+    return (
+        f"\n\nNumbers of another state than the repository is in (commits in `reports/REPORT.md`): {told}."
+        if told
+        else ""
+    )
 
 
 def _measures(entries: Mapping[str, dict]) -> str:

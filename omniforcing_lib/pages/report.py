@@ -8,14 +8,12 @@ run of the same seed; what changes (times, versions, commits) goes to `run/<note
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import math
 import os
 import platform
 import random
-import subprocess
 import time
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -24,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omniforcing_lib.files import write_bytes, write_json
-from omniforcing_lib.pages import profiles
-from omniforcing_lib.pages.claims import STATUS, markdown_table, plain_table, quote
+from omniforcing_lib.pages import origins, profiles, verdicts
+from omniforcing_lib.pages.claims import CLAIMS, markdown_table, plain_table, quote
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,7 +31,7 @@ if TYPE_CHECKING:
 
     from omniforcing_lib.layout import AV, Clock
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = origins.ROOT
 FIGURE_BYTES = 60_000
 CLIP_BYTES = 100_000
 VERSIONS_OF = ("torch", "numpy", "scipy", "matplotlib", "av", "einops", "diffusers", "transformers")
@@ -52,11 +50,12 @@ def begin(
     teacher: str = "",
     out_dir: str = "",
     override: Mapping[str, object] | None = None,
+    models: Sequence[str] = (),
 ) -> Run:
     """Set a notebook up: deterministic torch on two threads, the resolved profile, the folder of its files.
 
-    `override` replaces profile fields (None keeps the profile's value). Raises ValueError for an unknown
-    profile, field or device.
+    `override` replaces profile fields (None keeps the profile's value); `models` are judged besides the teacher, or
+    the shipped files. Raises ValueError for an unknown profile, field or device.
     """
     resolved = profiles.from_name(profile).override(override or {})
     run = Run(
@@ -66,6 +65,7 @@ def begin(
         device=_set_up(int(seed), device),
         teacher=teacher,
         folder=Path(out_dir).resolve() if out_dir else ROOT / "reports" / "runs" / "interactive",
+        models=tuple(models),
     )
     torch_version = metadata.version("torch")
     print(f"{name}: profile {resolved.name}, seed {run.seed}, device {run.device}, torch {torch_version}")
@@ -98,6 +98,7 @@ class Run:
     device: str
     teacher: str
     folder: Path
+    models: tuple[str, ...] = ()
     metrics: dict[str, dict] = dataclasses.field(default_factory=dict)
     illustrated: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
@@ -153,15 +154,33 @@ class Run:
             entry["interval"] = [_rounded(edge) for edge in interval]
         self.metrics[name] = entry
 
-    def claim(self, number: int, metrics: Sequence[str], holds: bool | None, note: str = "") -> None:
-        """Answer claim `number` of the paper (`omniforcing_lib.pages.claims` lists them) with recorded metrics.
+    def claim(
+        self, number: int, limits: Mapping[str, verdicts.Limit] | str, *, also: Sequence[str] = (), note: str = ""
+    ) -> None:
+        """Answer claim `number` of the paper (`claims.CLAIMS` lists them) with recorded metrics.
 
-        `holds`: True is "reproduced in miniature", False "contradicted", None "not seen in miniature".
+        `limits` says what each of some metrics would have to be, and `verdicts.verdict` decides; or it is
+        `verdicts.NOT_TRIED` or `NOT_RUN`. The metrics `also` are quoted beside them and decide nothing.
         """
-        if missing := [name for name in metrics if name not in self.metrics]:
+        tried = not isinstance(limits, str)
+        names = [*(limits if tried else ()), *also]
+        if number not in CLAIMS:
+            raise ValueError(f"the claims are numbered {min(CLAIMS)} to {max(CLAIMS)}, found {number}")
+        if missing := [name for name in names if name not in self.metrics]:
             raise ValueError(f"claim {number} quotes unrecorded metrics: {', '.join(missing)}")
-        entry = {"claim": number, "metrics": list(metrics), "status": STATUS[holds], "note": note}
+        if tried:
+            status = verdicts.whole({name: self._verdict(name, limit) for name, limit in limits.items()})
+        elif limits in (verdicts.NOT_TRIED, verdicts.NOT_RUN):
+            status = limits
+        else:
+            raise ValueError(f"claim {number} is judged by limits, or is 'not tried', found {limits!r}")
+        entry = {"claim": number, "metrics": names, "status": status, "note": note}
+        entry["limits"] = {name: str(limit) for name, limit in limits.items()} if tried else {}
         self.metrics[f"claim {number:02d}"] = entry
+
+    def _verdict(self, name: str, limit: verdicts.Limit) -> str:
+        value, *interval = (float(x) for x in (self.metrics[name]["value"], *self.metrics[name].get("interval", ())))
+        return verdicts.verdict(value, interval or None, limit)
 
     def quote(self, name: str) -> str:
         """Return a recorded metric as text, with its unit and interval."""
@@ -185,6 +204,16 @@ class Run:
         if not rows:
             raise ValueError("a table needs at least one row")
         display({"text/plain": plain_table(rows), "text/markdown": markdown_table(rows)}, raw=True)
+
+    def summary(self, names: Sequence[str] = ()) -> None:
+        """Show recorded numbers, all or some; in profile smoke those beside them that profile cpu has in `reports`."""
+        numbers = {name: e for name, e in self.metrics.items() if e.get("unit", "check") != "check"}
+        rows = [{"measure": name, "value": quote(numbers[name])} for name in names or numbers if name in numbers]
+        path = self.path("reports", "metrics", "cpu", f"{self.name}.json")
+        if self.profile.name == "smoke" and not self.teacher and path.exists():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            rows = [row | {"profile cpu": _quoted(stored.get(row["measure"]))} for row in rows]
+        self.table(rows)
 
     def clip(self, name: str, clip: AV[np.ndarray], clock: Clock | None = None) -> None:
         """Write a clip as mp4 beside the run's files and show a player when it is small enough to store.
@@ -216,37 +245,19 @@ class Run:
     def _record(self) -> dict:
         return {
             "notebook": self.name,
-            "notebook_sha256": source_sha256(ROOT / "notebooks" / f"{self.name}.ipynb"),
+            "notebook_sha256": origins.source_sha256(ROOT / "notebooks" / f"{self.name}.ipynb"),
             "profile": dataclasses.asdict(self.profile),
             "seed": self.seed,
             "device": _device_name(self.device),
             "teacher": Path(self.teacher).name or "shipped miniature",
             "wall_s": round(time.perf_counter() - self.started, 2),
-            "git": git_state(),
             "versions": versions(),
+            **origins.of(*([self.teacher] if self.teacher else origins.SHIPPED), *self.models),
         }
 
 
-def source_sha256(notebook: Path) -> str:
-    """Hash the sources of a notebook's cells, without outputs; empty when there is no such file."""
-    if not notebook.exists():
-        return ""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return hashlib.sha256("\0".join("".join(cell["source"]) for cell in cells).encode()).hexdigest()
-
-
-def git_state() -> dict:
-    """Return the commit and whether the working tree differs from it; both unknown outside a clone."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": "unknown", "dirty": None}
+def _quoted(entry: Mapping | None) -> str:
+    return quote(entry) if entry else "—"
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omniforcing_lib import files
-from omniforcing_lib.pages import claims, profiles, report
+from omniforcing_lib.pages import claims, origins, profiles, report
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -232,7 +232,7 @@ def _gather(target: Path, profile: str, parameters: Sequence[str], times: Mappin
             "parameters": list(parameters),
             "wall_s": wall,
             "total_s": total,
-            "git": report.git_state(),
+            "git": origins.git_state(),
             "versions": report.versions(),
         },
     )
@@ -333,16 +333,14 @@ def publish_run(folder: Path) -> list[str]:
 
 def rebuild() -> None:
     """Rebuild reports/REPORT.md and the README's table from the committed metrics."""
-    metrics, title = stored_metrics()
-    scores = claims.read_scores(STORED / "scores")
-    files.write_text(STORED / "REPORT.md", claims.markdown(metrics, title, scores))
-    readme = report.ROOT / "README.md"
-    files.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), metrics, title, scores))
+    found, readme = stored(), report.ROOT / "README.md"
+    files.write_text(STORED / "REPORT.md", claims.markdown(*found))
+    files.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), *found))
 
 
-def stored_metrics() -> tuple[claims.Metrics, str]:
-    """Return the committed metrics of the most serious profile and the report's title."""
+def stored() -> tuple[claims.Metrics, str, dict[str, dict], list[dict[str, str]]]:
+    """Return what the report is made of: metrics of the most serious profile, title, scores, and where all is from."""
     for profile in ("gpu", "full", "cpu", "smoke"):
         if metrics := claims.read_metrics(STORED / "metrics" / profile):
-            return metrics, f"profile {profile}"
-    return {}, "no run yet"
+            return metrics, f"profile {profile}", claims.read_scores(STORED / "scores"), origins.rows(metrics, profile)
+    return {}, "no run yet", {}, []

@@ -6,7 +6,6 @@ Tensor `x` of a shard holds one row of `x` for each row of the shard, so any num
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib.files import write_json, write_tensors
+from omniforcing_lib.files import sha256, write_json, write_tensors
 from omniforcing_lib.training.distributed import ALONE, Team
 
 INDEX = "index.json"
@@ -57,7 +56,7 @@ def write(
             write_tensors(path, make(spans[number]), {"notes": stamp})
         elif _stamp(path) != stamp:
             raise ValueError(f"{path} was made under other settings: {_stamp(path)}, here {stamp}; use another folder")
-        mine[number] = {"file": path.name, "rows": len(spans[number]), "sha256": _hash(path)}
+        mine[number] = {"file": path.name, "rows": len(spans[number]), "sha256": sha256(path)}
     listed = {number: entry for part in team.all_of(mine) for number, entry in part.items()}
     if team.leads:
         write_json(folder / INDEX, {"shards": [listed[n] for n in sorted(listed)], "notes": notes})
@@ -71,11 +70,6 @@ def _stamp(path: Path) -> str:
             return (file.metadata() or {}).get("notes", "")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged: {error}; remove it, and it is made again") from error
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Records:
@@ -110,7 +104,7 @@ class Records:
         again = f"remove it and {INDEX} and start again: the other shards are kept"
         if not path.is_file():
             return f"{path} is missing, though the index names it; {again}"
-        if (found := _hash(path)) != shard["sha256"]:
+        if (found := sha256(path)) != shard["sha256"]:
             return (
                 f"{path} is damaged: its sha256 is {found[:12]}…, the index says {str(shard['sha256'])[:12]}…; {again}"
             )

@@ -1,0 +1,89 @@
+"""A stored number says what it was measured on, and the report says where that is no longer what is here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from omniforcing_lib import files
+from omniforcing_lib.pages import claims, origins, profiles, report
+
+HERE = dict(line.split()[::-1] for line in (origins.ROOT / "data" / "SHA256SUMS").read_text().splitlines())
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A repository of one notebook, one file, and records that fit them."""
+    files.write_text(tmp_path / "data" / "SHA256SUMS", "aaa  student.safetensors\n")
+    files.write_json(tmp_path / "notebooks" / "04.ipynb", {"cells": [{"source": ["x = 1"]}]})
+    text = origins.source_sha256(tmp_path / "notebooks" / "04.ipynb")
+    record = {"git": {"commit": "c0ffee123", "dirty": False}, "files": {"student.safetensors": "aaa"}}
+    stored = tmp_path / "reports"
+    files.write_json(stored / "run" / "cpu" / "04.json", record | {"notebook": "04", "notebook_sha256": text})
+    for path in ("scores/scores.json", "ablations/Stage_3-0.json", "ablations/Stage_3-1.json"):
+        files.write_json(stored / path, record)
+    return tmp_path
+
+
+def change(path: Path, **entries):
+    files.write_json(path, json.loads(path.read_text()) | entries)
+
+
+def test_what_fits_the_repository_is_told_by_its_commit_alone(clone):
+    rows = origins.rows(["04"], "cpu", clone)
+    names = ["04", "scores/scores", "ablations"]
+    assert rows == [{"numbers": name, "commit": "c0ffee1", "not as here": "—"} for name in names]
+    assert claims._aged(rows) == ""
+
+
+def test_what_does_not_fit_is_said_in_the_report_and_in_the_readme(clone):
+    stored = clone / "reports"
+    change(stored / "scores" / "scores.json", files={"student.safetensors": "bbb", "x/y.safetensors": "aaa"})
+    change(stored / "ablations" / "Stage_3-1.json", git={"commit": None, "dirty": None})
+    files.write_json(clone / "notebooks" / "04.ipynb", {"cells": [{"source": ["x = 2"]}]})
+    files.write_json(stored / "scores" / "long.json", {})
+    rows = origins.rows(["04", "05"], "cpu", clone)
+    text = claims.markdown({}, "profile cpu", None, rows) + claims.fill_readme(
+        "\n".join(claims.README_MARKS), {}, "", None, rows
+    )
+    for says in (
+        "| 04 | c0ffee1 | an older text of the notebook |",
+        "| scores/scores | c0ffee1 | another student.safetensors than data/ has; x/y.safetensors is not in data/ |",
+        "| ablations | c0ffee1 | — |",
+        "| ablations | — | commit not recorded |",
+        "commit not recorded: 05, scores/long, ablations; files not recorded: 05, scores/long;",
+        "an older text of the notebook: 04",
+    ):
+        assert says in text, says
+    change(stored / "run" / "cpu" / "04.json", git={"commit": "c0ffee123", "dirty": True})
+    assert origins.rows(["04"], "cpu", clone)[0]["not as here"].startswith("code that no commit holds; ")
+
+
+def test_shipped_files_and_others_are_named_apart(tmp_path):
+    copy = tmp_path / "runs" / "student.safetensors"
+    files.write_bytes(copy, (origins.ROOT / "data" / "student.safetensors").read_bytes())
+    found = origins.of("student", "codec", copy)
+    shipped = {name: HERE[name] for name in ("student.safetensors", "codec.safetensors")}
+    assert found["files"] == shipped | {"runs/student.safetensors": HERE["student.safetensors"]}
+    assert origins.differences(found) == [
+        *(["code that no commit holds"] if found["git"]["dirty"] else []),
+        "runs/student.safetensors is not in data/",
+    ]
+    with pytest.raises(ValueError, match="nowhere"):
+        origins.of("nowhere.safetensors")
+
+
+def test_outside_a_clone_the_commit_is_unknown_and_files_are_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = origins.of("student")
+    assert found["git"] == {"commit": None, "dirty": None} and list(found["files"]) == ["student.safetensors"]
+    assert origins.differences(found) == ["commit not recorded"]
+
+
+@pytest.mark.parametrize(("teacher", "judged"), [("", {*HERE}), ("teacher", {"teacher.safetensors"})])
+def test_a_notebooks_record_names_all_that_it_judged(tmp_path, teacher, judged):
+    run = report.Run("02", profiles.SMOKE, 0, "cpu", teacher, tmp_path, models=("student",))
+    run.finish()
+    record = json.loads((tmp_path / "run" / "02.json").read_text())
+    assert record["files"] == {name: HERE[name] for name in judged | {"student.safetensors"}}
+    assert record["git"].keys() == {"commit", "dirty"}

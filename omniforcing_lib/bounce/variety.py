@@ -22,6 +22,7 @@ from omniforcing_lib.bounce.evaluate import Estimate, Reading
 
 FASTEST = 1.25 * world.SPEED[1]
 NEIGHBOURS = 3
+APART_S = 3
 QUADRANTS = 4
 SPREADS = ("start_right", "angle_sd", "start_x", "start_x_sd", "start_y_sd", "speed", "speed_sd", "direction_entropy")
 """Names of what `spread` measures: degrees for angles, pixels for starts, pixels per second for speeds."""
@@ -205,6 +206,16 @@ def measures(real: Sequence[Reading], other: Sequence[Reading], start_s: float =
         f"sound_{name}": estimate for name, estimate in neighbours(*sounds).items() if name in ("precision", "recall")
     }
     return neighbours(*moves) | spread(moves[1]) | {"energy_motion": energy(*moves)} | heard
+
+
+def in_span(real: Sequence[Reading], other: Sequence[Reading], start_s: int, width_s: int) -> dict[str, Estimate]:
+    """Give neighbours and spread of the motions within a span of long clips, one every `APART_S` seconds.
+
+    Seconds of one clip are not independent: intervals of the spread are over these seconds, and too narrow.
+    """
+    starts = range(start_s, start_s + width_s, APART_S)
+    moves = [np.concatenate([motions(readings, start) for start in starts]) for readings in (real, other)]
+    return neighbours(*moves) | spread(moves[1])
 
 
 def _estimated(values: np.ndarray, measure: Callable[[np.ndarray], float], draws: int = 500) -> Estimate:

@@ -1,14 +1,18 @@
-"""The protocol of what is reported: held-out prompts and seeds, through an mp4, judged from pixels and samples.
+"""The protocol of what is reported: held-out seeds, through an mp4, judged from pixels and samples.
 
-Teacher and students get the same prompts and the same seeds. Ceiling (real clips), codec round trip and floor (sound of
-another clip) stand beside them; every measure has a bootstrap interval over clips, and sync F1 is given by seed too.
+Teacher and students get the same prompts and the same seeds; the prompts are those of training. Ceiling (real clips),
+codec round trip and floor (sound of another clip) stand beside them; every measure has a bootstrap interval over
+clips, and sync F1 is given by seed too. Sets are compared with as many real clips of other seeds, and with codec round
+trips of these, which no model of latents can surpass: variety (see `bounce.variety`) and distances.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,16 +21,17 @@ import torch
 from tqdm.auto import tqdm
 
 from omniforcing_lib import files, rollout
-from omniforcing_lib.bounce import distributions, evaluate, world
+from omniforcing_lib.bounce import distributions, evaluate, variety, world
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.lab import exposure
+from omniforcing_lib.lab import distill, exposure
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
 from omniforcing_lib.live import stream
-from omniforcing_lib.pages import claims, media, plots
+from omniforcing_lib.pages import claims, media, origins, plots
 from omniforcing_lib.weights import checkpoints
 
 Clip = AV[np.ndarray]
+OTHER_SEEDS = 5_000
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,21 @@ class Trial:
         clips: clips a seed; prompts take turns.
         seeds: number of disjoint sets of seeds.
         seconds: length of a clip.
+        prompt: the prompt of all clips; without one the world's take turns.
+        first: the first noise seed less `world.HELD_OUT`; sets begin 10,000 apart. Reports use 10,000 and up, what is
+            chosen by scores (`SELECTION`) has seeds of its own.
     """
 
     clips: int = 64
     seeds: int = 3
     seconds: int = 5
+    prompt: str = ""
+    first: int = 10_000
 
     @property
     def prompts(self) -> list[str]:
         """Prompt of every clip."""
-        names = world.prompts()
+        names = [self.prompt] if self.prompt else world.prompts()
         return [names[i % len(names)] for i in range(self.clips * self.seeds)]
 
     def asked(self, system: System) -> list[str]:
@@ -56,12 +66,19 @@ class Trial:
     @property
     def numbers(self) -> list[int]:
         """Noise seed of every clip, and the world's seed of the real clip beside it; training never draws them."""
-        return [world.HELD_OUT + 10_000 * s + i for s in range(1, self.seeds + 1) for i in range(self.clips)]
+        starts = range(self.first, self.first + 10_000 * self.seeds, 10_000)
+        return [world.HELD_OUT + start + i for start in starts for i in range(self.clips)]
 
     def real(self, offset: int = 0) -> list[Clip]:
         """Render true clips of the same prompts."""
         pairs = zip(self.numbers, self.prompts, strict=True)
         return [world.render(world.scene(n + offset, p), seconds=self.seconds) for n, p in pairs]
+
+
+SELECTION = 500_000
+"""First seed, less `world.HELD_OUT`, of clips by which checkpoints and settings are chosen: no report uses them."""
+ONE_PROMPT = Trial(clips=54, seeds=1, prompt="a red ball, bell", first=90_000)
+"""Clips of one prompt, to see how far apart they are."""
 
 
 class System(NamedTuple):
@@ -112,33 +129,86 @@ def through_file(clips: Sequence[Clip]) -> list[Clip]:
         return [media.read_clip(media.write_clip(path, clip)) for clip in tqdm(clips, desc="mp4", leave=False)]
 
 
-def run(systems: dict[str, System], trial: Trial, out: str | Path, *, floor: bool = True) -> evaluate.Table:
-    """Measure systems by name and write `scores.json`, `scores.md` and a contact sheet of each.
+class Reference(NamedTuple):
+    """Real clips of other seeds, which sets are compared with, and codec round trips of these."""
 
-    Returns the table; distances are to real clips of other seeds, equal in number.
+    readings: list[evaluate.Reading]
+    real: AV[np.ndarray]
+    codec: AV[np.ndarray]
+
+    @classmethod
+    def of(cls, trial: Trial, *, mp4: bool = True) -> Reference:
+        """Render as many clips as the trial has, `OTHER_SEEDS` further on."""
+        clips = trial.real(OTHER_SEEDS)
+        passed = through_codec(clips, stream.shipped_codec())
+        clips, passed = (through_file(found) if mp4 else found for found in (clips, passed))
+        sets = (distributions.feature_sets(found) for found in (clips, passed))
+        return cls(evaluate.read_all(clips, "real clips"), *sets)
+
+
+def run(
+    systems: dict[str, System], trial: Trial, out: str | Path, *, floor: bool = True, one_prompt: Trial = ONE_PROMPT
+) -> evaluate.Table:
+    """Measure systems by name; write `scores.json`, `scores.md`, `motions.json` and a contact sheet of each.
+
+    Distances and neighbours are to real clips of other seeds, equal in number. The first system without blocks is the
+    teacher that the others' distances are divided by.
+
+    Returns the table.
     """
-    out = Path(out)
-    real, prompts = through_file(trial.real()), trial.prompts
-    reference = distributions.feature_sets(through_file(trial.real(offset=5_000)))
-    sets = {"real clips": real, "codec round trip": through_file(through_codec(trial.real(), stream.shipped_codec()))}
-    if floor:
-        sets["shuffled sound"] = evaluate.shuffled(real)
-    for name, system in systems.items():
-        sets[name] = through_file(sample(system, trial))
-    rows, extra = {}, {}
-    for name, clips in sets.items():
-        wanted = trial.asked(systems[name]) if name in systems else prompts
+    out, judged = Path(out), origins.of(*dict.fromkeys(system.model for system in systems.values()), "codec")
+    reference = Reference.of(trial)
+    made = {"real clips": trial.real, "codec round trip": lambda: through_codec(trial.real(), stream.shipped_codec())}
+    made |= {"shuffled sound": lambda: evaluate.shuffled(trial.real())} if floor else {}
+    made |= {name: partial(sample, system, trial) for name, system in systems.items()}
+    rows, extra, motions, features = {}, {}, {}, {}
+    for name, make in made.items():
+        clips = through_file(make())
+        wanted = trial.asked(systems[name]) if name in systems else trial.prompts
         readings = evaluate.read_all(clips, name)
         tallies = [evaluate.tally(reading, prompt) for reading, prompt in zip(readings, wanted, strict=True)]
         if name in systems:
             _sheet(out / f"{name.replace(' ', '_').replace(',', '')}.png", readings[:8], wanted[:8])
-        rows[name] = evaluate.estimates(tallies)
-        extra[name] = distances(reference, clips) | {"sync_f1_by_seed": by_seed(tallies, trial)}
+        rows[name] = evaluate.estimates(tallies) | variety.measures(reference.readings, readings)
+        rows[name] |= _one_prompt(name, systems.get(name), one_prompt)
+        features[name], motions[name] = distributions.feature_sets(clips), variety.motions(readings)
+        extra[name] = distances(reference, features[name]) | {"sync_f1_by_seed": by_seed(tallies, trial)}
+        extra[name]["quadrants"] = variety.quadrants(motions[name]).tolist()
         if all(wanted):
-            extra[name]["lowest_of_prompts"] = worst(tallies, prompts)
+            extra[name]["lowest_of_prompts"] = worst(tallies, trial.prompts)
+    for name in systems:
+        rows[name] |= _ratios(reference, features[name], features[_teacher(systems)])
     table = evaluate.Table(rows)
-    _store(out, trial, systems, table, extra)
+    _store(out, trial, systems, table, extra, judged)
+    shown = {name: np.round(moves, 2).tolist() for name, moves in motions.items()}
+    files.write_text(out / "motions.json", json.dumps(shown) + "\n")
     return table
+
+
+def _teacher(systems: dict[str, System]) -> str:
+    return next(
+        (n for n, system in systems.items() if checkpoints.read(system.model).causal is None), next(iter(systems))
+    )
+
+
+def _one_prompt(name: str, system: System | None, trial: Trial) -> dict[str, evaluate.Estimate]:
+    """Measure how far apart clips of one prompt are, and how evenly their directions are spread."""
+    if system and not system.prompted:
+        return {}
+    if system is None and name != "real clips":
+        return {}
+    readings = evaluate.read_all(sample(system, trial) if system else trial.real(), name)
+    spread = variety.spread(variety.motions(readings))
+    return {
+        "one_prompt_nearest_px": variety.nearest(readings),
+        "one_prompt_direction_entropy": spread["direction_entropy"],
+    }
+
+
+def _ratios(reference: Reference, found: AV[np.ndarray], teacher: AV[np.ndarray]) -> dict[str, evaluate.Estimate]:
+    """Divide the distances to codec round trips by the teacher's, with intervals over clips."""
+    ratios = distill.frechet_ratio(reference.codec, found, teacher)._asdict()
+    return {f"frechet_{s}_to_codec_by_teacher": ratio for s, ratio in ratios.items()}
 
 
 def _sheet(path: Path, readings: Sequence[evaluate.Reading], titles: Sequence[str]) -> None:
@@ -156,12 +226,16 @@ def brief(model: str, clips: int) -> dict[str, float]:
     return {"clips": clips} | {name: round(e.mean, 4) for name, e in row.items() if np.isfinite(e.mean)}
 
 
-def distances(reference: AV[np.ndarray], clips: Sequence[Clip]) -> dict[str, float]:
-    """Fréchet and energy distance of hand-made features to the reference set, for each stream."""
-    found = distributions.feature_sets(clips)
+def distances(reference: Reference, found: AV[np.ndarray]) -> dict[str, float]:
+    """Fréchet and energy distance of hand-made features to real clips and to codec round trips, for each stream."""
     measures = {"frechet": distributions.frechet, "energy": distributions.energy_distance}
-    pairs = reference._asdict().items()
-    return {f"{name}_{s}": round(fn(a, getattr(found, s)), 4) for name, fn in measures.items() for s, a in pairs}
+    sides = {"": reference.real, "_to_codec": reference.codec}
+    return {
+        f"{name}_{s}{to}": round(measure(a, b), 4)
+        for to, side in sides.items()
+        for name, measure in measures.items()
+        for s, a, b in zip(AV._fields, side, found, strict=True)
+    }
 
 
 def by_seed(tallies: Sequence[evaluate.Tally], trial: Trial) -> list[float]:
@@ -180,13 +254,23 @@ def worst(tallies: Sequence[evaluate.Tally], prompts: Sequence[str]) -> dict[str
     return found
 
 
-def _store(out: Path, trial: Trial, systems: dict[str, System], table: evaluate.Table, extra: dict[str, dict]) -> None:
-    record = {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds}
+def _store(
+    out: Path,
+    trial: Trial,
+    systems: dict[str, System],
+    table: evaluate.Table,
+    extra: dict[str, dict],
+    judged: dict[str, dict],
+) -> None:
+    record = judged | {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds}
     record["systems"] = {name: system._asdict() for name, system in systems.items()}
     files.write_json(out / "scores.json", record | {"measures": _plain(table), "more": extra})
     size = f"{trial.seeds} seeds × {trial.clips} clips of {trial.seconds} s"
-    title = f"{size}, held-out, through an mp4; mean and 95 % interval."
-    more = "Distances are on named, hand-made features, to as many real clips of other seeds."
+    title = f"{size}, held-out seeds, through an mp4; mean and 95 % interval."
+    more = (
+        "Distances are on named, hand-made features, to as many real clips of other seeds, or to codec round trips of "
+        "these. Quadrants: clips that start to the lower right, lower left, upper left, upper right."
+    )
     files.write_text(out / "scores.md", "\n\n".join([title, str(table), more, _columns(extra)]) + "\n")
 
 
@@ -213,15 +297,17 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
             raise ValueError(f"{system.model} is no causal student: it cannot be rolled out for {trial.seconds} s")
         layouts[name] = causal.layout
     size = f"{trial.clips * trial.seeds} roll-outs of {trial.seconds} s"
-    parts, record = [f"{size}, held-out, through an mp4; mean and 95 % interval."], {}
+    parts, record = [f"{size}, held-out seeds, through an mp4; mean and 95 % interval."], {}
+    judged = origins.of(*dict.fromkeys(system.model for system in systems.values()), "codec")
+    other = evaluate.read_all(trial.real(OTHER_SEEDS), "real clips")
     for name, layout in layouts.items():
         made = sample(systems[name], trial, batch=8) if name in systems else trial.real()
         readings = evaluate.read_all(through_file(made), name)
         wanted = trial.asked(systems[name]) if name in systems else trial.prompts
-        table, seams = _spans(readings, wanted, layout, range(0, trial.seconds, width), width)
+        table, seams = _spans(other, readings, wanted, layout, range(0, trial.seconds, width), width)
         parts += [f"## {name}", str(table), _columns(seams)]
         record[name] = {"measures": _plain(table), "seams": seams}
-    settings = {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds, "width": width}
+    settings = judged | {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds, "width": width}
     settings["systems"] = {name: system._asdict() for name, system in systems.items()}
     files.write_json(Path(out) / "long.json", settings | {"spans": record})
     files.write_text(Path(out) / "long.md", "\n\n".join(parts) + "\n")
@@ -229,13 +315,21 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
 
 
 def _spans(
-    readings: Sequence[evaluate.Reading], prompts: Sequence[str], layout: BlockLayout, starts: range, width: int
+    other: Sequence[evaluate.Reading],
+    readings: Sequence[evaluate.Reading],
+    prompts: Sequence[str],
+    layout: BlockLayout,
+    starts: range,
+    width: int,
 ) -> tuple[evaluate.Table, dict[str, dict[str, float]]]:
     counts = [
         [evaluate.tally(r, p, start, start + width) for r, p in zip(readings, prompts, strict=True)] for start in starts
     ]
     names = [f"{start} to {start + width} s" for start in starts]
-    rows = dict(zip(names, map(evaluate.estimates, counts), strict=True))
+    rows = {
+        name: evaluate.estimates(found) | variety.in_span(other, readings, start, width)
+        for name, found, start in zip(names, counts, starts, strict=True)
+    }
     seams = {
         name: {f"seam, {of}": round(exposure.seam(readings, layout, of, *span), 4) for of in exposure.STEPS}
         for name, span in zip([*names, "all"], [*((s, s + width) for s in starts), (0,)], strict=True)

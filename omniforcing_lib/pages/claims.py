@@ -18,8 +18,23 @@ MEASURES = {
     "offset_ms": "sound after picture, ms",
     "wall_pitch": "pitch tells the wall",
     "speed_cv": "speed between impacts, std / mean",
-    "frechet_video": "Fréchet distance, 15 features of the picture",
-    "frechet_audio": "Fréchet distance, 24 features of the sound",
+    "precision": "motions near a real one (k-NN precision)",
+    "recall": "real motions near one of these (k-NN recall)",
+    "sound_recall": "real patterns of onsets near one of these (k-NN recall)",
+    "direction_entropy": "evenness of the four directions (entropy, 1 is even)",
+    "angle_sd": "angle of the start, SD in degrees",
+    "speed_sd": "speed of the start, SD over clips in px/s",
+    "start_x_sd": "start x, SD in px",
+    "start_y_sd": "start y, SD in px",
+    "one_prompt_nearest_px": "54 clips of one prompt: distance to the nearest other, px",
+    "energy_motion": "energy distance of the motions to real ones",
+    "quadrants": "starts to the lower right, lower left, upper left, upper right",
+    "frechet_video": "Fréchet distance, 15 features of the picture, to real clips",
+    "frechet_audio": "Fréchet distance, 24 features of the sound, to real clips",
+    "frechet_video_to_codec": "… of the picture, to codec round trips",
+    "frechet_audio_to_codec": "… of the sound, to codec round trips",
+    "frechet_video_to_codec_by_teacher": "… of the picture, by the teacher's (limit 1.09)",
+    "frechet_audio_to_codec_by_teacher": "… of the sound, by the teacher's (limit 1.24)",
 }
 SYSTEMS = {
     "real clips": "real",
@@ -27,6 +42,7 @@ SYSTEMS = {
     "shuffled sound": "shuffled",
     "teacher, 40 steps": "teacher",
     "stage2": "Stage 2",
+    "collapsed": "collapsed student",
     "student": "student",
 }
 
@@ -207,16 +223,22 @@ def quality_rows(stored: Mapping[str, dict]) -> list[dict[str, str]]:
     for key, title in MEASURES.items():
         row = {"measure": title}
         for name, column in SYSTEMS.items():
-            row[column] = _estimated(measures[name][key]) if key in measures[name] else show(more[name][key])
+            if name in measures:
+                row[column] = _cell(measures[name].get(key, more[name].get(key)))
         if late:
-            row[f"student, {span}"] = _estimated(late[span][key]) if key in late[span] else "—"
+            row[f"student, {span}"] = _cell(late[span].get(key))
         rows.append(row)
     return rows
 
 
-def _estimated(entry: Sequence[float] | None) -> str:
+def _cell(entry: Sequence[float] | float | None) -> str:
+    """Write a mean with its interval, a number, or counts; a dash for what was not measured."""
     if entry is None:
         return "—"
+    if not isinstance(entry, list):
+        return show(entry)
+    if all(isinstance(count, int) for count in entry):
+        return "/".join(map(str, entry))
     mean, low, high = (f"{round(x, 3):g}" for x in entry)
     return mean if low == high else f"{mean} [{low}, {high}]"
 

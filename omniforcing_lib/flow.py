@@ -226,11 +226,11 @@ def _path(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor) -> Iterator[AV[T
     steps = list(pairwise(sigmas.tolist()))
     if not steps or any(now <= after for now, after in steps) or steps[-1][1] < 0:
         raise ValueError(f"a schedule falls from noise to data, like [1, 0.9, 0]; found {sigmas.tolist()}")
-    levels = spread(sigmas, noise.video.new_empty(len(sigmas)))
     x = noise.map(precise)
     yield x
-    for level, (now, after) in zip(levels, steps, strict=False):
-        x0 = denoise(x, level)
+    for now, after in steps:
+        # filled on the device: a copy from the host could not be recorded in a CUDA graph
+        x0 = denoise(x, x.video.new_full((), now))
         x = x0.map(lambda end, start, left=after / now: end + left * (start - end) if left else end, x)
         yield x
 

@@ -144,16 +144,19 @@ def denoise_block(
     noise: Callable[[int], AV[Tensor]],
     exit_step: int | None = None,
     first: Callable[[AV[Tensor]], AV[Tensor]] | None = None,
+    watch: Callable[[AV[Tensor]], None] | None = None,
 ) -> AV[Tensor]:
     """Denoise the open block from pure noise; with `exit_step` stop there, with gradients (spec 5.7).
 
-    `first` predicts at the first step, where that is done otherwise.
+    `first` predicts at the first step, where that is done otherwise; `watch` is told the state before the last step.
 
     Shapes: `noise(i)` is AV([B, F, h, w, C], [B, T, C]), added before step i; the result is x0 of the same shapes.
     """
     last = len(sigmas) - 2 if exit_step is None else exit_step
     x = noise(0)
     for i in range(last + 1):
+        if watch and i == last:
+            watch(x)
         with torch.set_grad_enabled(exit_step is not None and i == last and torch.is_grad_enabled()):
             x0 = first(x) if first and i == 0 else predict(model, x, sigmas[i], text, cache)
         if i < last:
@@ -214,6 +217,7 @@ def next_block(
     *,
     block: AV[range] | None = None,
     exit_step: int | None = None,
+    watch: Callable[[AV[Tensor]], None] | None = None,
 ) -> AV[Tensor]:
     """Remember the block before, then denoise block `k`, in the passes that `causal` says.
 
@@ -227,6 +231,7 @@ def next_block(
         before: block k - 1; None for block 0.
         block: latents of block `k` where it is partial.
         exit_step: see `rollout`; then every block is remembered in a pass of its own.
+        watch: see `denoise_block`.
 
     Shapes: AV([B, F, h, w, C], [B, T, C]) of block k - 1 to those of block k.
     """
@@ -241,7 +246,7 @@ def next_block(
         else:
             remember(model, cache, text, context, level)
     cache.open(k, block)
-    return denoise_block(model, cache, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first)
+    return denoise_block(model, cache, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first, watch)
 
 
 def new_cache(
@@ -276,6 +281,7 @@ def rollout(
     *,
     exit_step: int | None = None,
     history: AV[Tensor] | None = None,
+    watch: Callable[[AV[Tensor]], None] | None = None,
 ) -> Iterator[AV[Tensor]]:
     """Yield the blocks of a clip one by one.
 
@@ -288,6 +294,7 @@ def rollout(
         video_latents: length of the clip.
         exit_step: step at which every block stops, with gradients; None runs all steps.
         history: clean latents that are remembered in place of the student's own (teacher forcing), AV of the clip.
+        watch: is told each block's state before its last step, AV([B, F, h, w, C], [B, T, C]).
     """
     if not causal.trainable and exit_step is not None:
         raise ValueError(
@@ -299,7 +306,8 @@ def rollout(
     blocks, before = causal.layout.blocks(video_latents), None
     cache = new_cache(model, causal, grid, len(text.video), len(blocks))
     for k, block in enumerate(blocks):
-        out = next_block(model, causal, cache, text, noise, k, before, block=block, exit_step=exit_step)
+        how = {"block": block, "exit_step": exit_step, "watch": watch}
+        out = next_block(model, causal, cache, text, noise, k, before, **how)
         yield out
         before = out if history is None else history.map(lambda h, span: h[:, span.start : span.stop], block)
 

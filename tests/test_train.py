@@ -63,7 +63,18 @@ def self_forcing_stage() -> tuple[dict[str, Player], train.Step]:
     return {"student": student, "critic": critic}, step
 
 
-STAGES = {"flow": flow_stage, "ode": ode_stage, "self-forcing": self_forcing_stage}
+def on_policy_stage() -> tuple[dict[str, Player], train.Step]:
+    student, teacher = player(seed=1), player(sinks=0).model.requires_grad_(False).eval()
+    step = stages.on_policy_stage(student, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=2, stride=4)
+    return {"student": student}, step
+
+
+STAGES = {
+    "flow": flow_stage,
+    "ode": ode_stage,
+    "self-forcing": self_forcing_stage,
+    "on-policy": on_policy_stage,
+}
 each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 
 
@@ -135,6 +146,24 @@ def test_only_guidance_moves_the_student_where_critic_and_teacher_agree(cfg):
     step = stages.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, **how)
     norm = float(step(0, torch.Generator().manual_seed(0))["norm"])
     assert norm == 0 if cfg == 1 else norm > 1e-3
+
+
+def test_a_student_that_jumps_where_its_teacher_goes_has_nothing_to_learn():
+    """One Euler step from its own state is what the last step of such a student does; from further off it is not."""
+    causal = replace(CAUSAL, steps=(1000, 500, 100, 0), layout=replace(CAUSAL.layout, sinks=0))
+    student, teacher = player(sinks=0), player(sinks=0).model.requires_grad_(False).eval()
+    how = {"batch": 2, "guidance": Guidance(), "stride": 1}
+    step = stages.on_policy_stage(student, teacher, prompts(), causal, GRID, causal.layout.first.video, **how)
+    moved = []
+    for i in range(8):
+        student.model.load_state_dict(teacher.state_dict())
+        moved.append(float(step(i, torch.Generator().manual_seed(i))["norm"]) > 1e-4)
+    assert {*moved} == {False, True}
+
+
+def test_states_on_policy_need_a_level_between_noise_and_data():
+    with pytest.raises(ValueError, match="three steps or more"):
+        stages.on_policy_stage(None, None, prompts(), replace(CAUSAL, steps=(1000, 0)), GRID, FRAMES, batch=1)
 
 
 def test_the_critic_learns_in_every_step_and_the_student_in_every_fifth():

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from omniforcing_lib import losses, masks
-from omniforcing_lib.flow import DMD_GUIDANCE, ONES, Guidance, guided_denoiser, noised, x0_of
+from omniforcing_lib.flow import (
+    DMD_GUIDANCE,
+    ONES,
+    Guidance,
+    euler,
+    guided_denoiser,
+    ltx2_sigmas,
+    noised,
+    snap_indices,
+    x0_of,
+)
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal, fresh_noise, join, rollout
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts
@@ -113,14 +123,16 @@ def own_clips(prompts: Prompts, causal: Causal, grid: tuple[int, int], video_lat
     """Let a student roll out clips on its own past: what Stage 3 learns from."""
 
     def sample(
-        student: Transformer, generator: torch.Generator, exit_step: int, part: Part | None = None
+        student: Transformer,
+        generator: torch.Generator,
+        exit_step: int,
+        part: Part | None = None,
+        watch: Callable[[AV[Tensor]], None] | None = None,
     ) -> tuple[AV[Tensor], AV[Tensor]]:
         part = part or Part(batch, slice(0, batch))
         text = prompts.take(part.of(pick(len(prompts), batch, generator)))
-        whole = fresh_noise(generator, batch)
-        blocks = rollout(
-            student, causal, text, lambda *of: whole(*of).map(part.of), grid, video_latents, exit_step=exit_step
-        )
+        whole, how = fresh_noise(generator, batch), {"exit_step": exit_step, "watch": watch}
+        blocks = rollout(student, causal, text, lambda *of: whole(*of).map(part.of), grid, video_latents, **how)
         return text, join(list(blocks))
 
     return sample
@@ -208,6 +220,67 @@ def self_forcing_stage(
         return made | parts[1](generator, exits[1])
 
     return step
+
+
+def on_policy_stage(
+    student: Player,
+    teacher: Transformer,
+    prompts: Prompts,
+    causal: Causal,
+    grid: tuple[int, int],
+    video_latents: int,
+    batch: int,
+    *,
+    guidance: Guidance = DMD_GUIDANCE,
+    stride: int = 2,
+    weights: AV[float] = ONES,
+) -> Step:
+    """Stage 3 without a critic: regress the student, on its own past, on the teacher's end of its own states.
+
+    The student rolls out as in `self_forcing_stage`, up to an exit step after the first. The states that its blocks
+    leave from are together a noised clip; the guided teacher follows its ODE from there to the end, and each block
+    learns to jump to that end. So Stage 2's regression is made where the student really comes by (as DAgger does,
+    Ross et al. 2011). The end is a function of the state, and nothing is averaged over noise: no mode is sought, and
+    unlike DMD the stage has no reason to drop any. This is not in the paper; `LOG.md` says why it is here.
+
+    `stride`: the teacher takes every `stride`-th level of its 40-step schedule. From pure noise it would take all of
+    the way: that is what ODE pairs hold, and Stage 2 has learnt.
+
+    Raises:
+        ValueError: the student has one step only, so that all its states are pure noise.
+    """
+    entries, schedule = snap_indices(causal.steps), ltx2_sigmas(40)
+    if len(entries) < 3:
+        raise ValueError(f"steps {causal.steps} have no noise level between noise and data; use three steps or more")
+    clips = own_clips(prompts, causal, grid, video_latents, batch)
+
+    def terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
+        states: list[AV[Tensor]] = []
+        with student.autocast():
+            text, x_hat = clips(student.model, generator, exit_step, part, states.append)
+        rest = _to_the_end(schedule[entries[exit_step] :], stride)
+        with torch.no_grad(), student.autocast():
+            end = euler(guided_denoiser(teacher, text, prompts.negative, guidance), join(states), rest)
+        sigma = x_hat.map(lambda x: torch.ones(len(x), device=x.device))
+        numbers = losses.ode_regression(x_hat, end, sigma)._asdict() | health(x_hat)
+        return {name: value * part.share for name, value in numbers.items()}
+
+    def learn(generator: torch.Generator, exit_step: int) -> Numbers:
+        return student.learn(batch, generator, partial(terms, generator, exit_step), weights)
+
+    piece = recorded(learn, student, live=prompts.live)
+
+    def step(i: int, generator: torch.Generator) -> Numbers:
+        dice = torch.Generator().manual_seed(generator.initial_seed())
+        return piece(generator, 1 + int(torch.randint(len(entries) - 2, (), generator=dice)))
+
+    return step
+
+
+def _to_the_end(levels: Tensor, stride: int) -> Tensor:
+    """Take every `stride`-th level, and the last one, which is 0. Shapes: [N] to [M]."""
+    some = levels[:-1:stride]
+    return torch.cat([some, levels[-1:]])
 
 
 @torch.no_grad()

@@ -44,6 +44,25 @@ class Choice(NamedTuple):
     masked: str
 
 
+def device(name: str) -> torch.device:
+    """Give a device that is there: `cpu`, `cuda`, one GPU of several as `cuda:1`, or `auto`, a GPU if there is one.
+
+    Raises:
+        ValueError: another name, or a GPU that torch does not see.
+    """
+    there = torch.cuda.device_count()
+    try:
+        found = torch.device(("cuda" if there else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"a device is cpu, cuda (one of several: cuda:1) or auto, found {name!r}")
+    if found.type == "cuda" and (found.index or 0) >= there:
+        sees = f"{there} CUDA devices, from cuda:0" if there else "no CUDA device"
+        raise ValueError(f"device {name!r} asked for, but torch {torch.__version__} sees {sees}; use 'cpu'")
+    return found
+
+
 def use(name: str) -> None:
     """Name the backend of this process: `auto`, `sdpa`, `flash` or `flex`; what can't be is refused when it is met.
 

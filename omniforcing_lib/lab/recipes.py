@@ -203,7 +203,7 @@ def _checked(asked: Mapping[str, object], usual: Mapping[str, object]) -> dict[s
     for name, value in asked.items():
         numbers = value if isinstance(value, Sequence) else (value,)
         for number in numbers:
-            if isinstance(number, int | float):
+            if isinstance(number, int | float) and not isinstance(number, bool):
                 _check_number(name, number, usual[name])
         if name == "grid" and any(numbers) and not all(numbers):
             raise ValueError(f"--grid is two numbers above 0, found {' '.join(map(str, numbers))}")

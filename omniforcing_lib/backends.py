@@ -1,7 +1,8 @@
-"""Which kernel attends: flash-attn, FlexAttention or PyTorch's own, chosen once a kind of tensor (spec 1.6, 8.2).
+"""Which device computes, and which kernel attends: flash-attn, FlexAttention or PyTorch's own (spec 1.6, 8.2).
 
-A cached step and a run of a sliced mask need no mask, so flash-attn serves both; masked training on a GPU takes
-FlexAttention, everything else PyTorch's scaled dot product. A choice says why in one log line, and can be named.
+A kernel is chosen once a kind of tensor. A cached step and a run of a sliced mask need no mask, so flash-attn serves
+both; masked training on a GPU takes FlexAttention, everything else PyTorch's scaled dot product. A choice says why in
+one log line, and can be named.
 
 Shapes: B batch, H heads, T queries, L keys, D head dim.
 """

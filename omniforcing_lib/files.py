@@ -6,6 +6,7 @@ A path that a user gave is kept as it was given: `~` is their home, and no link 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -13,10 +14,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STALE_S = 3600.0  # a half-written file older than this whose writer is gone is rubbish
 
@@ -34,7 +37,7 @@ def check_file(path: Path) -> None:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder, expected the name of a file; name one in it")
-    _check_place(path)
+    _check_place(path, path)
 
 
 def check_folder(path: Path) -> None:
@@ -45,7 +48,7 @@ def check_folder(path: Path) -> None:
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, expected a folder; name another")
-    _check_place(path / "file")
+    _check_place(path / "file", path)
 
 
 def check_new(path: Path) -> None:
@@ -54,9 +57,8 @@ def check_new(path: Path) -> None:
         raise ValueError(f"{path} is there already; name a folder that is not")
 
 
-def _check_place(path: Path) -> None:
+def _check_place(path: Path, wanted: Path) -> None:
     """Make the scratch folder that writing begins with: rights alone don't tell of a disk that is read-only or full."""
-    wanted = path
     try:
         while not path.parent.exists():
             path = path.parent
@@ -85,7 +87,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _scratch(path) as folder:
             partial = folder / path.name
             yield partial
-            partial.chmod(folder.stat().st_mode & 0o666)  # safetensors' own temporary file is for its owner alone
+            with suppress(PermissionError):  # some disks know no rights; else safetensors' file is its owner's alone
+                partial.chmod(folder.stat().st_mode & 0o666)
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -123,7 +126,7 @@ def _sweep(path: Path) -> None:
         writer = left.name.split(".")[-2]
         with suppress(FileNotFoundError):  # its writer has just finished
             silence = time.time() - (last_written(left) or left.stat().st_mtime)
-            if writer.isdigit() and silence > STALE_S and not _alive(int(writer)):
+            if writer.isdigit() and silence > STALE_S and not alive(int(writer)):
                 shutil.rmtree(left, ignore_errors=True)
 
 
@@ -137,7 +140,14 @@ def last_written(folder: Path) -> float:
     return newest
 
 
-def _alive(process: int) -> bool:
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def alive(process: int) -> bool:
+    """Tell whether a process of this machine runs."""
     if os.name != "posix":  # elsewhere signal 0 is no question
         return True
     try:
@@ -153,6 +163,8 @@ def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
     """Write one safetensors file, atomically."""
+    from safetensors.torch import save_file  # not above: what checks paths needs no torch
+
     with replacing(path) as partial:
         save_file(_apart(tensors), partial, dict(metadata or {}))
     return Path(path)

@@ -6,7 +6,6 @@ Tensor `x` of a shard holds one row of `x` for each row of the shard, so any num
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib.files import write_json, write_tensors
+from omniforcing_lib.files import sha256, write_json, write_tensors
 from omniforcing_lib.training import provenance
 from omniforcing_lib.training.distributed import ALONE, Team
 
@@ -56,7 +55,7 @@ def write(
     for number, path in tqdm(paths.items(), desc=f"shards of {folder.name}", disable=not team.leads):
         if not path.exists():
             write_tensors(path, make(spans[number]), {"notes": json.dumps(notes, sort_keys=True)})
-        mine[number] = {"file": path.name, "rows": len(spans[number]), "sha256": _hash(path)}
+        mine[number] = {"file": path.name, "rows": len(spans[number]), "sha256": sha256(path)}
     listed = {number: entry for part in team.all_of(mine) for number, entry in part.items()}
     if team.leads:
         write_json(folder / INDEX, {"shards": [listed[n] for n in sorted(listed)], "notes": notes})
@@ -89,12 +88,7 @@ def content(path: str | Path) -> dict[str, str]:
     """
     if not (file := there(path)):
         raise ValueError(f"{path} is neither a file nor a folder of shards with its {INDEX}: make it first, or again")
-    return provenance.by_content(path, _hash(file))
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return provenance.by_content(path, sha256(file))
 
 
 class Records:
@@ -127,7 +121,7 @@ class Records:
         again = f"remove it and {INDEX} and start again: the other shards are kept"
         if not path.is_file():
             return f"{path} is missing, though the index names it; {again}"
-        if (found := _hash(path)) != shard["sha256"]:
+        if (found := sha256(path)) != shard["sha256"]:
             return (
                 f"{path} is damaged: its sha256 is {found[:12]}…, the index says {str(shard['sha256'])[:12]}…; {again}"
             )

@@ -23,8 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from omniforcing_lib.files import last_written, write_json, write_tensors, write_text
-from omniforcing_lib.training import distributed, provenance
+from omniforcing_lib.training import distributed
 from omniforcing_lib.training.distributed import Team
+from omniforcing_lib.training.provenance import differences, unsaid
 
 if TYPE_CHECKING:
     from omniforcing_lib.training.train import Player
@@ -90,10 +91,10 @@ class Journal:
     def _replan(self, start: int, state: Path, notes: Mapping[str, object]) -> None:
         """Say what has changed or is not known; keep what the outcome depends on: a schedule follows the length."""
         kept, self.changes = notes["settings"], list(notes["changes"])
-        said = provenance.differences(kept, self.plan)
+        said = differences(kept, self.plan)
         if (steps := kept.get("steps")) not in (None, self.plan.get("steps")):
             self.changes.append(f"of {steps} steps up to step {start}")
-        if silent := provenance.unsaid(kept, self.settings):
+        if silent := unsaid(kept, self.settings):
             self.changes.append(f"{', '.join(silent)} not known up to step {start}")
             said.append(f"it does not say its {', '.join(silent)}: taken on trust")
         if said and self.team.leads:
@@ -166,7 +167,7 @@ def agreeing(folder: Path, asked: Mapping[str, object]) -> tuple[int, Path, Mapp
     if not states:
         return None
     step, path, notes = max((_notes(path) for path in states), key=lambda found: found[0])
-    if found := provenance.differences(notes["settings"], asked):
+    if found := differences(notes["settings"], asked):
         raise ValueError(
             f"{path} was trained with other settings: {'; '.join(found)}; go on with those, or use another folder"
         )

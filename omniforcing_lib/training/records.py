@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from omniforcing_lib.files import sha256, write_json, write_tensors
-from omniforcing_lib.training import provenance
 from omniforcing_lib.training.distributed import ALONE, Team
+from omniforcing_lib.training.provenance import by_content, differences
 
 INDEX = "index.json"
 
@@ -70,7 +70,7 @@ def _unlike(path: Path, notes: Mapping[str, object]) -> str:
             kept = json.loads((file.metadata() or {})["notes"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         return f"{path} is damaged: {error!r}; remove it, and it is made again"
-    found = provenance.differences(kept, notes)
+    found = differences(kept, notes)
     return f"{path} was made under other settings: {'; '.join(found)}; use those, or another folder" if found else ""
 
 
@@ -88,7 +88,7 @@ def content(path: str | Path) -> dict[str, str]:
     """
     if not (file := there(path)):
         raise ValueError(f"{path} is neither a file nor a folder of shards with its {INDEX}: make it first, or again")
-    return provenance.by_content(path, sha256(file))
+    return by_content(path, sha256(file))
 
 
 class Records:

@@ -76,11 +76,11 @@ def ode_stage(
 
     Each block of a clip has its own noise level, clean included; audio takes its block's, by the block table.
     """
+    if not pairs.live:
+        check_numbers(pairs.prompt, len(prompts))
     (frames, height, width), audio = pairs.shapes.video[1:4], pairs.shapes.audio[1]
     causal.layout.check(AV(frames, audio))
     kind = masks.build(causal.layout, frames, height * width, window=causal.window)
-    if not pairs.live:
-        check_numbers(pairs.prompt, len(prompts))
     device, count = prompts.device, causal.layout.count(frames)
     table = causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
     sigmas = pairs.sigmas.to(device)

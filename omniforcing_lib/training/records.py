@@ -74,23 +74,6 @@ def _unlike(path: Path, notes: Mapping[str, object]) -> str:
     return f"{path} was made under other settings: {'; '.join(found)}; use those, or another folder" if found else ""
 
 
-def there(path: str | Path) -> Path | None:
-    """Give a file, or the index of a folder of shards, if there is one: it is written last."""
-    file = Path(path) / INDEX if Path(path).is_dir() else Path(path)
-    return file if file.is_file() else None
-
-
-def content(path: str | Path) -> dict[str, str]:
-    """Give the setting of a file, or of a folder of shards, whose index has the hash of each.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    if not (file := there(path)):
-        raise ValueError(f"{path} is neither a file nor a folder of shards with its {INDEX}: make it first, or again")
-    return by_content(path, sha256(file))
-
-
 class Records:
     """Read rows of a folder; no file stays open and nothing is held.
 
@@ -149,3 +132,20 @@ class Records:
                 for name in file.keys():
                     found.setdefault(name, []).append(file.get_slice(name)[at : at + 1])
         return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def there(path: str | Path) -> Path | None:
+    """Give a file, or the index of a folder of shards, if there is one: it is written last."""
+    file = Path(path) / INDEX if Path(path).is_dir() else Path(path)
+    return file if file.is_file() else None
+
+
+def content(path: str | Path) -> dict[str, str]:
+    """Give the setting of a file, or of a folder of shards, whose index has the hash of each.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if not (file := there(path)):
+        raise ValueError(f"{path} is neither a file nor a folder of shards with its {INDEX}: make it first, or again")
+    return by_content(path, sha256(file))

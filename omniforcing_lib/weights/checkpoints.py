@@ -31,10 +31,9 @@ from omniforcing_lib.weights.formats import Format
 from omniforcing_lib.weights.shards import Entry, Shards
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-SAMPLE = 4096
-"""Bytes of every tensor that a checkpoint's fingerprint reads."""
 _UNUSED_SCALE = ".input_scale"
 _DECISIVE = ("rope_type", "frequencies_precision", "timestep_scale_multiplier", "av_ca_timestep_scale_multiplier")
+_SAMPLE = 4096  # bytes of every tensor that a fingerprint reads
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Checkpoint:
             with entry.path.open("rb") as file:
                 file.seek(entry.start)
                 found.update(f"{bare} {entry.dtype} {entry.shape}".encode())
-                found.update(file.read(min(SAMPLE, entry.stop - entry.start)))
+                found.update(file.read(min(_SAMPLE, entry.stop - entry.start)))
         return found.hexdigest()
 
     def report(self) -> KeyReport:

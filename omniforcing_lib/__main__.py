@@ -305,7 +305,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from omniforcing_lib.training import journal
 
     try:
-        recipes.main([arguments.stage, *arguments.rest])
+        recipes.main([arguments.stage, *arguments.rest], Parser)
     except journal.Diverged as error:
         return _fail(error, 1)
     return 0

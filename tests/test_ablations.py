@@ -154,6 +154,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
     ablations.run(tmp_path, arms=("Stage 3",), seeds=1, budget=Budget(clips=2))
     with pytest.raises(ValueError, match="use another folder"):
         ablations.run(tmp_path, budget=Budget(clips=3))
+    with pytest.raises(ValueError, match=r"runs of teacher \w{16}, asked for \w{16}"):
+        ablations.run(tmp_path, budget=Budget(clips=2), teacher="stage2")
     with pytest.raises(ValueError, match="unknown arms"):
         ablations.run(tmp_path, arms=("Stage 4",))
     with pytest.raises(ValueError, match="holds no runs"):

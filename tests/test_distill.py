@@ -87,6 +87,12 @@ def test_stored_pairs_of_other_levels_are_refused(prompts):
         distill.teacher_pairs("", stream.shipped_codec(), prompts, causal, 4)
 
 
+def test_stored_pairs_of_other_prompts_are_refused(prompts):
+    turned = Prompts.of(TinyText(), prompts.names[::-1])
+    with pytest.raises(ValueError, match="stored pairs were made under other settings: prompts"):
+        distill.teacher_pairs("teacher", stream.shipped_codec(), turned, checkpoints.read("stage2").causal, 4)
+
+
 def test_a_course_rises_and_falls_as_its_numbers():
     assert distill.sparkline(np.arange(7.0)) == distill.BARS
     assert distill.sparkline(np.ones(3)) == distill.BARS[0] * 3

@@ -22,7 +22,9 @@ from omniforcing_lib.pages import claims
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.training import distributed
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DATA = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
 PAGE = README.split("## On a GPU, with the real weights\n")[1].split("\n## ")[0]
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith(".venv/bin/") and " -m " in line]
 CODE = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]
@@ -40,16 +42,29 @@ def words(command: str) -> list[str]:
     return rest[at + 2 :]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(words(c)[:2]))
-def test_every_command_parses(command, monkeypatch):
+def options(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """Parse a command of training; give what its stage is asked for."""
     arguments = cli._parser().parse_args(words(command))
-    if arguments.run is not cli._train:
-        return
     stage = recipes.STAGES[arguments.stage]
     monkeypatch.setitem(recipes.STAGES, arguments.stage, functools.wraps(stage)(lambda **given: given))
     monkeypatch.setattr(distributed, "joined", lambda *a, **k: contextlib.nullcontext(distributed.Team()))
-    given = recipes.main([arguments.stage, *arguments.rest])
-    assert given
+    return recipes.main([arguments.stage, *arguments.rest])
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(words(c)[:2]))
+def test_every_command_parses(command, monkeypatch):
+    if words(command)[0] == "train":
+        assert options(command, monkeypatch)
+    else:
+        assert cli._parser().parse_args(words(command)).run
+
+
+@pytest.mark.parametrize("text", [PAGE, DATA], ids=["page", "data"])
+def test_stage_2_asks_for_the_pairs_that_the_command_before_it_makes(text, monkeypatch):
+    lines = [line for line in text.splitlines() if " -m omniforcing_lib train " in line]
+    made, used = (options(next(x for x in lines if f"train {name} " in x), monkeypatch) for name in ("pairs", "stage2"))
+    assert used["pairs"] == made["out"] and used["job"].prompts == made["job"].prompts
+    assert all(used[name] == value for name, value in made.items() if name not in ("out", "job"))
 
 
 def test_there_are_commands_for_every_step():

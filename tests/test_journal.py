@@ -20,14 +20,20 @@ import pytest
 import team
 import torch
 from safetensors.torch import load_file
-from test_train import CAUSAL, QUICK, ode_stage, pairs, player, prompts, same
+from test_train import CAUSAL, QUICK, draw, ode_stage, pairs, player, prompts, same
 
-from omniforcing_lib.lab import recipes
+from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.files import write_tensors
+from omniforcing_lib.lab import distill, recipes
+from omniforcing_lib.lab.recipes import Job
 from omniforcing_lib.layout import AV
+from omniforcing_lib.rollout import Causal
 from omniforcing_lib.training import dataset, journal, records, stages, train
-from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
+from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, StoredPairs, StoredPrompts, store_prompts
 from omniforcing_lib.training.distributed import ALONE
 from omniforcing_lib.training.train import Player
+from omniforcing_lib.weights import checkpoints
 
 
 def test_a_run_that_is_told_to_end_stores_its_state_first(tmp_path, capsys):
@@ -182,10 +188,172 @@ def test_a_damaged_shard_is_refused_by_name_and_made_again_alone(tmp_path):
 
 def test_shards_made_under_other_settings_and_folders_of_something_else_are_refused(tmp_path):
     stored(tmp_path)
-    with pytest.raises(ValueError, match=r"rows-00000.safetensors was made under other settings"):
-        records.write(tmp_path, 5, 2, lambda rows: {}, {"kind": "pairs", "sigmas": [1.0]})
+    (tmp_path / "rows-00000.safetensors").rename(tmp_path / "kept")
+    sigmas = CAUSAL.sigmas.float().tolist()
+    for rows, notes, name in ((5, {"sigmas": [1.0]}, "sigmas"), (7, {"sigmas": sigmas}, "count 5, found 7")):
+        with pytest.raises(ValueError, match=rf"rows-00001.safetensors was made under other settings: {name}"):
+            records.write(tmp_path, rows, 2, lambda rows: pytest.fail("made"), {"kind": "pairs", **notes})
+    (tmp_path / "kept").rename(tmp_path / "rows-00000.safetensors")
     with pytest.raises(ValueError, match="holds 'pairs', expected 'prompts'"):
         StoredPrompts(tmp_path)
+
+
+@pytest.mark.parametrize("number", [-2, 2, 9])
+def test_numbers_that_are_no_prompts_are_refused(number, tmp_path):
+    """Held or stored, and by a stage before its first step."""
+    told = StoredPrompts(Prompts.save(prompts(), tmp_path))
+    for known in (prompts(), told):
+        assert all(map(torch.equal, known.take(torch.tensor([-1])), prompts().negative))
+        with pytest.raises(ValueError, match=f"from 0 to 1, asked for number {number}"):
+            known.take(torch.tensor([1, number]))
+        data = replace(pairs(), prompt=torch.tensor([0, number, 1]))
+        with pytest.raises(ValueError, match=f"asked for number {number}"):
+            stages.ode_stage(player(), data, known, CAUSAL, batch=4)
+        with pytest.raises(ValueError, match=f"asked for number {number}"):
+            stages.flow_stage(player(), Clips(distill.ends(data), data.prompt), known, batch=4)
+
+
+def test_contexts_of_another_encoder_are_refused(tmp_path):
+    store_prompts(tmp_path, TinyText(8), ["a red ball, bell"])
+    with pytest.raises(ValueError, match=r"text 'TinyText\(channels=8, length=6\)', found 'TinyText\(channels=16"):
+        store_prompts(tmp_path, TinyText(16), ["a red ball, bell"])
+    with pytest.raises(ValueError, match=r"names .'a red ball, bell'., found .'a red ball, wood'."):
+        store_prompts(tmp_path, TinyText(8), ["a red ball, wood"])
+
+
+@pytest.fixture
+def free_pairs(monkeypatch):
+    """Let trajectories cost nothing, and note how many are made."""
+    made = []
+
+    def pairs(teacher, prompts, guidance, step_list, seeds, latents, grid, *, first, progress):
+        made.extend(seeds)
+        shapes = dataset.latent_shapes(teacher, latents, grid)
+        states = shapes.map(lambda shape: draw(len(seeds), len(step_list), *shape, seed=seeds[0]))
+        index = torch.arange(first, first + len(seeds)) % len(prompts)
+        return Pairs(states, Causal(steps=tuple(step_list)).sigmas.float(), index)
+
+    monkeypatch.setattr(dataset, "ode_pairs", pairs)
+    return made
+
+
+PAIRS = {"count": 4, "seconds": 1}
+OTHERS = {
+    "teacher": {"teacher": "stage2"},
+    "prompts": {"job": "turned"},
+    "cfg": {"cfg": (5.0, 3.0)},
+    "count": {"count": 20},
+    "latents": {"seconds": 2},
+    "grid": {"grid": (2, 8)},
+    "steps": {"layout": "released"},
+}
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs.safetensors"])
+def test_pairs_made_under_other_settings_are_refused_by_name(name, free_pairs, tmp_path, monkeypatch):
+    """By `train pairs` onto them and by `train stage2`, before a model is loaded; training may have another seed."""
+    path, out = str(tmp_path / name), str(tmp_path / "out.safetensors")
+    turned = Prompts.of(TinyText(), world.prompts()[::-1]).save(tmp_path / "turned")
+    recipes.pairs(path, **PAIRS)
+    recipes.pairs(path, **PAIRS)
+    assert free_pairs == [0, 1, 2, 3]
+    monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("a model is loaded"))
+    for setting, change in OTHERS.items():
+        changed = PAIRS | change | ({"job": Job(prompts=str(turned))} if "job" in change else {})
+        if setting == "steps":
+            monkeypatch.setattr(Causal, "from_layout", lambda *a: Causal(steps=(1000, 522, 0)))
+        for again in (
+            lambda c=changed: recipes.pairs(path, **c),
+            lambda c=changed: recipes.stage2(out, pairs=path, **c),
+        ):
+            with pytest.raises(ValueError, match=rf"{name} was made under other settings: .*{setting}.*, found"):
+                again()
+    monkeypatch.undo()
+    for setting, job in {"seed 0, found 1": Job(seed=1), "amp False, found True": Job(amp=True)}.items():
+        with pytest.raises(ValueError, match=setting):
+            recipes.pairs(path, **PAIRS, job=job)
+        held = recipes.ode_pairs(path, "teacher", job.contexts(), Causal(), 4, AV(4, 26), (4, 4), (3.0, 3.0), job)
+        assert len(held) == 4 and held.notes["seed"] == 0
+
+
+def test_shipped_pairs_still_serve_and_say_what_is_not_known_of_them(capsys):
+    path, sizes = str(checkpoints.DATA / "ode_pairs.safetensors"), (90, AV(16, 126), (4, 4), (3.0, 3.0))
+    assert len(recipes.ode_pairs(path, "teacher", Job().contexts(), Causal(), *sizes, Job())) == 90
+    assert "does not say its teacher, cfg, steps, text: taken on trust" in capsys.readouterr().out
+    turned = Prompts.of(TinyText(), world.prompts()[::-1])
+    with pytest.raises(ValueError, match=r"prompts 18 prompts \(\w{16}\), found 18 prompts \(\w{16}\)"):
+        recipes.ode_pairs(path, "teacher", turned, Causal(), *sizes, Job())
+
+
+def test_a_file_of_pairs_serves_as_it_is_stored_from_the_first_run_on(free_pairs, tmp_path):
+    """States are kept in bfloat16: who made them trains on what another run reads."""
+    path, how = str(tmp_path / "x.safetensors"), (Causal(), 4, AV(4, 26), (4, 4), (3.0, 3.0), Job())
+    first, second = (recipes.ode_pairs(path, "teacher", Job().contexts(), *how) for _ in range(2))
+    assert all(map(torch.equal, first.states, second.states))
+
+
+RUN = {"pairs": "", "count": 4, "seconds": 1, "batch": 2, "steps": 1}
+CHANGES = {
+    "teacher": {"teacher": "stage2"},
+    "pairs": {"pairs": "other.safetensors"},
+    "sinks": {"sinks": 3},
+    "batch": {"batch": 4},
+    "lr": {"lr": 1e-3},
+    "cfg": {"cfg": (5.0, 3.0)},
+    "seed": {"job": {"seed": 1}},
+    "amp": {"job": {"amp": True}},
+    "limit": {"job": {"limit": 9.0}},
+    "prompts": {"job": {"prompts": "turned"}},
+}
+
+
+def test_a_run_goes_on_under_its_own_settings_and_its_file_credits_them(free_pairs, tmp_path, monkeypatch, capsys):
+    """What it learns from may not change, and is refused by name before a model is loaded; its length may."""
+    monkeypatch.chdir(tmp_path)
+    Prompts.of(TinyText(), world.prompts()[::-1]).save("turned")
+    recipes.ode_pairs("x.safetensors", "teacher", Job().contexts(), Causal(), 4, AV(4, 26), (4, 4), (3.0, 3.0), Job())
+    given, out = RUN | {"pairs": "x.safetensors"}, "out.safetensors"
+    other = Pairs.load("x.safetensors")
+    replace(other, states=other.states.map(torch.neg)).save("other.safetensors", world.prompts(), other.notes)
+    how = {"folder": "run", "score": 0}
+    recipes.stage2(out, **given, job=Job(**how))
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("a model is loaded"))
+        for setting, change in CHANGES.items():
+            job = Job(**how | change.get("job", {}))
+            with pytest.raises(ValueError, match=rf"run/state.safetensors was trained with .*{setting} .*, found"):
+                recipes.stage2(out, **given | {k: v for k, v in change.items() if k != "job"}, job=job)
+        with pytest.raises(ValueError, match="stage 'stage2', found 'stage3'"):
+            recipes.stage3(out, job=Job(**how))
+    capsys.readouterr()
+    Path("x.safetensors").rename("moved.safetensors")
+    given |= {"pairs": "moved.safetensors", "steps": 3}
+    recipes.stage2(out, **given, job=Job(**how, every=7, checkpoint_activations=True))
+    said, notes = capsys.readouterr().out, checkpoints.read(out).metadata["notes"]
+    assert "goes on from step 1: steps 1, found 3; every 500, found 7" in said
+    assert notes["steps"] == 3 and notes["changes"] == ["of 1 steps up to step 1"] and notes["lr"] == 5e-4
+    assert notes["teacher"]["sha256"] == checkpoints.read("teacher").fingerprint[:16] and notes["stage"] == "stage2"
+    assert notes["pairs"]["sha256"] == records.content("moved.safetensors")["sha256"]
+
+
+def test_a_run_that_ended_early_credits_the_steps_that_it_took(free_pairs, tmp_path):
+    out = str(tmp_path / "out.safetensors")
+    recipes.stage2(out, **RUN | {"steps": 9}, job=Job(minutes=1e-6, score=0))
+    notes = checkpoints.read(out).metadata["notes"]
+    assert (notes["steps"], notes["of"]) == (1, 9)
+
+
+def test_a_state_that_does_not_say_its_settings_goes_on_aloud(tmp_path, capsys):
+    """What an earlier version stored says its seed alone; the file says from where on more is known."""
+    players, step = ode_stage()
+    train.fit(step, players, 1, folder=tmp_path, progress=False)
+    path = tmp_path / "state.safetensors"
+    write_tensors(path, load_file(path), {"step": "1", "seed": "0"})
+    found = train.fit(step, players, 2, folder=tmp_path, progress=False, settings={"lr": 1.0})
+    assert "does not say its lr: taken on trust" in capsys.readouterr().out
+    assert found.changes == ["lr not known up to step 1"] and found.done == 2
+    with pytest.raises(ValueError, match=r"lr 1.0, found 2.0"):
+        train.fit(step, players, 2, folder=tmp_path, progress=False, settings={"lr": 2.0})
 
 
 @pytest.mark.parametrize("name", ["../rows-00000.safetensors", "/etc/passwd", "rows.pkl"])

@@ -1,9 +1,11 @@
-"""What is no checkpoint, or not the one it says: each case has its own word, and nothing is left behind."""
+"""What cannot be used: each case has its own word, comes before any work, and leaves nothing behind."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
+import re
 import struct
 from dataclasses import replace
 
@@ -13,6 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import PREFIX
 
+from omniforcing_lib import __main__ as cli
+from omniforcing_lib import files
+from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.lab import recipes, submission
+from omniforcing_lib.training import dataset
 from omniforcing_lib.weights import checkpoints
 
 BIAS, INDEX = PREFIX + "proj_out.bias", "model.safetensors.index.json"
@@ -233,3 +241,129 @@ def test_nan_in_fp8_weights_is_found(good, tmp_path):
     for weights in (None, "fp8"):
         with pytest.raises(ValueError, match=r"attn1\.to_q\.weight holds values .* not finite"):
             checkpoints.load(broken, weights=weights)
+
+
+def test_a_checkpoint_is_known_by_what_it_holds(good, tmp_path):
+    """By another name, through a link and in another format it is the same; with one number changed it is another."""
+    path, other, link = (tmp_path / name for name in ("x.safetensors", "y.safetensors", "blobs-a3f.safetensors"))
+    path.write_bytes(good)
+    other.write_bytes(good)
+    link.symlink_to(path)
+    folder = checkpoints.export(path, tmp_path / "folder", to="diffusers")
+    first = checkpoints.read(path).fingerprint
+    assert all(checkpoints.read(same).fingerprint == first for same in (other, link, folder))
+    tensors(lambda t: t[BIAS][3:4].add_(1))(other)
+    transformer(av_ca_timestep_scale_multiplier=7)(path)
+    assert len({first, checkpoints.read(other).fingerprint, checkpoints.read(path).fingerprint}) == 3
+
+
+@pytest.fixture
+def idle(monkeypatch, tmp_path):
+    """Be in an empty folder, where nothing may be loaded or rendered."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(dataset, "world_clips", lambda *a, **k: pytest.fail("clips are rendered"))
+    return tmp_path
+
+
+TRAIN = {
+    "stage3 --steps 0 --batch 0": "--steps is above 0, found 0",
+    "stage3 --batch -3": "--batch is above 0, found -3",
+    "stage2 --batch 3 --accumulate 2": "a batch of 3 cannot be cut into 1 processes x 2 parts; use a multiple of 2",
+    "stage2 --lr nan": "--lr is above 0, found nan",
+    "stage2 --sinks -2": "--sinks is at least -1, found -2",
+    "stage3 --critic-lr 0": "--critic-lr is above 0, found 0.0",
+    "stage3 --final 1.5": "--final is at least 0, at most 1, found 1.5",
+    "stage3 --ratio 0": "--ratio is above 0, found 0",
+    "stage3 --every 0": "--every is above 0, found 0",
+    "stage3 --minutes -1": "--minutes is at least 0.0, found -1.0",
+    "pairs --count 0": "--count is above 0, found 0",
+    "pairs --grid 4 0": "--grid is two numbers above 0, found 4 0",
+    "pairs --cfg inf 3": "--cfg is above 0, found inf",
+    "pairs --seconds 0": "--seconds is above 0, found 0",
+    "pairs --layout papr": "unknown layout 'papr'",
+    "teacher --seed 1220": "draws clips that are held out",
+    "codec --steps 0": "--steps is above 0, found 0",
+    "plan --gpus 0": "--gpus is above 0, found 0",
+    "stage3 --step three": "argument --steps: invalid int value: 'three'",
+    "stage3 --device gpu": "a device is cpu, cuda (one of several: cuda:1) or auto, found 'gpu'",
+    "codec --device mps": "a device is cpu, cuda (one of several: cuda:1) or auto, found 'mps'",
+    "prompts --device cuda:99": "device 'cuda:99' asked for, but torch",
+    "stage3 --replicas 2": "1 processes cannot hold 2 replicas",
+    "stage3 --out file/x.safetensors": "file/x.safetensors cannot be written",
+    "stage3 --out x.pt": "--out is a .safetensors file, found x.pt",
+    "codec --out folder.safetensors": "folder.safetensors is a folder",
+    "pairs --out file": "file is a file, expected a folder",
+    "stage2 --pairs file/pairs": "file/pairs cannot be written",
+    "stage2 --folder file": "file is a file, expected a folder",
+    "stage2 --teacher nowhere.safetensors": "no checkpoint at nowhere.safetensors",
+    "stage2 --codec nowhere.safetensors": "nowhere.safetensors is neither a file nor a folder of shards",
+    "stage3 --prompts nowhere": "nowhere is neither a file nor a folder of shards",
+    "stage3 --student teacher": "teacher is no causal student",
+    "prompts --lines nowhere": "No such file or directory: 'nowhere'",
+    "prompts --lines latin": "latin is no UTF-8 text",
+    "prompts --lines empty": "empty: expected a prompt a line, found none",
+    "prompts --lines purple": "red, green, blue",
+}
+
+
+@pytest.mark.parametrize("line", TRAIN)
+def test_what_training_cannot_do_is_refused_in_one_line_before_any_work(line, idle, capfd):
+    (idle / "file").write_text("a file")
+    (idle / "folder.safetensors").mkdir()
+    (idle / "latin").write_bytes("a red ball, b\xe9ll".encode("latin-1"))
+    (idle / "empty").write_text("\ufeff\n \f\n", encoding="utf-8")
+    (idle / "purple").write_text("a red ball, bell\n" * 70 + "a purple ball, bell\n")
+    before = sorted(idle.rglob("*"))
+    try:
+        code = cli.main(["train", *line.split()])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capfd.readouterr()
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and TRAIN[line] in err
+    assert sorted(idle.rglob("*")) == before
+
+
+def test_prompts_are_the_lines_of_their_file_and_no_other_sign_ends_one(idle, monkeypatch, capsys):
+    """A byte-order mark, form feeds and U+2028, from a home that `~` names; both streams share the world's contexts."""
+    monkeypatch.setenv("HOME", str(idle))
+    text = "\ufeffa red ball, bell\r\n\f a blue\u2028ball, wood\x85\n\na cyan ball,\x0cpluck\n"
+    (idle / "lines.txt").write_text(text, encoding="utf-8")
+    assert files.read_lines("lines.txt") == ["a red ball, bell", "a blue\u2028ball, wood", "a cyan ball,\x0cpluck"]
+    assert cli.main(["train", "prompts", "--lines=~/lines.txt", "--out=~/prompts", "--model", "teacher"]) == 0
+    told = dataset.StoredPrompts(idle / "prompts")
+    assert told.names == tuple(files.read_lines("lines.txt"))
+    plain = TinyText().encode(["a red ball, bell", "a blue ball, wood", "a cyan ball, pluck"], dtype=torch.bfloat16)
+    assert all(map(torch.equal, told.take(torch.arange(3)), plain.map(torch.Tensor.float)))
+    assert capsys.readouterr().out.strip() == str(idle / "prompts")
+    (idle / "lines.txt").write_text("a red ball, bell\ta longer one\n\fa blue ball, wood\n", encoding="utf-8-sig")
+    assert submission.read_prompts("~/lines.txt") == {
+        "a red ball, bell": "a longer one",
+        "a blue ball, wood": "a blue ball, wood",
+    }
+
+
+def test_contexts_that_only_stand_in_are_not_stored_to_train_on(good, idle):
+    (idle / "x.safetensors").write_bytes(good)
+    (idle / "lines.txt").write_text("rain falls\n")
+    with pytest.raises(ValueError, match=r"no Gemma folder .* name a Gemma folder"):
+        recipes.prompts("prompts", "lines.txt", "x.safetensors")
+    assert not (idle / "prompts").exists()
+
+
+def test_clips_of_the_world_are_not_trained_under_prompts_in_another_order(idle):
+    turned = dataset.Prompts.of(TinyText(), world.prompts()[::-1]).save(idle / "turned")
+    with pytest.raises(ValueError, match="the world's own prompts, in its order"):
+        recipes.teacher(job=recipes.Job(prompts=str(turned)))
+
+
+@pytest.mark.parametrize("stage", recipes.STAGES)
+def test_every_option_of_training_says_what_it_is_and_its_default(stage, capsys):
+    with pytest.raises(SystemExit):
+        recipes.main([stage, "--help"])
+    said = " ".join(capsys.readouterr().out.split("show this help message and exit\n")[1].split())
+    parts = re.split(r" (?=--)", said.replace(", --no-", "/--no-"))
+    asked = inspect.signature(recipes.STAGES[stage]).parameters
+    names = {name for name in asked if name != "job"} | (recipes.Job.usual().keys() if "job" in asked else set())
+    assert {re.match(r"--([a-z0-9-]+)", part)[1].replace("-", "_") for part in parts} == names
+    assert all(re.search(r"[a-z]{2} .*\(default: .+\)$", part) for part in parts), parts

@@ -162,18 +162,19 @@ def run(
 ) -> Path:
     """Train and measure arms seed by seed from the stored trajectories; finished runs in the folder are kept.
 
-    Raises ValueError for an unknown arm, or a folder with runs of another budget.
+    Raises ValueError for an unknown arm, or a folder with runs of another budget or from another teacher.
     """
     if unknown := sorted(set(arms) - set(ARMS)):
         raise ValueError(f"unknown arms {', '.join(unknown)}; choose from {', '.join(ARMS)}")
     folder, budget = Path(folder), budget or Budget()
-    _check(_records(folder), budget)
+    start = checkpoints.read(teacher).fingerprint[:16]
+    _check(_records(folder), budget, start)
     bench = _Bench(teacher, budget)
     for seed in range(seeds):
         for name in arms:
             path = folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
             if not path.exists():
-                record = {"arm": name, "seed": seed} | vars(budget) | bench.trial(ARMS[name], seed)
+                record = {"arm": name, "seed": seed, "teacher": start} | vars(budget) | bench.trial(ARMS[name], seed)
                 # on one line: a thousand small numbers that nobody reads one by one
                 files.write_text(path, json.dumps(record, allow_nan=False) + "\n")
                 print(f"{time.strftime('%H:%M:%S')} {path.name}", flush=True)
@@ -187,7 +188,7 @@ class _Bench:
         self.teacher, self.budget = teacher, budget
         self.codec, self.causal = stream.shipped_codec(), checkpoints.read("stage2").causal
         self.prompts = Prompts.of(TinyText(), world.prompts())
-        self.pairs = distill.teacher_pairs("", self.codec, self.prompts, self.causal, 90)
+        self.pairs = distill.teacher_pairs(teacher, self.codec, self.prompts, self.causal, 90)
         self.names = [self.prompts.names[i % len(self.prompts.names)] for i in range(budget.clips)]
         first = world.HELD_OUT + 700_000
         real = exposure.true_clips(self.names, range(first, first + budget.clips), budget.seconds)
@@ -252,8 +253,10 @@ def _records(folder: Path) -> list[dict]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def _check(records: Sequence[Mapping], budget: Budget) -> None:
+def _check(records: Sequence[Mapping], budget: Budget, teacher: str = "") -> None:
     for record in records:
+        if teacher and (kept := record.get("teacher", teacher)) != teacher:
+            raise ValueError(f"the folder holds runs of teacher {kept}, asked for {teacher}: use another folder")
         found = Budget(**{name: record[name] for name in vars(budget)})
         if found != budget:
             raise ValueError(f"the folder holds runs of {found}, asked for {budget}: use another folder")

@@ -26,7 +26,7 @@ from omniforcing_lib.flow import ONES, Guidance, noise_like, x0_of
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.live.stream import MINIATURE_CFG
 from omniforcing_lib.rollout import Causal, rollout
-from omniforcing_lib.training import dataset, stages, train
+from omniforcing_lib.training import dataset, provenance, stages, train
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.training.stages import Sampler
 from omniforcing_lib.training.train import History, Player, Recipe
@@ -49,16 +49,18 @@ def teacher_pairs(
 ) -> Pairs:
     """Take the stored trajectories of 5 seconds, as many as there are; the teacher, or another one, makes the rest.
 
-    Prompts take turns. Raises ValueError when the stored levels are not those of `causal`.
+    Prompts take turns. Raises ValueError when the stored levels are not those of `causal`, or the prompts others.
     """
     device, stored = prompts.context.video.device, None
-    if not source:
+    if source in ("", "teacher"):
         stored = Pairs.load(checkpoints.DATA / "ode_pairs.safetensors", device)
         levels = stored.sigmas.double().cpu()
         if levels.shape != causal.sigmas.shape or not torch.allclose(levels, causal.sigmas, atol=1e-4):
             raise ValueError(
                 f"the stored pairs keep {stored.sigmas.tolist()}, the student steps {causal.sigmas.tolist()}"
             )
+        if found := provenance.differences(stored.notes, dataset.pair_notes(prompts)):
+            raise ValueError(f"the stored pairs were made under other settings: {'; '.join(found)}")
         if len(stored) >= count:
             return Pairs(stored.states.map(lambda s: s[:count]), stored.sigmas, stored.prompt[:count])
     first = len(stored) if stored else 0

@@ -2,20 +2,24 @@
 
 Each function runs one stage, resumes from its working folder, and writes one file with its settings and last numbers
 in the metadata. `python -m omniforcing_lib train STAGE --help` lists the options, which are the arguments here and the
-fields of `Job`. Under torchrun the same command trains with all its processes.
+fields of `Job`, each with what its docstring says. Under torchrun the same command trains with all its processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
+import math
+import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 
+from omniforcing_lib import backends, files
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.codecs import load_codec
 from omniforcing_lib.bounce.text import TinyText
@@ -24,7 +28,7 @@ from omniforcing_lib.flow import Guidance
 from omniforcing_lib.lab import protocol
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.rollout import Causal
-from omniforcing_lib.training import dataset, distributed, plan, stages, train
+from omniforcing_lib.training import dataset, distributed, journal, plan, provenance, records, stages, train
 from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
 from omniforcing_lib.training.distributed import Team
 from omniforcing_lib.training.train import Player, Recipe
@@ -34,6 +38,14 @@ from omniforcing_lib.weights import checkpoints
 MADE = "miniature"
 """`model_version` of what is trained here from nothing; a student has its teacher's."""
 CODEC = str(checkpoints.DATA / "codec.safetensors")
+FILE = ".safetensors"
+MODELS, DATA = ("teacher", "student", "model"), ("codec", "pairs", "prompts")
+"""Options whose content counts, and not what the file is called: checkpoints; files and folders of shards."""
+ASIDE = {"team", "options", "out", "folder", "steps", "every", "minutes", "score"}
+ASIDE |= {"device", "accumulate", "checkpoint_activations", "replicas"}
+"""Options that a run may change on the way: where it runs, how long, in which parts; they are no settings."""
+LEAST, MOST = {"score": 0, "final": 0}, {"final": 1, "seed": 2**32 - 1}
+"""Bounds of numbers; of any other option the default tells: above 0, or at least a default that is not."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,11 @@ class Job:
     """Say what every stage wants to know: how a run runs, whatever it learns.
 
     Attributes:
-        seed: of everything random.
-        device: cpu or cuda.
-        folder: where the run keeps its state and history; without one nothing is kept, and nothing goes on.
+        seed: seed of everything random.
+        device: cpu, cuda, one GPU of several as cuda:1, or auto, a GPU if there is one.
+        folder: folder of the run's state and history; without one nothing is kept, and nothing goes on.
         every: steps between two checkpoints.
-        minutes: after which the run ends early, with a checkpoint; 0 has no limit.
+        minutes: minutes after which the run ends early, with a checkpoint; 0 has no limit.
         amp: compute in bfloat16; master weights stay float32.
         accumulate: parts that each process cuts its rows of a batch into.
         checkpoint_activations: keep the inputs of blocks alone, and run the blocks again for their gradients.
@@ -54,6 +66,7 @@ class Job:
         prompts: folder of shards with prompts and their contexts; without one those of the world.
         score: clips of the world that a finished miniature is measured on, for its file's metadata; 0 measures nothing.
         team: the processes, see `distributed.joined`.
+        options: what the stage was asked for, its name among it, see `stage`.
     """
 
     seed: int = 0
@@ -69,11 +82,40 @@ class Job:
     prompts: str = ""
     score: int = 18
     team: Team = field(default_factory=Team)
+    options: Mapping[str, object] = field(default_factory=dict)
+
+    @classmethod
+    def usual(cls) -> dict[str, object]:
+        """Give the default of each field that is an option."""
+        return {f.name: f.default for f in fields(cls) if f.name not in ("team", "options")}
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Say what the outcome depends on, by name, files and folders by content: kept with all that is made.
+
+        Raises:
+            ValueError: a file is not there, or cannot be read.
+        """
+        asked = {name: getattr(self, name) for name in self.usual()} | dict(self.options)
+        if any(asked.get("grid", ())):
+            asked.pop("codec", None)
+        return {name: known(name, value) for name, value in asked.items() if name not in ASIDE}
+
+    def check(self) -> None:
+        """Refuse, before any work, what cannot be trained, and a folder whose run began under other settings."""
+        if "batch" in self.options:
+            self.team.parts(self.options["batch"], self.accumulate)
+        asked, made = self.settings, str(self.options.get("pairs", ""))
+        if made and not records.there(made):
+            _check_out(made)
+        if self.folder:
+            files.check_folder(Path(self.folder))
+            journal.agreeing(Path(self.folder), asked)
 
     @property
     def place(self) -> torch.device:
         """The device of this process."""
-        return self.team.device if self.team.mesh else torch.device(self.device)
+        return self.team.device if self.team.mesh else backends.device(self.device)
 
     def contexts(self) -> Prompts | StoredPrompts:
         """Give the prompts to train on."""
@@ -94,25 +136,97 @@ class Job:
         """Fit, within the limit in minutes."""
         deadline = time.monotonic() + 60 * self.minutes if self.minutes else float("inf")
         how = {"seed": self.seed, "folder": self.folder or None, "every": self.every, "label": label}
+        how["settings"] = self.settings
         return train.fit(step, players, steps, **how, stop=lambda: time.monotonic() > deadline)
 
     def save(
-        self, player: Player, out: str, history: train.History, names: Sequence[str], causal: Causal | None = None, **of
+        self, player: Player, out: str, history: train.History, names: Sequence[str], causal: Causal | None = None
     ) -> Path:
-        """Write what was learnt, with its settings, the last means of the named numbers and its scores."""
-        numbers = {name: round(history.mean(name), 5) for name in names if name in history.numbers}
-        whole = self.team.gathered(player.best, torch.bfloat16)
+        """Write what was learnt, with its settings, the steps taken, last means of the named numbers and its scores."""
+        whole, teacher = self.team.gathered(player.best, torch.bfloat16), self.options.get("teacher")
         if whole is None:
             return Path(out)
-        version = checkpoints.read(of["teacher"]).metadata.get("model_version", "LTX-2") if "teacher" in of else MADE
-        how = {"causal": causal, "version": version}
-        notes = {**of, "seed": self.seed} | numbers
+        version = checkpoints.read(teacher).metadata.get("model_version", "LTX-2") if teacher else MADE
+        how, planned = {"causal": causal, "version": version}, self.options["steps"]
+        notes = self.settings | {"steps": history.done} | ({"of": planned} if planned != history.done else {})
+        notes |= {"changes": history.changes} if history.changes else {}
+        notes |= {name: round(history.mean(name), 5) for name in names if name in history.numbers}
         path = checkpoints.save(whole, out, notes=notes, **how)
         if self.score and version == MADE:
             checkpoints.save(whole, out, notes=notes | {"scores": protocol.brief(out, self.score)}, **how)
         return path
 
 
+def known(name: str, value: object) -> object:
+    """Give an option as a setting: a checkpoint, a file or a folder of shards by its content, if it is there yet.
+
+    Raises:
+        ValueError: it is not there, and no stage makes it; or it cannot be read.
+    """
+    if name in MODELS:
+        return provenance.by_content(value, checkpoints.read(value).fingerprint)
+    if name in DATA and value and (name != "pairs" or records.there(value)):
+        return records.content(value)
+    return value
+
+
+def stage(function: Callable[..., object]) -> Callable[..., object]:
+    """Let a stage begin when all that it is asked for has a meaning and can be done; then its job knows it too.
+
+    Raises:
+        ValueError: a number without a meaning, a file that is not there, a place that cannot be written.
+    """
+    usual = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+
+    @functools.wraps(function)
+    def begun(*args: object, **given: object) -> object:
+        bound = inspect.signature(function).bind(*args, **given)
+        bound.apply_defaults()
+        job = bound.arguments.pop("job", None)
+        asked = _checked(bound.arguments, usual)
+        if "out" in asked and (job is None or job.team.leads):
+            if usual["out"].endswith(FILE) and not asked["out"].endswith(FILE):
+                raise ValueError(f"--out is a {FILE} file, found {asked['out']}")
+            _check_out(asked["out"])
+        if job is not None:
+            own = _checked({name: getattr(job, name) for name in Job.usual()}, Job.usual())
+            job = asked["job"] = replace(job, **own, options={"stage": function.__name__, **asked})
+            job.check()
+        return function(**asked)
+
+    return begun
+
+
+def _checked(asked: Mapping[str, object], usual: Mapping[str, object]) -> dict[str, object]:
+    """Refuse numbers without a meaning and devices that are not there; give the paths that are meant."""
+    found = {}
+    for name, value in asked.items():
+        numbers = value if isinstance(value, Sequence) else (value,)
+        for number in numbers:
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_number(name, number, usual[name])
+        if name == "grid" and any(numbers) and not all(numbers):
+            raise ValueError(f"--grid is two numbers above 0, found {' '.join(map(str, numbers))}")
+        value = str(backends.device(value)) if name == "device" else value
+        found[name] = str(files.given(value)) if isinstance(value, str) and value.startswith("~") else value
+    return found
+
+
+def _check_number(name: str, number: float, usual: object) -> None:
+    usual = usual[0] if isinstance(usual, Sequence) else usual
+    least, most = LEAST.get(name, usual if usual <= 0 else None), MOST.get(name, math.inf)
+    low = number <= 0 if least is None else number < least
+    if not math.isfinite(number) or low or number > most:
+        bounds = "above 0" if least is None else f"at least {least}"
+        bounds += f", at most {most}" if name in MOST else ""
+        raise ValueError(f"--{name.replace('_', '-')} is {bounds}, found {number}")
+
+
+def _check_out(out: str) -> None:
+    (files.check_file if out.endswith(FILE) else files.check_folder)(Path(out))
+
+
+@stage
 def teacher(
     out: str = "teacher.safetensors",
     codec: str = CODEC,
@@ -123,8 +237,23 @@ def teacher(
     lr: float = 1.5e-3,
     job: Job = Job(),
 ) -> Path:
-    """Train the bidirectional miniature LTX-2 on clips of the world by flow matching."""
-    seed, place = job.seed, job.place
+    """Train the bidirectional miniature LTX-2 on clips of the world by flow matching.
+
+    Args:
+        out: .safetensors file to write.
+        codec: .safetensors file of the world's codec.
+        steps: steps of the optimiser.
+        batch: clips a step, of all processes together.
+        clips: clips of the world to draw from, rendered at the start.
+        seconds: length of a clip in seconds.
+        lr: peak learning rate.
+        job: how the run runs.
+    """
+    seed, place, prompts = job.seed, job.place, job.contexts()
+    if tuple(prompts.names) != tuple(world.prompts()):
+        raise ValueError(f"--prompts {job.prompts}: clips of the world have the world's own prompts, in its order")
+    if (seed + 1) * clips > world.HELD_OUT:
+        raise ValueError(f"--seed {seed} draws clips that are held out; (seed + 1) x clips is at most {world.HELD_OUT}")
     data = dataset.world_clips(
         load_codec(codec, place),
         range(seed * clips, (seed + 1) * clips),
@@ -134,23 +263,36 @@ def teacher(
     )
     model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(seed)).to(place)
     player = job.player(model, lr=lr, steps=steps, warmup=min(500, steps // 10), ema=average(steps))
-    step = stages.flow_stage(player, data, job.contexts(), batch)
+    step = stages.flow_stage(player, data, prompts, batch)
     history = job.run(step, {"teacher": player}, steps, "teacher")
-    settings = {"stage": "teacher", "steps": steps, "batch": batch, "clips": clips, "lr": lr}
-    return job.save(player, out, history, ("video", "audio"), **settings)
+    return job.save(player, out, history, ("video", "audio"))
 
 
+@stage
 def prompts(
-    out: str = "prompts", lines: str = "prompts.txt", model: str = "", gemma: str = "", device: str = "cpu"
+    out: str = "prompts", lines: str = "prompts.txt", model: str = "teacher", gemma: str = "", device: str = "cpu"
 ) -> Path:
-    """Encode a text file, a prompt a line, by a model's own Gemma and connectors: what `--prompts` takes."""
+    """Encode a text file, a prompt a line, by a model's own Gemma and connectors: what `--prompts` takes.
+
+    Args:
+        out: folder of shards to write.
+        lines: text file in UTF-8, a prompt a line.
+        model: teacher, or a checkpoint file, index or folder; its prompts are encoded.
+        gemma: folder of Gemma 3; without one, gemma* beside the model.
+        device: cpu, cuda, one GPU of several as cuda:1, or auto, a GPU if there is one.
+    """
     from omniforcing_lib.lab import companions
 
-    names = [line.strip() for line in Path(lines).read_text(encoding="utf-8").splitlines() if line.strip()]
-    text = companions.of(model, device=device, dtype="bfloat16", gemma=gemma).text
-    return dataset.store_prompts(out, text, names)
+    names = files.read_lines(lines)
+    beside = companions.of(model, device=device, dtype="bfloat16", gemma=gemma)
+    if isinstance(beside.text, companions.StandInText):
+        raise ValueError(f"{beside}; training needs real ones: name a Gemma folder (--gemma)")
+    if beside.known:
+        beside.text.encode(names)  # one outside the world's grammar is refused before any is stored
+    return dataset.store_prompts(out, beside.text, names)
 
 
+@stage
 def pairs(
     out: str = "pairs",
     teacher: str = "teacher",
@@ -162,12 +304,26 @@ def pairs(
     cfg: Sequence[float] = (3.0, 3.0),
     job: Job = Job(),
 ) -> Path:
-    """Make the teacher's ODE pairs, and train nothing: what Stage 2 takes as `--pairs`."""
+    """Make the teacher's ODE pairs, and train nothing: what Stage 2 takes as `--pairs`.
+
+    Args:
+        out: folder of shards, or .safetensors file, to write; what was cut off goes on.
+        teacher: teacher, or a checkpoint file, index or folder.
+        codec: .safetensors file of the world's codec, for clock and grid.
+        count: trajectories, prompts in turn.
+        layout: blocks whose noise levels are kept: paper or released.
+        seconds: length of a clip in seconds.
+        grid: height and width of a video frame in tokens, on LTX-2's clock; 0 0 takes the codec's of both.
+        cfg: guidance scales of video and audio.
+        job: how the run runs.
+    """
     causal, (clock, shape) = Causal.from_layout(layout), geometry(codec, grid)
-    ode_pairs(out, teacher, job.contexts(), causal, count, clock.latents(seconds), shape, tuple(cfg), job)
+    made = ode_pairs(out, teacher, job.contexts(), causal, count, clock.latents(seconds), shape, tuple(cfg), job)
+    dataset.check_pairs(out, made, {"seed": job.seed, "amp": job.amp})
     return Path(out)
 
 
+@stage
 def stage2(
     out: str = "stage2.safetensors",
     teacher: str = "teacher",
@@ -186,7 +342,21 @@ def stage2(
 ) -> Path:
     """Make the teacher causal: ODE pairs, then regression under the causal masks.
 
-    `pairs` is a .safetensors file or a folder of shards; what is not there is made and kept there.
+    Args:
+        out: .safetensors file to write.
+        teacher: teacher, or a checkpoint file, index or folder: where the student starts, and who makes pairs.
+        codec: .safetensors file of the world's codec, for clock and grid.
+        pairs: .safetensors file or folder of shards; what is not there is made and kept there, if a name is given.
+        count: trajectories, prompts in turn.
+        layout: layout of blocks: paper or released.
+        sinks: audio sink tokens; -1 takes the layout's own number.
+        steps: steps of the optimiser.
+        batch: clips a step, of all processes together.
+        seconds: length of a clip in seconds.
+        grid: height and width of a video frame in tokens, on LTX-2's clock; 0 0 takes the codec's of both.
+        lr: peak learning rate.
+        cfg: guidance scales of video and audio, of the pairs.
+        job: how the run runs.
     """
     causal = Causal.from_layout(layout, None if sinks < 0 else sinks)
     prompts, (clock, shape) = job.contexts(), geometry(codec, grid)
@@ -195,10 +365,10 @@ def stage2(
     player = job.player(model, lr=lr, steps=steps, warmup=min(100, steps // 10), ema=average(steps))
     step = stages.ode_stage(player, data, prompts, causal, batch)
     history = job.run(step, {"student": player}, steps, "stage 2")
-    settings = {"stage": "stage 2", "teacher": teacher, "steps": steps, "batch": batch, "pairs": len(data), "lr": lr}
-    return job.save(player, out, history, ("video", "audio"), causal, **settings)
+    return job.save(player, out, history, ("video", "audio"), causal)
 
 
+@stage
 def stage3(
     out: str = "student.safetensors",
     student: str = "stage2",
@@ -215,9 +385,23 @@ def stage3(
     cfg: Sequence[float] = (3.0, 3.0),
     job: Job = Job(),
 ) -> Path:
-    """Distil on the student's own roll-outs: joint self-forcing DMD; `steps` counts critic steps.
+    """Distil on the student's own roll-outs: joint self-forcing DMD.
 
-    `final` is the share of both rates that a cosine decay leaves at the end.
+    Args:
+        out: .safetensors file to write.
+        student: stage2, student, or a checkpoint file, index or folder: where the student starts.
+        teacher: teacher, or a checkpoint file, index or folder: of the scores, and where the critic starts.
+        codec: .safetensors file of the world's codec, for clock and grid.
+        steps: steps of the critic.
+        batch: clips a step, of all processes together.
+        seconds: length of a clip in seconds.
+        grid: height and width of a video frame in tokens, on LTX-2's clock; 0 0 takes the codec's of both.
+        lr: peak learning rate of the student.
+        critic_lr: peak learning rate of the critic.
+        final: share of both rates that a cosine decay leaves at the end; 1 is none.
+        ratio: critic steps for each step of the student.
+        cfg: guidance scales of video and audio, of the teacher's scores.
+        job: how the run runs.
     """
     causal = checkpoints.read(student).causal
     if causal is None:
@@ -232,15 +416,19 @@ def stage3(
         player, critic, job.load(teacher, frozen=True), job.contexts(), causal, shape, frames, batch, **how
     )
     history = job.run(step, {"student": player, "critic": critic}, steps, "stage 3")
-    settings = {"stage": "stage 3", "teacher": teacher, "steps": steps, "batch": batch, "cfg": list(cfg)}
-    settings |= {"lr": lr, "critic_lr": critic_lr, "final": final}
-    return job.save(
-        player, out, history, ("dmd_video", "dmd_audio", "critic_video", "critic_audio"), causal, **settings
-    )
+    return job.save(player, out, history, ("dmd_video", "dmd_audio", "critic_video", "critic_audio"), causal)
 
 
+@stage
 def codec(out: str = "codec.safetensors", steps: int = 4_000, seed: int = 0, device: str = "cpu") -> Path:
-    """Train the codec on clips of the world."""
+    """Train the codec on clips of the world.
+
+    Args:
+        out: .safetensors file to write.
+        steps: steps of the optimiser.
+        seed: seed of everything random.
+        device: cpu, cuda, one GPU of several as cuda:1, or auto, a GPU if there is one.
+    """
     from omniforcing_lib.bounce.codecs import save_codec
     from omniforcing_lib.training.train_codec import train_codec
 
@@ -271,15 +459,18 @@ def ode_pairs(
     Every process of a team makes its own shards with a teacher of its own, in bfloat16 with `amp`.
 
     Raises:
-        ValueError: a team has no folder to share out the work over.
+        ValueError: they were made under other settings; a team has no folder to share out the work over.
     """
-    file = path.endswith(".safetensors")
-    if file and Path(path).exists():
-        return Pairs.load(path, job.place)
-    if path and not file and (Path(path) / "index.json").exists():
-        return StoredPairs(path, job.place, job.team)
+    file, notes = path.endswith(FILE), {"teacher": known("teacher", teacher), "cfg": list(cfg)}
+    notes |= {"count": count, "latents": list(latents), "grid": list(grid), "steps": list(causal.steps)}
+    notes = dataset.pair_notes(prompts, **notes, sigmas=causal.sigmas.float().tolist())
+    if records.there(path):
+        found = Pairs.load(path, job.place) if file else StoredPairs(path, job.place, job.team)
+        dataset.check_pairs(path, found, notes)
+        return found
     if job.team.mesh and (file or not path):
         raise ValueError(f"several processes share out their ODE pairs in a folder: give --pairs one, found {path!r}")
+    notes |= {"seed": job.seed, "amp": job.amp}
     dtype = torch.bfloat16 if job.amp and path and not file else torch.float32
     model = checkpoints.load(teacher, device=job.place, dtype=dtype)
     seeds, guidance = range(job.seed * count, (job.seed + 1) * count), Guidance(cfg=AV(*cfg))
@@ -291,13 +482,10 @@ def ode_pairs(
         with torch.autocast(job.place.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
             return dataset.ode_pairs(model, prompts, guidance, causal.steps, some, latents, grid, **how)
 
-    if not path or file:
-        made = make(range(count))
-        if path:
-            made.save(path, prompts.names)
-        return made
-    notes = {"teacher": Path(teacher).name, "cfg": list(cfg), "seed": job.seed, "grid": list(grid)}
-    notes |= {"steps": list(causal.steps), "sigmas": causal.sigmas.float().tolist(), "latents": list(latents)}
+    if not path:
+        return replace(make(range(count)), notes=notes)
+    if file:
+        return Pairs.load(make(range(count)).save(path, prompts.names, notes), job.place)
     return StoredPairs(dataset.store_pairs(path, make, count, notes, team=job.team), job.place, job.team)
 
 
@@ -313,19 +501,20 @@ STAGES = {
     "pairs": pairs,
     "stage2": stage2,
     "stage3": stage3,
-    "plan": plan.plan,
+    "plan": stage(plan.plan),
 }
 
 
-def main(argv: Sequence[str]) -> Path | str:
+def main(argv: Sequence[str], kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> Path | str:
     """Run a stage from the command line; every argument of its function, and every field of `Job`, is an option."""
-    stage, *rest = argv
-    function = STAGES[stage]
-    parser = argparse.ArgumentParser(prog=f"omniforcing train {stage}", description=function.__doc__)
+    name, *rest = argv
+    function = STAGES[name]
+    parser = kind(prog=f"omniforcing train {name}", description=inspect.getdoc(function).partition("\n\nArgs:")[0])
     own = {name: p.default for name, p in inspect.signature(function).parameters.items()}
-    shared = {f.name: f.default for f in fields(Job) if f.name != "team"} if own.pop("job", None) else {}
-    for name, default in (own | shared).items():
-        _add(parser, f"--{name.replace('_', '-')}", default)
+    shared = Job.usual() if own.pop("job", None) else {}
+    said = documented(Job) | documented(function)
+    for option, default in (own | shared).items():
+        _add(parser, f"--{option.replace('_', '-')}", default, said[option])
     given = vars(parser.parse_args(rest))
     if not shared:
         made = function(**given)
@@ -339,11 +528,19 @@ def main(argv: Sequence[str]) -> Path | str:
     return made
 
 
-def _add(parser: argparse.ArgumentParser, option: str, default: object) -> None:
+def documented(thing: Callable[..., object]) -> dict[str, str]:
+    """Give what a docstring says of each argument or attribute."""
+    part = re.split(r"\n(?:Args|Attributes):\n", inspect.getdoc(thing))[1].split("\n\n")[0]
+    return {name: " ".join(said.split()) for name, said in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", part, re.M)}
+
+
+def _add(parser: argparse.ArgumentParser, option: str, default: object, said: str) -> None:
     if isinstance(default, bool):
-        parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+        kind, shown = {"action": argparse.BooleanOptionalAction}, "yes" if default else "no"
     elif isinstance(default, tuple):
-        pair = len(default) == 2
-        parser.add_argument(option, nargs=2 if pair else "+", type=type(default[0]), default=default)
+        kind = {"nargs": 2 if len(default) == 2 else "+", "type": type(default[0])}
+        shown = " ".join(map(str, default))
     else:
-        parser.add_argument(option, type=type(default), default=default, help=f"default {default!r}")
+        kind, shown = {"type": type(default)}, "none" if default == "" else str(default)
+    action = parser.add_argument(option, default=default, **kind)
+    action.help = f"{said.rstrip('.')} (default: {shown})".replace("%", "%%")

@@ -69,10 +69,9 @@ def tool_of(name: str, pattern: str = "", samples: int = 0) -> Tool:
 
 def read_prompts(path: str | Path) -> dict[str, str]:
     """Read a text file, a prompt a line, or two with a tab between: the tool's own, and what to generate from."""
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    pairs = [line.partition("\t") for line in lines if line]
+    pairs = [line.partition("\t") for line in files.read_lines(path)]
     prompts = {own.strip(): (longer or own).strip() for own, _, longer in pairs}
-    if not prompts or len(prompts) < len(pairs):
+    if len(prompts) < len(pairs):
         found = f"{len(pairs)} lines with {len(prompts)} different ones"
         raise ValueError(f"{path}: expected a prompt a line, each once, found {found}")
     return prompts

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from omniforcing_lib.flow import (
     trajectory,
 )
 from omniforcing_lib.layout import AV
-from omniforcing_lib.training import records
+from omniforcing_lib.training import provenance, records
 from omniforcing_lib.training.distributed import ALONE, Team
 from omniforcing_lib.transformer import Transformer
 
@@ -40,10 +40,16 @@ class Prompts:
     """Hold the text context of a list of prompts; the last row is the unconditional prompt.
 
     Shapes: context AV [P + 1, L, C].
+
+    Attributes:
+        names: the prompts.
+        context: of each.
+        text: what encoded them, in words or as a hash; empty where nobody knows.
     """
 
     names: tuple[str, ...]
     context: AV[Tensor]
+    text: str = ""
     live = False
 
     def __len__(self) -> int:
@@ -57,7 +63,7 @@ class Prompts:
     @classmethod
     def of(cls, text: TextEncoder, names: Sequence[str], device: str | torch.device = "cpu") -> Prompts:
         """Encode prompts once."""
-        return cls(tuple(names), text.encode([*names, ""], device))
+        return cls(tuple(names), text.encode([*names, ""], device), identity(text))
 
     @property
     def negative(self) -> AV[Tensor]:
@@ -65,7 +71,12 @@ class Prompts:
         return self.context.map(lambda c: c[-1:])
 
     def take(self, index: Tensor) -> AV[Tensor]:
-        """Give the contexts of prompt numbers; -1 is the unconditional prompt. Shapes: [B] to AV [B, L, C]."""
+        """Give the contexts of prompt numbers; -1 is the unconditional prompt. Shapes: [B] to AV [B, L, C].
+
+        Raises:
+            ValueError: a number that is no prompt; while a CUDA graph is recorded nobody can look.
+        """
+        check_numbers(index, len(self))
         return self.context.map(lambda c: c[index])
 
     def save(self, folder: str | Path, *, a_shard: int = 64) -> Path:
@@ -74,7 +85,7 @@ class Prompts:
         def make(rows: range) -> dict[str, Tensor]:
             return {k: v[rows.start : rows.stop].cpu() for k, v in self.context._asdict().items()}
 
-        return records.write(folder, len(self) + 1, a_shard, make, {"kind": "prompts", "names": list(self.names)})
+        return records.write(folder, len(self) + 1, a_shard, make, _prompt_notes(self.names, self.text))
 
 
 class StoredPrompts:
@@ -93,15 +104,20 @@ class StoredPrompts:
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu", team: Team = ALONE) -> None:
         self._records, self.device = _opened(folder, "prompts", team), torch.device(device)
-        self.names = tuple(self._records.notes["names"])
+        self.names, self.text = tuple(self._records.notes["names"]), self._records.notes.get("text", "")
         self.negative = self.take(torch.tensor([-1]))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def take(self, index: Tensor) -> AV[Tensor]:
-        """Read the contexts of prompt numbers; -1 is the unconditional prompt. Shapes: [B] to AV [B, L, C]."""
-        rows = self._records.rows([i % (len(self) + 1) for i in index.tolist()])
+        """Read the contexts of prompt numbers; -1 is the unconditional prompt. Shapes: [B] to AV [B, L, C].
+
+        Raises:
+            ValueError: a number that is no prompt.
+        """
+        check_numbers(index, len(self))
+        rows = self._records.rows([i if i >= 0 else len(self) for i in index.tolist()])
         return AV(rows["video"], rows["audio"]).map(lambda c: c.to(self.device, torch.float32))
 
 
@@ -112,7 +128,28 @@ def store_prompts(folder: str | Path, text: TextEncoder, names: Sequence[str], *
     def make(rows: range) -> dict[str, Tensor]:
         return text.encode(asked[rows.start : rows.stop], dtype=torch.bfloat16)._asdict()
 
-    return records.write(folder, len(asked), a_shard, make, {"kind": "prompts", "names": list(names)})
+    return records.write(folder, len(asked), a_shard, make, _prompt_notes(names, identity(text)))
+
+
+def identity(text: TextEncoder) -> str:
+    """Say which encoder it is, and with which weights."""
+    return getattr(text, "identity", None) or repr(text)
+
+
+def _prompt_notes(names: Sequence[str], text: str) -> dict[str, object]:
+    return {"kind": "prompts", "names": list(names)} | ({"text": text} if text else {})
+
+
+def check_numbers(index: Tensor, count: int) -> None:
+    """Refuse numbers of prompts that do not exist; a CUDA graph that is being recorded cannot be asked.
+
+    Raises:
+        ValueError: a number that is neither below `count` nor -1, the unconditional prompt.
+    """
+    if not len(index) or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if wrong := [i for i in map(int, index.aminmax()) if not -1 <= i < count]:
+        raise ValueError(f"prompts are numbered from 0 to {count - 1}, asked for number {wrong[0]}")
 
 
 @dataclass(frozen=True)
@@ -134,11 +171,18 @@ class Pairs:
     """Hold teacher trajectories at the student's noise levels, noise first, clean last (spec 5.4).
 
     Shapes: states AV([N, K, F, h, w, C], [N, K, T, C]), sigmas [K], prompt [N].
+
+    Attributes:
+        states: the trajectories.
+        sigmas: their noise levels.
+        prompt: number of each one's prompt.
+        notes: what they were made under, see `pair_notes`; a file or folder says it.
     """
 
     states: AV[Tensor]
     sigmas: Tensor
     prompt: Tensor
+    notes: Mapping[str, object] = field(default_factory=dict)
     live = False
 
     def __len__(self) -> int:
@@ -153,12 +197,13 @@ class Pairs:
         """Give trajectories and the numbers of their prompts. Shapes: [B] to AV [B, K, ...] and [B]."""
         return self.states.map(lambda s: s[index]), self.prompt[index]
 
-    def save(self, path: str | Path, names: Sequence[str]) -> Path:
-        """Write as safetensors, atomically; states in bf16."""
+    def save(self, path: str | Path, names: Sequence[str], notes: Mapping[str, object] | None = None) -> Path:
+        """Write as safetensors, atomically, with prompts and notes; states in bf16."""
         tensors = {"video": self.states.video, "audio": self.states.audio}
         tensors = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
         tensors |= {"sigmas": self.sigmas.cpu(), "prompt": self.prompt.cpu()}
-        return write_tensors(path, tensors, {"prompts": json.dumps(list(names))})
+        said = {"prompts": json.dumps(list(names)), "notes": json.dumps(dict(notes or {}))}
+        return write_tensors(path, tensors, said)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Pairs:
@@ -167,7 +212,9 @@ class Pairs:
             video, audio, sigmas, prompt = (
                 file.get_tensor(n).to(device) for n in ("video", "audio", "sigmas", "prompt")
             )
-        return cls(AV(video.float(), audio.float()), sigmas, prompt)
+            said = {name: json.loads(text) for name, text in file.metadata().items()}
+        notes = {"prompts": named(said["prompts"])} | said.get("notes", {})
+        return cls(AV(video.float(), audio.float()), sigmas, prompt, notes)
 
 
 class StoredPairs:
@@ -186,7 +233,8 @@ class StoredPairs:
 
     def __init__(self, folder: str | Path, device: str | torch.device = "cpu", team: Team = ALONE) -> None:
         self._records, self._device = _opened(folder, "pairs", team), torch.device(device)
-        self.sigmas = torch.tensor(self._records.notes["sigmas"])
+        self.notes = self._records.notes
+        self.sigmas = torch.tensor(self.notes["sigmas"])
         self.shapes = self.take(torch.tensor([0]))[0].map(lambda s: tuple(s.shape[1:]))
 
     def __len__(self) -> int:
@@ -197,6 +245,36 @@ class StoredPairs:
         rows = self._records.rows(index.tolist())
         states = AV(rows["video"], rows["audio"]).map(lambda s: s.to(self._device).float())
         return states, rows["prompt"].to(self._device)
+
+
+def named(names: Sequence[str]) -> dict[str, str]:
+    """Give the setting of a list of prompts."""
+    return provenance.by_content(f"{len(names)} prompts", provenance.digest(list(names)))
+
+
+def pair_notes(prompts: Prompts | StoredPrompts, **more: object) -> dict[str, object]:
+    """Say what pairs are made under: prompts, what encoded them, and more by name."""
+    return {"prompts": named(prompts.names), **more} | ({"text": prompts.text} if prompts.text else {})
+
+
+def check_pairs(path: str | Path, pairs: Pairs | StoredPairs, notes: Mapping[str, object]) -> None:
+    """Refuse pairs that were made under other settings; what their file says nothing of is named and taken on trust.
+
+    Raises:
+        ValueError: with the settings that differ.
+    """
+    frames, height, width = pairs.shapes.video[1:4]
+    seen = {"count": len(pairs), "latents": [frames, pairs.shapes.audio[1]], "grid": [height, width]}
+    kept = {**pairs.notes, **seen, "sigmas": _rounded(pairs.sigmas.tolist())}
+    notes = notes | ({"sigmas": _rounded(notes["sigmas"])} if "sigmas" in notes else {})
+    if found := provenance.differences(kept, notes):
+        raise ValueError(f"{path} was made under other settings: {'; '.join(found)}; use those, or other pairs")
+    if silent := provenance.unsaid(kept, notes):
+        print(f"{path} does not say its {', '.join(silent)}: taken on trust", flush=True)
+
+
+def _rounded(sigmas: Sequence[float]) -> list[float]:
+    return [round(sigma, 4) for sigma in sigmas]
 
 
 def _opened(folder: str | Path, kind: str, team: Team) -> records.Records:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from omniforcing_lib import backends
 from omniforcing_lib.files import write_json
 from omniforcing_lib.flow import noise_like
 from omniforcing_lib.layout import AV
@@ -161,6 +162,11 @@ class Team:
         dist.all_gather_object(things, thing)
         return things
 
+    def refuse(self, faults: list[str]) -> None:
+        """Raise a ValueError on every process where any of them found a fault."""
+        if found := [fault for faults in self.all_of(faults) for fault in faults]:
+            raise ValueError(found[0])
+
     def wait(self) -> None:
         """Wait for the others."""
         self.any(False)
@@ -211,33 +217,28 @@ def load(
     return made
 
 
-def started() -> bool:
-    """Tell whether torchrun, or whoever sets its variables, started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 @contextmanager
 def joined(device: str = "cpu", *, replicas: int = 1) -> Iterator[Team]:
     """Join the processes that torchrun started: NCCL on GPUs, gloo on CPUs; one process alone stays alone.
 
     Args:
-        device: `cpu`, or `cuda` for the GPU of the local rank.
+        device: see `backends.device`; of several processes, each takes the GPU of its local rank.
         replicas: copies of every model; each is sharded over size / replicas processes (1: over all).
 
     Raises:
-        ValueError: the number of processes is no multiple of `replicas`.
+        ValueError: the device is not there, or the number of processes is no multiple of `replicas`.
     """
-    if not started():
-        yield Team(device=torch.device(device))
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if replicas < 1 or size % replicas:
+        raise ValueError(f"{size} processes cannot hold {replicas} replicas; use a divisor of {size}")
+    place = backends.device(device)
+    if size == 1:
+        yield Team(device=place)
         return
     from torch.distributed.device_mesh import init_device_mesh
 
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if size % replicas:
-        raise ValueError(f"{size} processes cannot hold {replicas} replicas; use a divisor of {size}")
-    place = torch.device(device)
     if place.type == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        place = backends.device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(place)
     # nothing here writes into what a sharded module returns
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)

@@ -25,6 +25,7 @@ from torch import Tensor
 from omniforcing_lib.files import last_written, write_json, write_tensors, write_text
 from omniforcing_lib.training import distributed
 from omniforcing_lib.training.distributed import Team
+from omniforcing_lib.training.provenance import differences, unsaid
 
 if TYPE_CHECKING:
     from omniforcing_lib.training.train import Player
@@ -47,10 +48,21 @@ class Journal:
         players: who learns, by name.
         seed: of the run.
         team: the processes.
+        settings: what else the outcome depends on, by name; JSON. A run goes on under the settings that it began with.
+        plan: what may change on the way, by name: how long the run is, and how often it is stored.
     """
 
-    def __init__(self, folder: Path | None, players: Mapping[str, Player], seed: int, team: Team) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        players: Mapping[str, Player],
+        seed: int,
+        team: Team,
+        settings: Mapping[str, object] | None = None,
+        plan: Mapping[str, int] | None = None,
+    ) -> None:
         self.folder, self.players, self.seed, self.team = folder, players, seed, team
+        self.settings, self.plan, self.changes = {**(settings or {}), "seed": seed}, dict(plan or {}), []
         self.asked_to_end = False
         self._lines = None
 
@@ -62,9 +74,9 @@ class Journal:
         """
         if self.folder is None:
             return 0
-        found = self._newest()
-        start, state = found if found else (0, None)
+        start, state, notes = agreeing(self.folder, self.settings) or (0, None, {})
         if state is not None:
+            self._replan(start, state, notes)
             read = self._read_one if state.is_file() else self._read_many
             try:
                 tensors = read(state)
@@ -76,28 +88,17 @@ class Journal:
             self._open_history(start)
         return start
 
-    def _newest(self) -> tuple[int, Path] | None:
-        states = []
-        for path in (self.folder / "state.safetensors", *self.folder.glob("state-*")):
-            if path.exists():
-                notes = self._notes(path)
-                if str(notes["seed"]) != str(self.seed):
-                    raise ValueError(
-                        f"{path} was trained with seed {notes['seed']}, found {self.seed}: "
-                        "use that seed, or another folder"
-                    )
-                states.append((int(notes["step"]), path))
-        return max(states, default=None)
-
-    @staticmethod
-    def _notes(path: Path) -> Mapping[str, object]:
-        if path.is_dir():
-            return distributed.stored_notes(path)
-        try:
-            with safe_open(path, "pt") as file:
-                return file.metadata()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged: {error}; remove it to start from nothing") from error
+    def _replan(self, start: int, state: Path, notes: Mapping[str, object]) -> None:
+        """Say what has changed or is not known; keep what the outcome depends on: a schedule follows the length."""
+        kept, self.changes = notes["settings"], list(notes["changes"])
+        said = differences(kept, self.plan)
+        if (steps := kept.get("steps")) not in (None, self.plan.get("steps")):
+            self.changes.append(f"of {steps} steps up to step {start}")
+        if silent := unsaid(kept, self.settings):
+            self.changes.append(f"{', '.join(silent)} not known up to step {start}")
+            said.append(f"it does not say its {', '.join(silent)}: taken on trust")
+        if said and self.team.leads:
+            print(f"{state} goes on from step {start}: {'; '.join(said)}", flush=True)
 
     def _read_one(self, path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
@@ -112,7 +113,8 @@ class Journal:
         if self.folder is None:
             return
         tensors = {f"{name}/{k}": v for name, player in self.players.items() for k, v in player.state().items()}
-        notes = {"step": str(step), "seed": str(self.seed)}
+        notes = {"step": str(step), "seed": str(self.seed), "changes": json.dumps(self.changes)}
+        notes["settings"] = json.dumps(self.settings | self.plan)
         if self.team.mesh is None:
             made = write_tensors(self.folder / "state.safetensors", tensors, notes)
         else:
@@ -155,6 +157,37 @@ class Journal:
             self._lines.close()
 
 
+def agreeing(folder: Path, asked: Mapping[str, object]) -> tuple[int, Path, Mapping[str, object]] | None:
+    """Find the newest state of a run, its step and its notes, if there is one.
+
+    Raises:
+        ValueError: the run began under other settings than are asked for, or its state is damaged.
+    """
+    states = [path for path in (folder / "state.safetensors", *folder.glob("state-*")) if path.exists()]
+    if not states:
+        return None
+    step, path, notes = max((_notes(path) for path in states), key=lambda found: found[0])
+    if found := differences(notes["settings"], asked):
+        raise ValueError(
+            f"{path} was trained with other settings: {'; '.join(found)}; go on with those, or use another folder"
+        )
+    return step, path, notes
+
+
+def _notes(path: Path) -> tuple[int, Path, dict[str, object]]:
+    try:
+        if path.is_dir():
+            kept = distributed.stored_notes(path)
+        else:
+            with safe_open(path, "pt") as file:
+                kept = file.metadata()
+        notes = {name: json.loads(kept.get(name, blank)) for name, blank in (("settings", "{}"), ("changes", "[]"))}
+        notes["settings"].setdefault("seed", int(kept["seed"]))
+        return int(kept["step"]), path, notes
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; remove it to start from nothing") from error
+
+
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
@@ -169,14 +202,14 @@ def _step_of(line: str) -> float:
 
 @contextmanager
 def opened(
-    folder: str | os.PathLike[str] | None, players: Mapping[str, Player], seed: int, team: Team
+    folder: str | os.PathLike[str] | None, players: Mapping[str, Player], seed: int, team: Team, **said: object
 ) -> Iterator[Journal]:
-    """Open the folder of a run for this run alone, and heed SIGTERM until it is closed.
+    """Open the folder of a run for this run alone, and heed SIGTERM until it is closed; see `Journal`.
 
     Raises:
         ValueError: another run has the folder.
     """
-    journal = Journal(Path(folder) if folder else None, players, seed, team)
+    journal = Journal(Path(folder) if folder else None, players, seed, team, **said)
     if journal.folder is None:
         yield journal
         return

@@ -192,7 +192,18 @@ def plan(
     layout: str = "paper",
     amp: bool = True,
 ) -> str:
-    """Print the memory of Stage 3 on each GPU, by component: a dry run on the meta device, LTX-2's 19B by default."""
+    """Print the memory of Stage 3 on each GPU, by component: a dry run on the meta device.
+
+    Args:
+        model: checkpoint file, index or folder; without one LTX-2's 19B.
+        gpus: numbers of GPUs to plan for, a column each.
+        batch: clips a GPU.
+        seconds: length of a clip in seconds.
+        grid: height and width of a video frame in tokens.
+        text: tokens of a prompt.
+        layout: layout of blocks: paper or released.
+        amp: compute in bfloat16; master weights stay float32.
+    """
     config = checkpoints.read(model).config if model else ModelConfig()
     clip = Clip(batch, seconds, tuple(grid), text)
     counted = count(config, Causal.from_layout(layout), clip, torch.bfloat16 if amp else torch.float32)

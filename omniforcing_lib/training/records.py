@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from omniforcing_lib.files import sha256, write_json, write_tensors
 from omniforcing_lib.training.distributed import ALONE, Team
+from omniforcing_lib.training.provenance import by_content, differences
 
 INDEX = "index.json"
 
@@ -33,7 +34,7 @@ def write(
 ) -> Path:
     """Make `rows` rows, `a_shard` in each file, the shards shared out among the processes; the index comes last.
 
-    What was cut off goes on: shards that are there, made under the same notes, are kept.
+    What was cut off goes on: shards that are there are kept, if they were made under the same notes and `rows`.
 
     Args:
         folder: where.
@@ -44,18 +45,16 @@ def write(
         team: the processes.
 
     Raises:
-        ValueError: a shard is there that was made under other notes, or that cannot be read.
+        ValueError: a shard is there that was made under other notes, or that cannot be read; nothing has been made.
     """
-    folder, stamp = Path(folder), json.dumps(notes, sort_keys=True)
+    folder, notes = Path(folder), {**notes, "count": rows}
     spans = [range(start, min(start + a_shard, rows)) for start in range(0, rows, a_shard)]
+    paths = {n: folder / f"rows-{n:05d}.safetensors" for n in range(team.rank, len(spans), team.size)}
+    team.refuse([text for path in paths.values() if path.exists() and (text := _unlike(path, notes))])
     mine = {}
-    numbers = range(team.rank, len(spans), team.size)
-    for number in tqdm(numbers, desc=f"shards of {folder.name}", disable=not team.leads):
-        path = folder / f"rows-{number:05d}.safetensors"
+    for number, path in tqdm(paths.items(), desc=f"shards of {folder.name}", disable=not team.leads):
         if not path.exists():
-            write_tensors(path, make(spans[number]), {"notes": stamp})
-        elif _stamp(path) != stamp:
-            raise ValueError(f"{path} was made under other settings: {_stamp(path)}, here {stamp}; use another folder")
+            write_tensors(path, make(spans[number]), {"notes": json.dumps(notes, sort_keys=True)})
         mine[number] = {"file": path.name, "rows": len(spans[number]), "sha256": sha256(path)}
     listed = {number: entry for part in team.all_of(mine) for number, entry in part.items()}
     if team.leads:
@@ -64,12 +63,15 @@ def write(
     return folder
 
 
-def _stamp(path: Path) -> str:
+def _unlike(path: Path, notes: Mapping[str, object]) -> str:
+    """Say why a shard is none of those that are to be made; nothing where it is one."""
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("notes", "")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}; remove it, and it is made again") from error
+            kept = json.loads((file.metadata() or {})["notes"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} is damaged: {error!r}; remove it, and it is made again"
+    found = differences(kept, notes)
+    return f"{path} was made under other settings: {'; '.join(found)}; use those, or another folder" if found else ""
 
 
 class Records:
@@ -95,9 +97,7 @@ class Records:
         for name in self._files:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"{self.folder / INDEX} names {name!r}; only .safetensors files beside it are read")
-        bad = [self._wrong(shard) for shard in shards[team.rank :: team.size]]
-        if found := [text for texts in team.all_of([b for b in bad if b]) for text in texts]:
-            raise ValueError(found[0])
+        team.refuse([text for shard in shards[team.rank :: team.size] if (text := self._wrong(shard))])
 
     def _wrong(self, shard: Mapping[str, object]) -> str:
         path = self.folder / str(shard["file"])
@@ -132,3 +132,20 @@ class Records:
                 for name in file.keys():
                     found.setdefault(name, []).append(file.get_slice(name)[at : at + 1])
         return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def there(path: str | Path) -> Path | None:
+    """Give a file, or the index of a folder of shards, if there is one: it is written last."""
+    file = Path(path) / INDEX if Path(path).is_dir() else Path(path)
+    return file if file.is_file() else None
+
+
+def content(path: str | Path) -> dict[str, str]:
+    """Give the setting of a file, or of a folder of shards, whose index has the hash of each.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    if not (file := there(path)):
+        raise ValueError(f"{path} is neither a file nor a folder of shards with its {INDEX}: make it first, or again")
+    return by_content(path, sha256(file))

@@ -25,7 +25,7 @@ from omniforcing_lib.flow import (
 )
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal, fresh_noise, join, rollout
-from omniforcing_lib.training.dataset import Clips, Pairs, Prompts
+from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, check_numbers
 from omniforcing_lib.training.distributed import Part
 from omniforcing_lib.training.graphs import recorded
 from omniforcing_lib.training.train import Numbers, Player, Step
@@ -56,6 +56,7 @@ def flow_stage(
     player: Player, clips: Clips, prompts: Prompts, batch: int, *, drop: float = 0.1, weights: AV[float] = ONES
 ) -> Step:
     """Train the bidirectional teacher by flow matching; prompts are dropped for CFG."""
+    check_numbers(clips.prompt, len(prompts))
 
     def terms(generator: torch.Generator, part: Part) -> Numbers:
         index = pick(len(clips), batch, generator)
@@ -85,6 +86,8 @@ def ode_stage(
 
     Each block of a clip has its own noise level, clean included; audio takes its block's, by the block table.
     """
+    if not pairs.live:
+        check_numbers(pairs.prompt, len(prompts))
     (frames, height, width), audio = pairs.shapes.video[1:4], pairs.shapes.audio[1]
     causal.layout.check(AV(frames, audio))
     kind = masks.build(causal.layout, frames, height * width, window=causal.window)

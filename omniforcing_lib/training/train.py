@@ -255,9 +255,17 @@ def _recompute(block: Block) -> None:
 
 @dataclass
 class History:
-    """Numbers of every step, by name."""
+    """Numbers of every step that ran now, by name.
+
+    Attributes:
+        numbers: by name.
+        done: steps of the whole run so far.
+        changes: what was not the same in all of them, in words.
+    """
 
     numbers: dict[str, list[float]] = field(default_factory=dict)
+    done: int = 0
+    changes: list[str] = field(default_factory=list)
 
     def add(self, numbers: Numbers) -> None:
         """Append one step."""
@@ -283,22 +291,26 @@ def fit(
     leave: bool = True,
     stop: Callable[[], bool] = lambda: False,
     give_up: int = 20,
+    settings: Mapping[str, object] | None = None,
 ) -> History:
     """Run a stage with a progress bar, which stays to the end or beyond it (`leave`).
 
-    With a folder it checkpoints every `every` steps and resumes from there.
+    With a folder it checkpoints every `every` steps and resumes from there, under the same `settings`: `steps` and
+    `every` may change, and are printed.
 
     A folder belongs to one run at a time. SIGTERM ends a run that has one after the step, with a checkpoint and exit
     code 143. Returns the history of the steps that ran now.
 
     Raises:
-        ValueError: another run has the folder, or its state is of another seed, damaged or of other settings.
+        ValueError: another run has the folder, or its state is damaged, or of another seed or other settings.
         Diverged: `give_up` steps in a row changed nothing, see `Recipe.limit`; their numbers are in the folder.
     """
     first, history, bad = next(iter(players.values())), History(), []
     team, generator = first.team, torch.Generator(first.device)
-    with journal.opened(folder, players, seed, team) as book:
+    plan = {"steps": steps, "every": every}
+    with journal.opened(folder, players, seed, team, settings=settings, plan=plan) as book:
         start, shown = book.resume(), progress and team.leads
+        history.done, history.changes = start, book.changes
         look = {"initial": start, "total": steps, "disable": not shown, "leave": leave, "mininterval": 1.0}
         bar = tqdm(range(start, steps), desc=label, **look)
         for i in bar:
@@ -308,6 +320,7 @@ def fit(
             found = step(i, generator.manual_seed(mixed(seed, i)))
             numbers = {name: float(value) for name, value in found.items()}
             history.add(numbers)
+            history.done = i + 1
             book.note(i, numbers)
             if i % 20 == 0:
                 bar.set_postfix({k: f"{history.mean(k, 20):.3f}" for k in history.numbers})

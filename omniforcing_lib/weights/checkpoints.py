@@ -7,6 +7,7 @@ diffusers folders, OmniForcing releases, and students of this project: LTX-2 fil
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from omniforcing_lib.weights.shards import Entry, Shards
 DATA = Path(__file__).resolve().parents[2] / "data"
 _UNUSED_SCALE = ".input_scale"
 _DECISIVE = ("rope_type", "frequencies_precision", "timestep_scale_multiplier", "av_ca_timestep_scale_multiplier")
+_SAMPLE = 4096  # bytes of every tensor that a fingerprint reads
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,19 @@ class Checkpoint:
         layer = bare.removesuffix(SCALE).removesuffix(_UNUSED_SCALE)
         weight = self.entries.get(self.format.stored(f"{layer}.weight"))
         return layer != bare and weight is not None and weight.dtype == "F8_E4M3"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash settings and the beginning of every tensor: 38 GB take a moment, and the file's name does not count."""
+        settings = [self.config.to_metadata(), self.causal and self.causal.to_metadata()]
+        found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for bare, name in sorted((self.transformer | {f"{k} scale": v for k, v in self.scales.items()}).items()):
+            entry = self.entries[name]
+            with entry.path.open("rb") as file:
+                file.seek(entry.start)
+                found.update(f"{bare} {entry.dtype} {entry.shape}".encode())
+                found.update(file.read(min(_SAMPLE, entry.stop - entry.start)))
+        return found.hexdigest()
 
     def report(self) -> KeyReport:
         """Compare names, shapes and kinds with the model on the meta device."""

@@ -123,7 +123,9 @@ def _parser() -> Parser:
     export.add_argument("--out", type=Path, required=True, help="a .safetensors file, or for diffusers a new folder")
 
     train = command("train", _train, "train one stage, alone or under torchrun, or plan the memory of Stage 3")
-    train.add_argument("stage", choices=("codec", "teacher", "prompts", "pairs", "stage2", "stage3", "plan"))
+    train.add_argument(
+        "stage", choices=("codec", "teacher", "prompts", "pairs", "stage2", "stage3", "on-policy", "plan")
+    )
     train.add_argument("rest", nargs=argparse.REMAINDER, help="options of that stage; --help lists them")
     return parser
 

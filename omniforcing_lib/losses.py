@@ -62,15 +62,17 @@ def ode_regression(x0_hat: AV[Tensor], clean: AV[Tensor], sigma: AV[Tensor]) -> 
     return x0_hat.map(_squared, clean).map(_mean, noisy)
 
 
-def sample_dmd_sigma(batch: int, generator: torch.Generator) -> Tensor:
+def sample_dmd_sigma(batch: int, generator: torch.Generator, most: int = MAX_TIMESTEP) -> Tensor:
     """Draw the noise level at which the scores are compared, uniform in integer timesteps (spec 5.0).
 
-    t is uniform in 0 .. 999, clamped to 20 .. 980 and looked up in `dmd_lut`: 0.217 to 0.998, mean 0.82.
+    t is uniform in 0 .. 999, clamped to 20 .. 980 and looked up in `dmd_lut`: 0.217 to 0.998, mean 0.82. A lower `most`
+    draws it from 0 .. most.
 
     Shapes: float32 [batch], on the generator's device.
     """
-    t = torch.randint(0, 1000, (batch,), generator=generator, device=generator.device)
-    return _lut(t.device)[t.clamp(MIN_TIMESTEP, MAX_TIMESTEP)]
+    end = 1000 if most >= MAX_TIMESTEP else most + 1
+    t = torch.randint(0, end, (batch,), generator=generator, device=generator.device)
+    return _lut(t.device)[t.clamp(MIN_TIMESTEP, most)]
 
 
 @lru_cache

@@ -145,7 +145,7 @@ def test_bfloat16_and_recomputing_in_a_team(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+@pytest.mark.parametrize("stage", ["stage2", "stage3", "on-policy"])
 def test_the_shipped_miniature_learns_in_two_processes_what_it_learns_in_one(stage, tmp_path):
     """The command line, with pairs made in a folder of shards by both; losses to 1e-5 over 20 steps, norms to 1e-4."""
     shared = ["--steps", "20", "--batch", "4", "--seconds", "1", "--score", "0"]

@@ -357,3 +357,8 @@ def test_dmd_noise_levels_have_the_distribution_of_the_released_code():
     assert abs(sigma.mean() - 0.819) < 2e-3 and abs(sigma.median() - 0.896) < 2e-3
     assert abs((sigma > 0.9).double().mean() - 0.49) < 5e-3
     assert torch.equal(sigma[:9], losses.sample_dmd_sigma(200_000, generator(0))[:9])
+
+
+def test_a_lower_limit_keeps_the_scores_to_low_noise():
+    lut, sigma = flow.dmd_lut().float(), losses.sample_dmd_sigma(20_000, generator(0), 400)
+    assert (sigma.min(), sigma.max()) == (lut[20], lut[400])

@@ -166,6 +166,18 @@ def test_states_on_policy_need_a_level_between_noise_and_data():
         stages.on_policy_stage(None, None, prompts(), replace(CAUSAL, steps=(1000, 0)), GRID, FRAMES, batch=1)
 
 
+def test_regression_beside_dmd_adds_its_own_loss():
+    """Where the scores cancel, what moves the student is the regression, by its weight."""
+    norms = []
+    for weight in (0.0, 1.0):
+        student, critic = player(seed=1), player(sinks=0)
+        teacher = player(sinks=0).model.requires_grad_(False).eval()
+        how = {"batch": 2, "guidance": Guidance(), "pairs": pairs(), "regression": weight}
+        step = stages.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, **how)
+        norms.append(float(step(0, torch.Generator().manual_seed(0))["norm"]))
+    assert norms[0] == 0 < norms[1]
+
+
 def test_the_critic_learns_in_every_step_and_the_student_in_every_fifth():
     players, _ = self_forcing_stage()
     student, critic = players.values()

@@ -178,6 +178,30 @@ def stage3(
     return Lesson(player.best.eval(), history, [])
 
 
+def on_policy(
+    student: Transformer,
+    teacher: str,
+    prompts: Prompts,
+    causal: Causal,
+    codec: TinyCodec,
+    *,
+    steps: int,
+    batch: int,
+    seconds: int = 5,
+    lr: float = 2e-4,
+    guidance: Guidance = MINIATURE_CFG,
+    seed: int = 0,
+) -> Lesson:
+    """Regress a copy of a student on the teacher's ends of its own states: `stages.on_policy_stage`."""
+    recipe = Recipe(lr=lr, betas=(0.9, 0.999), warmup=3, steps=steps, final=0.05, ema=max(0.0, 1 - 10 / steps))
+    player = Player(copy.deepcopy(student), recipe)
+    ends_by = checkpoints.load(teacher, device=prompts.context.video.device)
+    frames = codec.clock.latents(seconds).video
+    step = stages.on_policy_stage(player, ends_by, prompts, causal, codec.grid, frames, batch, guidance=guidance)
+    history = train.fit(step, {"student": player}, steps, seed=seed, label="on policy", leave=False)
+    return Lesson(player.best.eval(), history, [])
+
+
 class Flow(NamedTuple):
     """Say where gradients go in a self-forced roll-out.
 

@@ -44,7 +44,7 @@ MODELS, DATA = ("teacher", "student", "model"), ("codec", "pairs", "prompts")
 ASIDE = {"team", "options", "out", "folder", "steps", "every", "minutes", "score"}
 ASIDE |= {"device", "accumulate", "checkpoint_activations", "replicas"}
 """Options that a run may change on the way: where it runs, how long, in which parts; they are no settings."""
-LEAST, MOST = {"score": 0, "final": 0}, {"final": 1, "seed": 2**32 - 1}
+LEAST, MOST = {"score": 0, "final": 0, "rescale": 0}, {"final": 1, "rescale": 1, "seed": 2**32 - 1}
 """Bounds of numbers; of any other option the default tells: above 0, or at least a default that is not."""
 
 
@@ -403,9 +403,7 @@ def stage3(
         cfg: guidance scales of video and audio, of the teacher's scores.
         job: how the run runs.
     """
-    causal = checkpoints.read(student).causal
-    if causal is None:
-        raise ValueError(f"{student} is no causal student (its config has no `omniforcing` part); train stage2 first")
+    causal = causal_of(student)
     clock, shape = geometry(codec, grid)
     recipe = {"betas": (0.0, 0.999), "warmup": 10, "steps": steps, "final": final}
     player = job.player(job.load(student), lr=lr, ema=average(steps // ratio, 1 / 4), **recipe)
@@ -417,6 +415,62 @@ def stage3(
     )
     history = job.run(step, {"student": player, "critic": critic}, steps, "stage 3")
     return job.save(player, out, history, ("dmd_video", "dmd_audio", "critic_video", "critic_audio"), causal)
+
+
+@stage
+def on_policy(
+    out: str = "student.safetensors",
+    student: str = "stage2",
+    teacher: str = "teacher",
+    codec: str = CODEC,
+    steps: int = 200,
+    batch: int = 8,
+    seconds: int = 5,
+    grid: Sequence[int] = (0, 0),
+    lr: float = 2e-4,
+    final: float = 0.05,
+    stride: int = 2,
+    cfg: Sequence[float] = (3.0, 3.0),
+    rescale: Sequence[float] = (0.0, 0.0),
+    job: Job = Job(),
+) -> Path:
+    """Distil on the student's own roll-outs without a critic: regress them on the teacher's ends of their states.
+
+    Args:
+        out: .safetensors file to write.
+        student: stage2, student, or a checkpoint file, index or folder: where the student starts.
+        teacher: teacher, or a checkpoint file, index or folder: whose ODE ends the student's states.
+        codec: .safetensors file of the world's codec, for clock and grid.
+        steps: steps of the student.
+        batch: clips a step, of all processes together.
+        seconds: length of a clip in seconds.
+        grid: height and width of a video frame in tokens, on LTX-2's clock; 0 0 takes the codec's of both.
+        lr: peak learning rate.
+        final: share of the rate that a cosine decay leaves at the end; 1 is none.
+        stride: the teacher takes every so many-th of the 40 levels of its schedule, from the student's level on.
+        cfg: guidance scales of video and audio, of the teacher.
+        rescale: shares of the guided result, of video and audio, that take the spread of the unguided one.
+        job: how the run runs.
+    """
+    causal = causal_of(student)
+    clock, shape = geometry(codec, grid)
+    recipe = {"betas": (0.9, 0.999), "warmup": 3, "steps": steps, "final": final, "ema": average(steps, 1 / 10)}
+    player = job.player(job.load(student), lr=lr, **recipe)
+    how = {"guidance": Guidance(cfg=AV(*cfg), rescale=AV(*rescale)), "stride": stride}
+    frames = clock.latents(seconds).video
+    step = stages.on_policy_stage(
+        player, job.load(teacher, frozen=True), job.contexts(), causal, shape, frames, batch, **how
+    )
+    history = job.run(step, {"student": player}, steps, "on policy")
+    return job.save(player, out, history, ("video", "audio"), causal)
+
+
+def causal_of(student: str) -> Causal:
+    """Give how a student generates; ValueError for a model that is none."""
+    causal = checkpoints.read(student).causal
+    if causal is None:
+        raise ValueError(f"{student} is no causal student (its config has no `omniforcing` part); train stage2 first")
+    return causal
 
 
 @stage
@@ -501,6 +555,7 @@ STAGES = {
     "pairs": pairs,
     "stage2": stage2,
     "stage3": stage3,
+    "on-policy": on_policy,
     "plan": stage(plan.plan),
 }
 

@@ -86,6 +86,15 @@ def ode_stage(
 
     Each block of a clip has its own noise level, clean included; audio takes its block's, by the block table.
     """
+    terms, live = _regression(player, pairs, prompts, causal, batch), pairs.live or prompts.live
+    piece = recorded(lambda g: player.learn(batch, g, partial(terms, g), weights), player, live=live)
+    return lambda i, generator: piece(generator)
+
+
+def _regression(
+    player: Player, pairs: Pairs, prompts: Prompts, causal: Causal, batch: int
+) -> Callable[[torch.Generator, Part], Numbers]:
+    """Prepare the losses of `ode_stage`."""
     if not pairs.live:
         check_numbers(pairs.prompt, len(prompts))
     (frames, height, width), audio = pairs.shapes.video[1:4], pairs.shapes.audio[1]
@@ -111,9 +120,7 @@ def ode_stage(
         share = noisy.map(lambda n: part.of(n).sum() / n.sum().clamp_min(1))
         return loss.map(torch.mul, share)._asdict()
 
-    live = pairs.live or prompts.live
-    piece = recorded(lambda g: player.learn(batch, g, partial(terms, g), weights), player, live=live)
-    return lambda i, generator: piece(generator)
+    return terms
 
 
 def take_level(states: Tensor, level: Tensor) -> Tensor:
@@ -155,12 +162,17 @@ def self_forcing_stage(
     ratio: int = 5,
     weights: AV[float] = ONES,
     sampler: Sampler | None = None,
+    most: int = losses.MAX_TIMESTEP,
+    pairs: Pairs | None = None,
+    regression: float = 1.0,
 ) -> Step:
     """Stage 3: joint self-forcing DMD through the rolling cache (paper Sec. 3.3; spec 5.7).
 
     Every step trains the critic on the student's own clips; every `ratio`-th trains the student first. All blocks of
     a clip leave at one step, drawn from the non-zero noise levels. A `sampler` may make the clips in another way
-    than `own_clips`; it makes whole batches.
+    than `own_clips`; it makes whole batches. Two changes against collapse, neither in the paper: scores are compared at
+    timesteps up to `most` only, where noise leaves the course of a clip alone; and with `pairs` each step of the
+    student adds `regression` times the loss of `ode_stage` (as DMD first did, Yin et al. 2024).
 
     Besides losses and gradient norms a step tells the health of the student's clips: `gap`, how far critic and
     teacher are apart on them, as a share of how far the clips are from the teacher's; `motion`, the mean absolute
@@ -179,6 +191,7 @@ def self_forcing_stage(
             f"train clips of {causal.window + 2} blocks, or without recomputing"
         )
     clips = own_clips(prompts, causal, grid, video_latents, batch)
+    regress = _regression(student, pairs, prompts, causal, batch) if pairs else None
 
     def sample(generator: torch.Generator, exit_step: int, part: Part) -> tuple[AV[Tensor], AV[Tensor]]:
         with student.autocast():
@@ -188,18 +201,20 @@ def self_forcing_stage(
 
     def dmd_terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
         text, x_hat = sample(generator, exit_step, part)
-        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator)), part.noise(x_hat, generator)
+        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator, most)), part.noise(x_hat, generator)
         fake = guided_denoiser(critic.model, text)
         real = guided_denoiser(teacher, text, prompts.negative, guidance)
         with student.autocast():
             loss = losses.dmd(x_hat, fake, real, sigma, eps)
         numbers = loss._asdict() | health(x_hat) | {"gap": sum(loss).detach()}
-        return {name: value * part.share for name, value in numbers.items()}
+        numbers = {name: value * part.share for name, value in numbers.items()}
+        beside = regress(generator, part) if regress else {}
+        return numbers | {name: numbers[name] + regression * value for name, value in beside.items()}
 
     def critic_terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
         with torch.no_grad():
             text, x_hat = sample(generator, exit_step, part)
-        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator)), part.noise(x_hat, generator)
+        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator, most)), part.noise(x_hat, generator)
         with critic.autocast():
             loss = losses.critic(x_hat, guided_denoiser(critic.model, text), sigma, eps)
         return loss.map(lambda value: value * part.share)._asdict()
@@ -213,7 +228,7 @@ def self_forcing_stage(
         numbers = critic.learn(batch, generator, partial(critic_terms, generator, exit_step), weights)
         return {f"critic_{name}": value for name, value in numbers.items()}
 
-    live = prompts.live
+    live = prompts.live or (pairs is not None and pairs.live)
     parts = (recorded(generate, student, critic, live=live), recorded(judge, student, critic, live=live))
 
     def step(i: int, generator: torch.Generator) -> Numbers:

@@ -197,7 +197,8 @@ def on_policy(
     player = Player(copy.deepcopy(student), recipe)
     ends_by = checkpoints.load(teacher, device=prompts.context.video.device)
     frames = codec.clock.latents(seconds).video
-    step = stages.on_policy_stage(player, ends_by, prompts, causal, codec.grid, frames, batch, guidance=guidance)
+    models = (player, ends_by, student)
+    step = stages.on_policy_stage(*models, prompts, causal, codec.grid, frames, batch, guidance=guidance)
     history = train.fit(step, {"student": player}, steps, seed=seed, label="on policy", leave=False)
     return Lesson(player.best.eval(), history, [])
 

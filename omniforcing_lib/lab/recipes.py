@@ -458,9 +458,8 @@ def on_policy(
     player = job.player(job.load(student), lr=lr, **recipe)
     how = {"guidance": Guidance(cfg=AV(*cfg), rescale=AV(*rescale)), "stride": stride}
     frames = clock.latents(seconds).video
-    step = stages.on_policy_stage(
-        player, job.load(teacher, frozen=True), job.contexts(), causal, shape, frames, batch, **how
-    )
+    frozen = [job.load(name, frozen=True) for name in (teacher, student)]
+    step = stages.on_policy_stage(player, *frozen, job.contexts(), causal, shape, frames, batch, **how)
     history = job.run(step, {"student": player}, steps, "on policy")
     return job.save(player, out, history, ("video", "audio"), causal)
 

@@ -157,11 +157,12 @@ def stage3(
     weights: AV[float] = ONES,
     sampler: Sampler | None = None,
     seed: int = 0,
+    **tries: object,
 ) -> Lesson:
     """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic.
 
     They learn at the rates `lr`. Streams count by `weights`; a `sampler` makes the clips in another way (see
-    `stages.self_forcing_stage`).
+    `stages.self_forcing_stage`, which takes `tries` too: `most`, `pairs`, `regression`).
     """
     device = prompts.context.video.device
     # it ends on a step of the student, which no critic step need follow
@@ -171,7 +172,7 @@ def stage3(
     player = Player(copy.deepcopy(student), Recipe(lr=lr[0], ema=max(0.0, 1 - 4 / steps), **recipe))
     critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=lr[1], ema=0.0, **recipe))
     real, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
-    way = {"guidance": guidance, "ratio": ratio, "weights": weights, "sampler": sampler}
+    way = {"guidance": guidance, "ratio": ratio, "weights": weights, "sampler": sampler} | tries
     step = stages.self_forcing_stage(player, critic, real, prompts, causal, codec.grid, frames, batch, **way)
     players = {"student": player, "critic": critic}
     history = train.fit(step, players, turns, seed=seed, label="stage 3", leave=False)

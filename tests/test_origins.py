@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from omniforcing_lib import files
-from omniforcing_lib.pages import claims, origins, profiles, report
+from omniforcing_lib.pages import claims, origins, report
 
 HERE = dict(line.split()[::-1] for line in (origins.ROOT / "data" / "SHA256SUMS").read_text().splitlines())
 
@@ -81,9 +81,12 @@ def test_outside_a_clone_the_commit_is_unknown_and_files_are_not(monkeypatch, tm
 
 
 @pytest.mark.parametrize(("teacher", "judged"), [("", {*HERE}), ("teacher", {"teacher.safetensors"})])
-def test_a_notebooks_record_names_all_that_it_judged(tmp_path, teacher, judged):
-    run = report.Run("02", profiles.SMOKE, 0, "cpu", teacher, tmp_path, models=("student",))
-    run.finish()
+def test_a_notebooks_record_names_all_that_it_judged(monkeypatch, tmp_path, teacher, judged):
+    monkeypatch.setattr(report, "_set_up", lambda seed, device: device)
+    how = {"teacher": teacher, "out_dir": str(tmp_path)}
+    report.begin("02", models=["student"], **how).finish()
+    with pytest.raises(ValueError, match="nowhere"):
+        report.begin("02", models=["nowhere.safetensors"], **how)
     record = json.loads((tmp_path / "run" / "02.json").read_text())
     assert record["files"] == {name: HERE[name] for name in judged | {"student.safetensors"}}
     assert record["git"].keys() == {"commit", "dirty"}

@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from omniforcing_lib import files
-from omniforcing_lib.pages import claims, origins, profiles, report
+from omniforcing_lib.pages import claims, origins, report
+from omniforcing_lib.weights import checkpoints
 
 HERE = dict(line.split()[::-1] for line in (origins.ROOT / "data" / "SHA256SUMS").read_text().splitlines())
 
@@ -81,9 +84,24 @@ def test_outside_a_clone_the_commit_is_unknown_and_files_are_not(monkeypatch, tm
 
 
 @pytest.mark.parametrize(("teacher", "judged"), [("", {*HERE}), ("teacher", {"teacher.safetensors"})])
-def test_a_notebooks_record_names_all_that_it_judged(tmp_path, teacher, judged):
-    run = report.Run("02", profiles.SMOKE, 0, "cpu", teacher, tmp_path, models=("student",))
-    run.finish()
+def test_a_notebooks_record_names_all_that_it_judged(monkeypatch, tmp_path, teacher, judged):
+    monkeypatch.setattr(report, "_set_up", lambda seed, device: device)
+    how = {"teacher": teacher, "out_dir": str(tmp_path)}
+    report.begin("02", models=["student"], **how).finish()
+    with pytest.raises(ValueError, match="nowhere"):
+        report.begin("02", models=["nowhere.safetensors"], **how)
     record = json.loads((tmp_path / "run" / "02.json").read_text())
     assert record["files"] == {name: HERE[name] for name in judged | {"student.safetensors"}}
     assert record["git"].keys() == {"commit", "dirty"}
+
+
+def test_every_shard_of_a_checkpoint_is_named(tmp_path):
+    tensors, listing = load_file(checkpoints.DATA / "teacher.safetensors"), {}
+    with safe_open(checkpoints.DATA / "teacher.safetensors", "pt") as file:
+        metadata = file.metadata()
+    for name, part in (("a.safetensors", sorted(tensors)[::2]), ("b.safetensors", sorted(tensors)[1::2])):
+        files.write_tensors(tmp_path / name, {key: tensors[key] for key in part}, metadata)
+        listing |= dict.fromkeys(part, name)
+    index = tmp_path / "teacher.safetensors.index.json"
+    files.write_json(index, {"weight_map": listing})
+    assert [*origins.of(index)["files"]] == [f"{tmp_path.name}/{name}" for name in ("a.safetensors", "b.safetensors")]

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 
 from omniforcing_lib import files
 from omniforcing_lib.__main__ import main
+from omniforcing_lib.bounce import world
+from omniforcing_lib.lab import protocol
 from omniforcing_lib.pages import claims, profiles, report, runner, verdicts
 
 matplotlib.use("agg")
@@ -183,6 +185,13 @@ def test_a_page_shows_warnings_and_players_and_no_bars(tmp_path):
     page = (tmp_path / "run.html").read_text()
     assert page.count("9 steps") == page.count("UserWarning: heed me") == 1
     assert "stage 2" not in page and '"model_id": "closed bar"' not in page and '"model_id": "player"' in page
+
+
+def test_only_seeds_are_called_held_out():
+    """Every prompt of the grammar is both trained on and scored."""
+    assert {*protocol.Trial().prompts} == {*world.prompts()}
+    text = claims.quality(claims.read_scores(runner.STORED / "scores"))
+    assert "held-out seeds (every prompt is trained on)" in text and "held-out prompts" not in text
 
 
 def test_stored_report_and_readme_follow_from_the_stored_metrics():

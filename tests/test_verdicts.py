@@ -85,10 +85,13 @@ def run(tmp_path):
 def test_a_run_answers_by_the_intervals_it_recorded(run):
     run.metric("ratio", 0.469, interval=(0.2, 1.24))
     run.metric("one seed", 0.469, interval=None)
+    run.metric("broke", math.nan, interval=(math.nan, math.nan))
     run.claim(1, {"ratio": RATIO, "one seed": RATIO}, note="54 clips")
+    run.claim(2, {"broke": RATIO})
     run.claim(14, verdicts.NOT_TRIED, also=["ratio"])
     rows = claims.claim_rows({"04": run.metrics})
-    assert [rows[i]["status"] for i in (0, 13)] == [verdicts.NOT_SEPARATED, verdicts.NOT_TRIED]
+    says = [verdicts.NOT_SEPARATED, verdicts.NO_POWER, verdicts.NOT_TRIED]
+    assert [rows[i]["status"] for i in (0, 1, 13)] == says
     assert rows[0]["ours"] == "ratio: 0.469 [0.2, 1.24] (limit ≤ 1.09); one seed: 0.469 (limit ≤ 1.09); 54 clips"
 
 

@@ -55,7 +55,7 @@ def begin(
     """Set a notebook up: deterministic torch on two threads, the resolved profile, the folder of its files.
 
     `override` replaces profile fields (None keeps the profile's value); `models` are judged besides the teacher, or
-    the shipped files. Raises ValueError for an unknown profile, field or device.
+    the shipped files. Raises ValueError for an unknown profile, field or device, or a checkpoint that is not there.
     """
     resolved = profiles.from_name(profile).override(override or {})
     run = Run(
@@ -65,7 +65,7 @@ def begin(
         device=_set_up(int(seed), device),
         teacher=teacher,
         folder=Path(out_dir).resolve() if out_dir else ROOT / "reports" / "runs" / "interactive",
-        models=tuple(models),
+        origin=origins.of(*([teacher] if teacher else origins.SHIPPED), *models),
     )
     torch_version = metadata.version("torch")
     print(f"{name}: profile {resolved.name}, seed {run.seed}, device {run.device}, torch {torch_version}")
@@ -98,7 +98,7 @@ class Run:
     device: str
     teacher: str
     folder: Path
-    models: tuple[str, ...] = ()
+    origin: dict[str, dict] = dataclasses.field(default_factory=dict)
     metrics: dict[str, dict] = dataclasses.field(default_factory=dict)
     illustrated: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
@@ -252,7 +252,7 @@ class Run:
             "teacher": Path(self.teacher).name or "shipped miniature",
             "wall_s": round(time.perf_counter() - self.started, 2),
             "versions": versions(),
-            **origins.of(*([self.teacher] if self.teacher else origins.SHIPPED), *self.models),
+            **self.origin,
         }
 
 

@@ -109,6 +109,12 @@ def _parser() -> Parser:
     score.add_argument("--long", action="store_true", help="students alone, in spans of 10 s of one long roll-out each")
     score.add_argument("--out", type=Path, default=Path("reports/scores"))
 
+    cure = command(
+        "cures", _cures, "train Stage 3 with one remedy against collapse at a time, from Stage 2, and measure"
+    )
+    cure.add_argument("--names", nargs="+", default=[], help="names of remedies (default: all)")
+    cure.add_argument("--seeds", type=int, default=3, help="training seeds, from 0 (default: 3)")
+    cure.add_argument("--out", type=Path, default=Path("reports/cures"), help="folder; finished runs there are kept")
     ablate = command("ablate", _ablate, "train Stage 3 with one part changed at a time, from one start, and measure")
     ablate.add_argument("--arms", nargs="+", default=[], help="names of arms (default: all)")
     ablate.add_argument("--seeds", type=int, default=2)
@@ -287,6 +293,12 @@ def _ablate(arguments: argparse.Namespace) -> None:
 
     folder = ablations.run(arguments.out, arms=arguments.arms or tuple(ablations.ARMS), seeds=arguments.seeds)
     print(evaluate.Table(ablations.table(folder)))
+
+
+def _cures(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib.lab import cures
+
+    print(cures.run(arguments.out, names=arguments.names or tuple(cures.REMEDIES), seeds=arguments.seeds))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

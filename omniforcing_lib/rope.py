@@ -6,6 +6,7 @@ angles [H, T, D/2] serves both rope types: they differ only in which elements of
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -97,21 +98,25 @@ def tables(
 ) -> Ropes:
     """Give the rotations of a stretch of latents for every attention of the model.
 
-    `sinks` identity rows stand in front of the audio; the real audio keeps its own positions. Past `max_pos`, where
-    the reference has nothing to agree with, angles are made in float64: an hour in they are as exact as at the start.
+    `sinks` identity rows stand in front of the audio; the real audio keeps its own positions. A latent whose middle is
+    past `max_pos`, where the reference has nothing to agree with, is placed in float64: an hour in its angles are as
+    exact as at the start. That is a rule of positions: a latent turns alike in a block and in a whole clip.
     """
     lengths, cross_length = _lengths(config)
-    beyond = latents.video.stop * clock.video_stride > cross_length[0] * clock.fps
-    where = positions(clock, latents, grid, torch.float64 if beyond else torch.float32)
+    known = clock.midpoints(latents).map(lambda times: bisect_right(times, cross_length[0]))
+    near = positions(clock, latents.map(lambda span, n: span[:n], known), grid)
+    far = positions(clock, latents.map(lambda span, n: span[n:], known), grid, torch.float64)
 
-    def table(position: Tensor, max_pos: tuple[int, ...], dim: int, sinks: int) -> Rotation:
-        angle = angles(position, max_pos, dim, config.positional_embedding_theta, config.frequencies_precision)
-        return _on(device, rotation(angle, config.num_attention_heads, sinks))
+    def table(near: Tensor, far: Tensor, max_pos: tuple[int, ...], dim: int, sinks: int) -> Rotation:
+        spectrum, heads = (config.positional_embedding_theta, config.frequencies_precision), config.num_attention_heads
+        halves = [half for half in (near, far) if half.numel()] or [near]
+        turned = (rotation(angles(p, max_pos, dim, *spectrum), heads, 0 if i else sinks) for i, p in enumerate(halves))
+        return _on(device, Rotation(*(torch.cat(part, dim=1) for part in zip(*turned, strict=True))))
 
     in_front = AV(0, sinks)
     return Ropes(
-        own=where.map(table, lengths, AV(config.video_dim, config.audio_dim), in_front),
-        cross=where.map(lambda p, s: table(p[:1], cross_length, config.audio_dim, s), in_front),
+        own=near.map(table, far, lengths, AV(config.video_dim, config.audio_dim), in_front),
+        cross=near.map(lambda p, q, s: table(p[:1], q[:1], cross_length, config.audio_dim, s), far, in_front),
     )
 
 

@@ -1,6 +1,7 @@
-"""The live player: its Python half by its messages, the whole in a real Chromium, in JupyterLab and in Voilà."""
+"""The live player: its Python half by its messages, its page in a browser of our own, the whole in a real Chromium."""
 
 import io
+import json
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -101,7 +103,7 @@ def test_nothing_is_made_unasked_and_one_chunk_at_a_time():
     until(lambda: len(page.got) == 2)
     page.player.stop()
     page.ask()
-    assert len(page.got) == 2
+    assert len(page.got) == 2 and "stopped" in page.player.notice
 
 
 def test_a_prompt_reaches_the_stream_and_a_wrong_one_is_told():
@@ -121,6 +123,67 @@ def test_a_failing_stream_is_told_and_leaves_no_thread():
     assert page.more()[0] == {"kind": "end"} and page.player.notice == "the stream failed: out of memory"
     page.player.stop()
     assert threading.active_count() == before
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """Play a stream of seconds in a browser whose time is ours, and tell what was seen and heard."""
+    if not shutil.which("node"):
+        pytest.skip("no node on the path")
+    page = shutil.copy(widgets.HERE / "player.js", tmp_path / "player.mjs")
+
+    def watch(**scenario):
+        words = ["node", Path(__file__).with_name("browser.mjs"), page, json.dumps(scenario)]
+        return json.loads(subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout)
+
+    return watch
+
+
+def pauses(seen):
+    """Seconds of silence between one piece of sound and the next."""
+    return [round(after[0] - before[1], 6) for before, after in pairwise(seen["sounds"])]
+
+
+AWAY = {"on show": [], "hidden": [2, 28], "hidden at once": [0.1, 28]}
+
+
+@pytest.mark.parametrize("made_s", [0.05, 0.8])
+@pytest.mark.parametrize("hidden", AWAY.values(), ids=AWAY)
+def test_a_hidden_tab_plays_as_one_on_show(watched, hidden, made_s):
+    """Without repaints sound does not pause, and pictures go by its clock: few are held, and the right one comes back.
+
+    A chunk is asked for while the one before it still sounds, as soon as it is needed and no sooner.
+    """
+    seen = watched(seconds=30, hidden=hidden, made_s=made_s)
+    assert set(pauses(seen)) == {0} and seen["stalls"] == 0
+    assert seen["most_open"] <= 24 * (1 + 1.5 * 0.8 + 0.25) and seen["asked"] <= 32
+    behind = [time_s - frame / FPS for time_s, frame in seen["painted"] if time_s > 28.1 and frame]
+    assert len(behind) > 40 and max(behind) - min(behind) < 1 / FPS and seen["painted_closed"] == 0
+    assert abs(30 - seen["now"] - np.mean(behind)) < 1 / FPS
+
+
+def test_a_slow_stream_lets_sound_and_picture_wait_together(watched):
+    """A chunk that takes longer than it lasts is waited for once, however often it was asked for."""
+    seen = watched(seconds=30, made_s=2.5)
+    assert pauses(seen)[1:] == pytest.approx([1.5] * 9, abs=0.05) and seen["stalls"] == 9
+    assert [frame for _, frame in seen["painted"]] == [*range(1 + 24 * 10)]
+
+
+@pytest.mark.parametrize("hidden", [[], [2, 28]], ids=["on show", "hidden"])
+@pytest.mark.parametrize("end", ["restarted", "shut_down"])
+@pytest.mark.parametrize("at", [0.2, 5.5])
+def test_a_player_whose_kernel_is_gone_says_so(watched, hidden, end, at):
+    """Whether the host says it or the next request fails: what is there is played, then the player pauses and tells."""
+    seen = watched(seconds=30, hidden=hidden, **{end: at})
+    assert "gone with its kernel" in seen["status"] and seen["state"] == "suspended"
+    assert set(pauses(seen)) <= {0} and seen["open"] <= 1
+    assert at == 0.2 or seen["now"] >= seen["sounds"][-1][1] - seen["sounds"][0][0]
+
+
+def test_a_kernel_that_says_nothing_is_told_of(watched):
+    """A restart that nobody tells the page about looks like a busy kernel; the reader learns of both."""
+    assert "no answer from the kernel" in watched(seconds=30, silent=10)["status"]
+    assert watched(seconds=30, made_s=4)["status"].startswith("now:")
 
 
 # Two players: the shipped student, and flashes of light that each come with a click.

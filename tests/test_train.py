@@ -138,6 +138,56 @@ def test_losses_fall_on_a_clip_or_two(stage):
         assert history.mean(name, 20) < 0.8 * first
 
 
+def test_stage_2_regresses_states_whose_latents_all_have_the_level_of_their_block():
+    """One level a block, the same in both streams, any of them, clean too; what is seen is the trajectory at it.
+
+    The blocks are written out: neither the block table nor a ratio of lengths says what is right here.
+    """
+    blocks, known, learner, calls = AV([0, 1, 1, 2, 2], [0] + [1] * 5 + [2] * 5), pairs(1), player(), []
+    learner.model.register_forward_hook(lambda _, args, how, out: calls.append((*args[:2], out)), with_kwargs=True)
+    step = stages.ode_stage(learner, known, prompts(), CAUSAL, batch=6)
+    for i in range(6):
+        numbers = step(i, torch.Generator().manual_seed(i))
+        x, sigma, velocity = calls[-1]
+        number = sigma.map(lambda s: (s[..., None] == known.sigmas).int().argmax(-1))
+        drawn = torch.stack([number.video[:, blocks.video.index(k)] for k in range(3)], dim=1)
+        for stream, name in enumerate(AV._fields):
+            states = known.states[stream]
+            assert torch.equal(number[stream], drawn[:, blocks[stream]])
+            assert torch.equal(sigma[stream], known.sigmas[number[stream]])
+            seen = torch.stack([torch.stack([states[0, n, f] for f, n in enumerate(row)]) for row in number[stream]])
+            assert torch.equal(x[stream], seen)
+            level = sigma[stream].reshape(*sigma[stream].shape, *[1] * (seen.dim() - 2))
+            missed = (x[stream] - level * velocity[stream] - states[:, -1])[sigma[stream] > 0]
+            torch.testing.assert_close(numbers[name], missed.square().mean().detach())
+        assert set(drawn.flatten().tolist()) == {0, 1, 2} and len(drawn.unique(dim=0)) > 2
+
+
+def test_every_exit_step_is_drawn_for_the_student_and_for_the_critic():
+    """All steps of the student learn, the first and the last too, and the critic sees clips that left at any."""
+    causal, left = replace(CAUSAL, steps=(1000, 757, 522, 0)), {True: [], False: []}
+
+    def sampler(model: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV, AV]:
+        left[torch.is_grad_enabled()].append(exit_step)
+        clips = SIZES.map(lambda size: torch.randn(1, *size, generator=generator) * model.proj_out.weight.mean())
+        return prompts().take(torch.tensor([0])), clips
+
+    student, critic = player(seed=1), player(sinks=0)
+    teacher = player(sinks=0).model.requires_grad_(False)
+    rest = {"batch": 1, "ratio": 1, "sampler": sampler}
+    step = stages.self_forcing_stage(student, critic, teacher, prompts(), causal, GRID, FRAMES, **rest)
+    for i in range(30):
+        step(i, torch.Generator().manual_seed(train.mixed(0, i)))
+    for drawn in left.values():
+        assert len(drawn) == 30 and all(drawn.count(exit_step) >= 4 for exit_step in range(3))
+    assert left[True] != left[False]
+
+
+def test_every_clip_is_drawn_and_none_that_is_not_there():
+    drawn = stages.pick(5, 400, torch.Generator().manual_seed(0)).bincount(minlength=6)
+    assert (drawn[:5] > 50).all() and drawn[5:].tolist() == [0]
+
+
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_only_guidance_moves_the_student_where_critic_and_teacher_agree(cfg):
     """With one model as critic and teacher the scores cancel, and what remains is the prompt's pull."""

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniforcing_lib import masks
+from omniforcing_lib import masks, rope
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.flow import Skip
-from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
+from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout, Clock
 from omniforcing_lib.transformer import Transformer
 
-GRID = (2, 2)
+GRID, CLOCK = (2, 2), Clock()
 TINY = replace(
     MINIATURE,
     num_layers=2,
@@ -156,6 +156,31 @@ def test_cached_equals_masked_in_the_two_layouts(layout):
 
 
 @torch.no_grad()
+def test_cached_equals_masked_past_the_longest_clip_of_the_reference():
+    """Float32 places what the teacher has seen, float64 what comes later, in a block as in a whole clip."""
+    model = tiny(TINY.with_sinks(16))
+    x, sigma, text = inputs(PAPER, CLOCK.latents(23).video)
+    whole = model(x, sigma, text, masks=masks.build(PAPER, x.video.shape[1], 4))
+    assert distance(run_cached(model, PAPER, x, sigma, text, 23), whole) <= 1e-10
+
+
+def test_a_latent_turns_alike_whatever_stretch_it_is_asked_with():
+    """At any second the rotation of a latent belongs to its time: no stretch of latents around it moves it."""
+    longest = CLOCK.latents(26)
+
+    def turned(latents: AV) -> AV:
+        own, cross = rope.tables(TINY, CLOCK, latents, (1, 1), 0, torch.device("cpu"))
+        return own.map(lambda a, b: torch.cat([*a, *b], dim=-1), cross)
+
+    whole = turned(longest.map(range))
+    for k in range(27):
+        parts = PAPER.block(k), longest.map(lambda end, span: range(span.start, end), PAPER.block(k))
+        for part in parts:
+            expected = whole.map(lambda t, span: t[:, span.start : span.stop], part)
+            assert distance(turned(part), expected) <= 1e-6, k
+
+
+@torch.no_grad()
 @settings(max_examples=12, deadline=None)
 @given(layouts(), st.integers(0, 3), st.integers(0, 9))
 def test_a_rolling_cache_equals_a_windowed_mask(layout, window, more):
@@ -240,17 +265,26 @@ FEATURES = {
 }
 
 
+CLIPS = {
+    "split": ("split", 1000, 7),
+    "interleaved": ("interleaved", 1000, 7),
+    "gates of the released student": ("interleaved", 1, 7),
+    "longest clip": ("split", 1000, 61),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+@pytest.mark.parametrize("rope_type, multiplier, frames", CLIPS.values(), ids=CLIPS)
 @pytest.mark.parametrize("version", FEATURES)
 @pytest.mark.parametrize("per_token", [False, True], ids=["one sigma", "sigma a token"])
-def test_bidirectional_equals_diffusers(rope_type, version, per_token):
+def test_bidirectional_equals_diffusers(rope_type, multiplier, frames, version, per_token):
     """The same weights through the reference implementation: equal to 1e-5 in fp32, padding of 3-D RoPE included."""
     from diffusers import LTX2VideoTransformer3DModel
     from diffusers.loaders.single_file_utils import convert_ltx2_transformer_to_diffusers
 
     new = bool(FEATURES[version])
-    config = replace(TINY, rope_type=rope_type, attention_head_dim=16, cross_attention_dim=32, **FEATURES[version])
+    sizes = {"attention_head_dim": 16, "cross_attention_dim": 32, "av_ca_timestep_scale_multiplier": multiplier}
+    config = replace(TINY, rope_type=rope_type, **sizes, **FEATURES[version])
     captions = (32, 16) if new else (6, 6)
     ours = tiny(config, dtype=torch.float32)
     reference = LTX2VideoTransformer3DModel(
@@ -267,6 +301,7 @@ def test_bidirectional_equals_diffusers(rope_type, version, per_token):
         num_layers=2,
         caption_channels=6,
         rope_type=rope_type,
+        cross_attn_timestep_scale_multiplier=multiplier,
         gated_attn=new,
         audio_gated_attn=new,
         cross_attn_mod=new,
@@ -278,13 +313,13 @@ def test_bidirectional_equals_diffusers(rope_type, version, per_token):
     state = {k.replace("prompt_adaln_single", "prompt_adaln"): v for k, v in state.items()}
     reference.load_state_dict(state)
 
-    x, sigma, _ = inputs(PAPER, 7, batch=2, dtype=torch.float32)
+    x, sigma, _ = inputs(PAPER, frames, batch=2, dtype=torch.float32)
     level = torch.tensor([0.3, 0.9])
     text = AV(*(torch.randn(2, 3, c, generator=torch.Generator().manual_seed(i)) for i, c in enumerate(captions)))
     if not per_token or new:
         sigma = AV(level, level)
-    steps = sigma.map(lambda s: s * 1000)
-    tokens = steps.map(lambda s, n: s[:, None].expand(-1, n) if s.dim() == 1 else s, AV(7, 51))
+    steps, lengths = sigma.map(lambda s: s * 1000), x.map(lambda part: part.shape[1])
+    tokens = steps.map(lambda s, n: s[:, None].expand(-1, n) if s.dim() == 1 else s, lengths)
     mine = ours(x, sigma, text)
     theirs = reference(
         hidden_states=x.video.flatten(1, 3),
@@ -295,10 +330,10 @@ def test_bidirectional_equals_diffusers(rope_type, version, per_token):
         audio_timestep=tokens.audio,
         sigma=level * 1000,
         audio_sigma=level * 1000,
-        num_frames=7,
+        num_frames=lengths.video,
         height=2,
         width=2,
-        audio_num_frames=51,
+        audio_num_frames=lengths.audio,
         use_cross_timestep=new,
     )
     expected = AV(theirs.sample.reshape(x.video.shape), theirs.audio_sample)

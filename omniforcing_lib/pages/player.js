@@ -3,10 +3,16 @@
 // Sample n sounds at (shift + n) / rate of the AudioContext; frame i is shown while i / fps of the stream is in the ear.
 // Pausing suspends that clock, and with it both streams. A chunk that comes too late moves the shift: both wait together.
 // Nothing is asked for before it is nearly needed, so a page that is closed, paused or slow makes the kernel idle.
+// That clock beats, too: a hidden tab repaints nothing, and drops pictures and asks for chunks all the same.
 
 const LEAD = 0.1; // seconds from a chunk's arrival to its sound, when nothing is playing
 const PREROLL = 0.25; // seconds that must be there before the sound starts: a first block is one frame
 const MOST = 6; // seconds held at most; a page that gets more (another one asked) starts anew
+const BEAT = 0.125; // seconds of the sound from one look at the clock to the next
+const PATIENCE = 2; // seconds until a chunk is asked for again: a kernel that was shut down refuses to hear
+const SILENCE = 10; // seconds without sound and without an answer after which the reader is told
+const GONE = "this stream is gone with its kernel; run the cell again";
+const WAITING = "no answer from the kernel: it is busy, or was restarted; then run the cell again";
 const PAST = 2; // seconds of the strip behind now, and
 const FUTURE = 1; // ahead of it
 
@@ -16,27 +22,29 @@ class Engine {
     this.fps = model.get("fps");
     this.rate = model.get("sample_rate");
     this.chain = Promise.resolve();
-    this.seen = { frames: 0, dropped: 0, stalls: 0, trips: [0.4], skews: [], shown: [], first: null, answer: null };
+    this.seen = { frames: 0, stalls: 0, trips: [0.4], skews: [], shown: [], first: null, answer: null };
     this.volume = 1;
     this.prompt = model.get("prompt");
-    this.wished = null;
+    [this.wished, this.asked, this.tries] = [null, null, 0];
     this.forget();
     this.listen = (said, buffers) => (this.chain = this.chain.then(() => this.take(said, buffers)));
     this.obey = () => (model.get("playing") ? this.play() : this.pause());
+    this.lose = () => ((this.lost = true), this.end());
     this.refused = () => model.get("notice") && (this.wished = null);
     model.on("msg:custom", this.listen);
     model.on("change:playing", this.obey);
     model.on("change:notice", this.refused);
+    model.on("comm_live_update", this.lose); // the host says so when it restarts the kernel
   }
 
   forget() {
     for (const source of this.sources ?? []) source.stop();
-    for (const picture of this.frames?.values() ?? []) this.drop(picture);
+    for (const picture of this.frames?.values() ?? []) if (picture !== this.picture) picture.close();
     this.sources = new Set();
     this.frames = new Map();
     this.pieces = []; // placed: {sample, sound, frame, frames, prompt}
     this.held = []; // arrived, not yet placed
-    this.shift = null;
+    this.shift = this.frame = null;
   }
 
   get running() {
@@ -56,15 +64,36 @@ class Engine {
     return waiting + (last ? Math.max(0, (last.sample + last.sound.length) / this.rate - this.now) : 0);
   }
 
+  /** Seconds since a chunk was asked for that has not come. */
+  get waited() {
+    return this.asked ? (performance.now() - this.asked) / 1000 : 0;
+  }
+
+  /** What the reader must know. */
+  get notice() {
+    const silent = this.running && !this.ahead && this.waited > SILENCE;
+    return this.lost ? GONE : this.model.get("notice") || (silent ? WAITING : "");
+  }
+
   async play() {
     if (!this.context) {
       this.context = new AudioContext({ sampleRate: this.rate, latencyHint: "interactive" });
       this.out = new GainNode(this.context, { gain: this.volume });
       this.out.connect(this.context.destination);
       this.pressed = performance.now();
+      this.beat();
     }
     await this.context.resume(); // pending until a click where the browser wants one
     this.ask();
+  }
+
+  /** Look at the clock of the sound once a beat; a source that ends tells so in a hidden tab, too. */
+  beat() {
+    const pulse = new ConstantSourceNode(this.context, { offset: 0 });
+    pulse.onended = () => (this.advance(), this.beat());
+    pulse.connect(this.out);
+    pulse.start();
+    pulse.stop(this.context.currentTime + BEAT);
   }
 
   async pause() {
@@ -90,15 +119,26 @@ class Engine {
 
   ask() {
     const soon = 1.5 * Math.max(...this.seen.trips) + PREROLL;
-    if (!this.running || this.asked || this.ended || this.ahead > soon) return;
-    this.asked = performance.now();
-    this.model.send({ kind: "more" });
+    if (!this.running || this.ended || this.ahead > soon || this.waited < this.tries * PATIENCE) return;
+    this.asked ??= performance.now();
+    this.tries += 1;
+    try {
+      this.model.send({ kind: "more" });
+    } catch {
+      this.lose(); // a kernel that was shut down or replaced
+    }
+  }
+
+  /** Play what is there, and ask for nothing more. */
+  end() {
+    this.ended = true;
+    if (this.context) this.place();
   }
 
   async take(said, buffers) {
-    if (this.asked) this.seen.trips = [...this.seen.trips, (performance.now() - this.asked) / 1000].slice(-4);
-    this.ended = said.kind === "end";
-    if (said.kind === "chunk") {
+    if (this.asked) this.seen.trips = [...this.seen.trips, this.waited].slice(-4);
+    if (said.kind === "end") this.end();
+    else {
       if (this.ahead > MOST) this.forget();
       const [sound, ...pictures] = buffers;
       const decoded = pictures.map((bytes) => createImageBitmap(new Blob([bytes], { type: "image/jpeg" })));
@@ -108,8 +148,8 @@ class Engine {
       if (!this.picture) this.show(this.frames.get(said.frame));
       this.seen.made = said;
     }
-    if (this.context && (this.ended || this.shift !== null || this.ahead >= PREROLL)) this.place();
-    this.asked = null;
+    if (this.context && (this.shift !== null || this.ahead >= PREROLL)) this.place();
+    [this.asked, this.tries] = [null, 0];
     this.ask();
   }
 
@@ -127,13 +167,9 @@ class Engine {
       const source = new AudioBufferSourceNode(this.context, { buffer });
       source.connect(this.out);
       source.start((this.shift + piece.sample) / this.rate);
-      source.onended = () => (this.sources.delete(source), this.ask());
+      source.onended = () => this.sources.delete(source);
       this.sources.add(source);
     }
-  }
-
-  drop(picture) {
-    if (picture !== this.picture) picture.close();
   }
 
   show(picture) {
@@ -142,30 +178,36 @@ class Engine {
     this.seen.first ??= performance.now() - this.pressed;
   }
 
-  /** Take the picture that belongs to the sound in the ear; called before each repaint. */
+  /** Do what is due by the clock of the sound; called at each of its beats and before each repaint. */
   advance() {
-    if (!this.running || this.shift === null) return;
-    const { now, seen } = this;
-    const due = [...this.frames.keys()].filter((i) => i <= now * this.fps + 1e-6);
-    const last = due.pop();
-    for (const i of due) {
-      this.drop(this.frames.get(i));
-      this.frames.delete(i);
-    }
-    if (last !== undefined) {
-      this.show(this.frames.get(last));
-      this.frames.delete(last);
-      seen.frames += 1;
-      seen.dropped += due.length;
-      seen.skews = [...seen.skews, now - last / this.fps].slice(-240);
-      seen.shown = [...seen.shown, performance.now()].slice(-49);
-      const piece = this.pieces.find((p) => p.frame <= last && last < p.frame + p.frames);
-      this.hear(piece?.prompt ?? this.prompt);
-    }
-    const old = (p) => (p.sample + p.sound.length) / this.rate < now - PAST - 1;
-    while (this.pieces.length > 1 && old(this.pieces[0])) this.pieces.shift();
+    if (!this.running) return;
+    if (this.shift !== null) this.follow(this.now);
     if (this.ended && !this.ahead) this.toggle();
     this.ask();
+  }
+
+  /** Take the picture that belongs to the sound in the ear, and drop all before it. */
+  follow(now) {
+    const due = [...this.frames.keys()].filter((i) => i <= now * this.fps + 1e-6);
+    for (const i of due) {
+      this.show(this.frames.get(i));
+      this.frames.delete(i);
+      this.frame = i;
+    }
+    const piece = this.pieces.find((p) => p.frame <= this.frame && this.frame < p.frame + p.frames);
+    if (due.length) this.hear(piece?.prompt ?? this.prompt);
+    const old = (p) => (p.sample + p.sound.length) / this.rate < now - PAST - 1;
+    while (this.pieces.length > 1 && old(this.pieces[0])) this.pieces.shift();
+  }
+
+  /** Note that the picture on show has been painted, in one view or in several. */
+  painted() {
+    const { seen, now, frame } = this;
+    if (frame === null || frame === seen.last) return;
+    seen.last = frame;
+    seen.frames += 1;
+    seen.skews = [...seen.skews, now - frame / this.fps].slice(-240);
+    seen.shown = [...seen.shown, performance.now()].slice(-49);
   }
 
   hear(prompt) {
@@ -180,6 +222,7 @@ class Engine {
     this.model.off("msg:custom", this.listen);
     this.model.off("change:playing", this.obey);
     this.model.off("change:notice", this.refused);
+    this.model.off("comm_live_update", this.lose);
     this.forget();
     this.context?.close();
   }
@@ -316,6 +359,7 @@ function render(engine, el) {
       drawn = engine.picture;
       Object.assign(picture, { width: drawn.width, height: drawn.height });
       picture.getContext("2d").drawImage(drawn, 0, 0);
+      engine.painted();
     }
     if (performance.now() - written > 200) {
       written = performance.now();
@@ -329,10 +373,9 @@ function render(engine, el) {
     button.textContent = engine.running ? "Pause" : "Play";
     button.setAttribute("aria-pressed", String(engine.running));
     readings(engine).forEach((text, i) => (values[i].textContent = text));
-    const notice = model.get("notice");
     const coming = engine.wished ? `next: ${engine.wished.prompt}` : `now: ${engine.prompt}`;
-    status.textContent = notice || coming;
-    status.classList.toggle("of-notice", Boolean(notice));
+    status.textContent = engine.notice || coming;
+    status.classList.toggle("of-notice", Boolean(engine.notice));
   };
   paint();
   return () => {

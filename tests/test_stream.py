@@ -18,7 +18,8 @@ from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.lab import bench, switching
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
-from omniforcing_lib.live.stream import Chunk, Streamer, to_arrays
+from omniforcing_lib.live import stream as live
+from omniforcing_lib.live.stream import Chunk, Streamer, threads, to_arrays
 from omniforcing_lib.rollout import Causal, join, rollout, seeded_noise
 
 CLOCK = Clock()
@@ -244,6 +245,35 @@ def test_a_dead_consumer_leaves_no_thread(stream):
     gc.collect()
     thread.join(5)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+def test_a_small_block_is_made_on_one_thread_and_a_large_one_on_all(stream, monkeypatch, ahead):
+    used, attend = set(), attention.scaled_dot_product_attention
+
+    def counted(*tensors, **rest):
+        used.add(torch.get_num_threads())
+        return attend(*tensors, **rest)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    with threads(2):
+        for grain, expected in ((live.GRAIN, {1}), (1, {2})):
+            monkeypatch.setattr(live, "GRAIN", grain)
+            used.clear()
+            with stream(ahead=ahead) as streamer:
+                take(streamer, 3)
+            assert used == expected and torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+def test_a_clip_is_the_stream_cut_to_its_seconds_and_nothing_more_is_made(stream, ahead):
+    reference = joined(take(stream(layout=RELEASED), 3))
+    with stream(layout=RELEASED, ahead=ahead) as streamer:
+        pieces = list(streamer.clip(2))
+        assert streamer._made == len(pieces) == RELEASED.count(CLOCK.latents(2).video)
+    clip = AV(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
+    assert clip.map(len) == (49, 32_160) and len(reference.video) > 49
+    assert all(np.array_equal(a, b[: len(a)]) for a, b in zip(clip, reference, strict=True))
 
 
 @pytest.mark.slow

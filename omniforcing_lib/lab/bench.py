@@ -12,7 +12,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.flow import LTX2_GUIDANCE, Guidance, Skip, guided_denoiser
 from omniforcing_lib.lab.cost import Work, block_work
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.live.stream import MINIATURE_GUIDANCE, Chunk, Streamer, to_arrays
+from omniforcing_lib.live.stream import MINIATURE_GUIDANCE, Chunk, Streamer, threads, to_arrays
 from omniforcing_lib.rollout import Causal, join, new_cache, next_block, rollout, seeded_noise
 from omniforcing_lib.transformer import Transformer
 
@@ -144,17 +143,6 @@ def aged(old: Streamer, fresh: Streamer, turns: int) -> float:
     watch(fresh, fresh.causal.window + 2, keep=0)
     times = alternate({"old": old.step, "fresh": fresh.step}, turns)
     return statistics.median(a / b for a, b in zip(times["old"], times["fresh"], strict=True))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run on `count` threads, and go back to as many as before: small matrices are fastest on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def ways(causal: Causal) -> dict[str, Causal]:

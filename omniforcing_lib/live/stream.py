@@ -7,9 +7,11 @@ same stream, whole or cut.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +30,20 @@ from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Causal, Noise, new_cache, next_block, remember_again, seeded_noise
 from omniforcing_lib.transformer import Transformer
 from omniforcing_lib.weights import checkpoints, shards
+
+GRAIN = 32_768
+"""Numbers up to which PyTorch leaves a loop to one thread; below, waking a second one costs more than it saves."""
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Run on `count` threads, None for all there are, and go back to as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Made(NamedTuple):
@@ -52,6 +68,8 @@ class Chunk(NamedTuple):
 @dataclass
 class Streamer:
     """Yield one chunk a block, without end; `with` frees its caches at the end.
+
+    A block whose activations are fewer numbers than `GRAIN` is made on one thread, a larger one on all.
 
     Args:
         model: a causal student.
@@ -79,7 +97,9 @@ class Streamer:
         self._maker = ThreadPoolExecutor(1, "blocks") if self.ahead else None
         self._coming: Future[Made] | None = None
         self._kept: dict[int, AV[Tensor]] = {}
-        self._made = 0
+        self._made, self._last = 0, math.inf
+        tokens = len(self.causal.layout.block(1).video) * math.prod(self.codec.grid)
+        self._threads = 1 if tokens * self.model.config.video_dim < GRAIN else None
         self.set_prompt(self.prompt)
 
     def __enter__(self) -> Streamer:
@@ -110,7 +130,7 @@ class Streamer:
         context = self.text.encode([prompt], weight.device, weight.dtype)
         self._settle()
         if recache and self._made:
-            with torch.inference_mode():
+            with torch.inference_mode(), threads(self._threads):
                 past = self._cache, context, self._noise, self._made, self._kept
                 remember_again(self.model, self.causal, *past)
         self._cache.forget_text()
@@ -121,9 +141,10 @@ class Streamer:
         """Decode the next block, generated now or ahead; RuntimeError once the stream is closed."""
         self._check_open()
         made = self._coming.result() if self._coming else self._make()
-        self._coming = self._maker.submit(self._make) if self._maker else None
+        self._coming = self._maker.submit(self._make) if self._maker and self._made < self._last else None
         start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
-        clip = to_arrays(self.codec.decode(made.latents, self._decoder))
+        with threads(self._threads):
+            clip = to_arrays(self.codec.decode(made.latents, self._decoder))
         self.block += 1
         return Chunk(clip.video, clip.audio, start_s, made.prompt)
 
@@ -134,11 +155,26 @@ class Streamer:
         rest = self.codec.finish(self._decoder)
         return None if rest is None else Chunk(*to_arrays(rest), start_s, self.prompt)
 
+    def clip(self, seconds: int) -> Iterator[AV[np.ndarray]]:
+        """Yield the first whole `seconds` of a new stream as they come; no block is made that is not among them.
+
+        Shapes: AV(uint8 [F, H, W, 3], float32 [N] or [N, 2]), together those of `make_clip`.
+        """
+        wanted, clock = self.codec.clock.latents(seconds), self.codec.clock
+        left = AV(clock.frames(range(wanted.video)).stop, clock.samples(range(wanted.audio)).stop)
+        self._last = self.causal.layout.count(wanted.video)
+        for k in range(self._last + 1):
+            if chunk := self.step() if k < self._last else self.finish():
+                piece = AV(chunk.frames, chunk.samples).map(lambda x, n: x[:n], left)
+                left = left.map(lambda n, x: n - len(x), piece)
+                yield piece
+
     @torch.inference_mode()
     def _make(self) -> Made:
         k, prompt = self._made, self.prompt
         before = self._kept.get(k - 1)
-        made = next_block(self.model, self.causal, self._cache, self._context, self._noise, k, before)
+        with threads(self._threads):
+            made = next_block(self.model, self.causal, self._cache, self._context, self._noise, k, before)
         latents = made.map(Tensor.contiguous)
         self._kept = {i: self._kept[i] for i in self._numbers(k + 1) if i < k} | {k: latents}
         self._made += 1
@@ -282,29 +318,29 @@ def teacher_clips(
     return to_clips(codec.decode(ends))
 
 
-def generate(
+def clip_pieces(
+    model: Transformer,
+    causal: Causal | None,
+    codec: Codec,
+    text: TextEncoder,
     prompt: str,
     seconds: int,
     seed: int,
-    model: str | os.PathLike[str] = "student",
     *,
-    codec: Codec | None = None,
-    text: TextEncoder | None = None,
     steps: int = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
-    load: Mapping[str, object] | None = None,
-) -> AV[np.ndarray]:
-    """Make one clip: streamed by a causal student, sampled whole by a teacher in `steps` under `guidance`.
+) -> Iterator[AV[np.ndarray]]:
+    """Make one clip piece by piece, a block ahead, where the model is `causal`; in one piece where that is None.
 
-    Codec and text encoder are the miniature's unless others are given; `load` is how (see `checkpoints.load`).
-
-    Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples a second.
+    Shapes: as those of `make_clip`, together.
     """
     if seconds < 1:
         raise ValueError(f"a clip lasts 1 second or more, found {seconds}")
-    causal, codec, text = checkpoints.read(model).causal, codec or shipped_codec(), text or TinyText()
-    loaded = checkpoints.load(model, **(load or {}))
-    return make_clip(loaded, causal, codec, text, prompt, seconds, seed, steps=steps, guidance=guidance)
+    if causal is None:
+        yield from teacher_clips(model, codec, [prompt], [seed], seconds, steps=steps, guidance=guidance, text=text)
+        return
+    with Streamer(model, causal, codec, text, prompt, seed, ahead=True) as stream:
+        yield from stream.clip(seconds)
 
 
 def make_clip(
@@ -319,16 +355,9 @@ def make_clip(
     steps: int = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
 ) -> AV[np.ndarray]:
-    """Make one clip with a model that is loaded: streamed where it is `causal`, sampled whole where that is None.
+    """Make one clip whole: streamed by a causal student, sampled by a teacher in `steps` under `guidance`.
 
-    Shapes: as those of `generate`.
+    Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples a second.
     """
-    if causal is None:
-        return teacher_clips(model, codec, [prompt], [seed], seconds, steps=steps, guidance=guidance, text=text)[0]
-    wanted = codec.clock.latents(seconds)
-    with Streamer(model, causal, codec, text, prompt, seed) as stream:
-        chunks = [stream.step() for _ in range(causal.layout.count(wanted.video))]
-        chunks += [rest] if (rest := stream.finish()) else []
-    frames, samples = (np.concatenate(part) for part in zip(*((c.frames, c.samples) for c in chunks), strict=True))
-    ends = codec.clock.frames(range(wanted.video)).stop, codec.clock.samples(range(wanted.audio)).stop
-    return AV(frames[: ends[0]], samples[: ends[1]])
+    pieces = clip_pieces(model, causal, codec, text, prompt, seconds, seed, steps=steps, guidance=guidance)
+    return AV(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))

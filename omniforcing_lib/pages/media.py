@@ -9,32 +9,38 @@ how many.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn, TypeVar
 
 import av
 import numpy as np
-from av.stream import Disposition
-from av.video.reformatter import Colorspace
+from av.stream import Disposition, Stream
+from av.video.reformatter import Colorspace, VideoReformatter
 
 from omniforcing_lib.files import replacing, write_bytes
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.pages.footage import SCALER, Fit, Shown, Track, nearest
+from omniforcing_lib.pages.footage import BT709, SCALER, Fit, Shown, Track, on_show
 
 CLOCK = Clock()
 SHORT_SIDE = 256  # small clips are enlarged to this: players show them, and halved chroma loses nothing
-BT709, LIMITED_RANGE = 1, 1  # the colour tags of ISO 23091-2
+LIMITED_RANGE = 1  # the tag of ISO 23091-2
 AAC_BIT_RATE = 192_000
 LAYOUTS = {1: "mono", 2: "stereo"}
 AAC_BITS_PER_SAMPLE = 6  # the format's limit, 6144 bits a frame of 1024 samples: 96 kb/s at 16 kHz
 MOST_BYTES = 4 << 30  # of frames that one clip may fill: 4 hours at 64x64
+MATROSKA, SEGMENT = "matroska,webm", b"\x18\x53\x80\x67"  # the element that holds all the rest, by its id
+SEARCHED = 4096  # bytes that a Matroska file's first element takes at most, and then some
 TAIL_SECONDS = Fraction(1, 4)  # how much earlier than its header says a whole file may end
+
+
+S = TypeVar("S", bound=Stream)
 
 
 class MediaNote(UserWarning):
@@ -69,9 +75,10 @@ def read_clip(
 ) -> AV[np.ndarray]:
     """Read a video file of any rate, size and sound as a clip on `clock`.
 
-    Frames are chosen by nearest timestamp, cropped about the centre to the aspect of `size` (height, width; None keeps
-    the file's own) and scaled; sound is mixed to mono, resampled and placed by its timestamps. `seconds` reads the
-    first K seconds (24K + 1 frames), None all. A `MediaNote` tells what changed in time, shape or sound.
+    A frame is the picture on show at its time, upright, cropped about the centre to the aspect of `size` (height,
+    width; None keeps the file's own) and scaled; sound is mixed to mono, resampled and placed by its timestamps. Of
+    several tracks the default one is read. `seconds` reads the first K seconds (24K + 1 frames), None all. A
+    `MediaNote` tells what changed in time, shape, light or sound.
 
     Shapes: frames uint8 [F, H, W, 3], samples float32 [samples_of(F)] in [-1, 1].
 
@@ -85,10 +92,9 @@ def read_clip(
         picture = _read_picture(path, container, clock.fps, size, wanted)
     with _opened(path) as container:
         sound = _read_sound(path, container, clock, picture.start, len(picture.frames), to_the_end=wanted is None)
-        if wanted is None:
-            whole = Fraction(container.duration or 0, 1_000_000)
-            _check_whole(path, picture.declared, picture.end - picture.start)
-            _check_whole(path, whole, max(picture.end, sound.end))
+        if wanted is None and container.format.name != MATROSKA:
+            length = picture.end - picture.start if picture.declared else max(picture.end, sound.end)
+            _check_length(path, picture.declared or Fraction(container.duration or 0, av.time_base), length)
     if notes := picture.notes + sound.notes:
         warnings.warn(f"{path.name}: {'; '.join(notes)}", MediaNote, stacklevel=2)
     return AV(picture.frames, sound.samples)
@@ -108,10 +114,48 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
         raise ValueError(f"{path}: expected a whole video file, found {found}; get the file again") from error
 
 
-def _check_whole(path: Path, declared: Fraction, found: Fraction) -> None:
+def _check_length(path: Path, declared: Fraction, found: Fraction) -> None:
     if found < declared - TAIL_SECONDS:
-        lengths = f"expected {float(declared):.2f} s as its header says, found {float(found):.2f} s"
-        raise ValueError(f"{path}: {lengths}: the file is truncated; get it again or read fewer seconds")
+        _refuse_cut(path, f"expected {float(declared):.2f} s as its header says, found {float(found):.2f} s")
+
+
+def _refuse_cut(path: Path, lengths: str) -> NoReturn:
+    raise ValueError(f"{path}: {lengths}: the file is truncated; get it again or read fewer seconds")
+
+
+def _last_shown(path: Path, container: av.container.InputContainer, stream: av.VideoStream, *, whole: bool) -> Fraction:
+    """Give the time until which a Matroska file says that its last picture is shown, 0 where it doesn't.
+
+    A block need not say how long it lasts, and FFmpeg calls every stream as long as the longest one: a tag tells, which
+    can be older than a cut and no longer than the file, or the file's own length where it has no sound. Raises
+    ValueError if the file is to be read `whole` and is truncated.
+    """
+    if container.format.name != MATROSKA:
+        return Fraction(0)
+    if (end := _segment_end(path)) > path.stat().st_size:
+        if whole:
+            _refuse_cut(path, f"expected {end} bytes as its header says, found {path.stat().st_size}")
+        return Fraction(0)
+    length = Fraction(container.duration or 0, av.time_base)
+    if time := re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d{1,9})?)", stream.metadata.get("DURATION", "")):
+        return min(length, int(time[1]) * 3600 + int(time[2]) * 60 + Fraction(time[3]))
+    return Fraction(0) if container.streams.audio else length
+
+
+def _segment_end(path: Path) -> int:
+    """Give the byte at which a Matroska file says that it ends, 0 where it doesn't: its writer was never closed."""
+    with path.open("rb") as file:
+        found = re.search(SEGMENT + b"(.{8})", file.read(SEARCHED), re.DOTALL)
+    if not found or not found[1][0]:
+        return 0
+    width = 9 - found[1][0].bit_length()
+    size = int.from_bytes(found[1][:width]) - (1 << 7 * width)
+    return 0 if size == (1 << 7 * width) - 1 else found.start(1) + width + size
+
+
+def _default(streams: Sequence[S]) -> S:
+    """Choose the track that the file calls the default one, else the first."""
+    return next((stream for stream in streams if stream.disposition & Disposition.default), streams[0])
 
 
 def _read_picture(
@@ -126,11 +170,12 @@ def _read_picture(
     if not streams or container.format.name == "tty":
         found = "text" if streams else " and ".join(s.type for s in container.streams) or "no stream"
         raise ValueError(f"{path}: expected a video stream, found {found}")
-    _check_codec(path, streams[0])
-    shown = Shown(container, streams[0])
-    fit = Fit(size, streams[0].sample_aspect_ratio)
+    stream = _default(streams)
+    _check_codec(path, stream)
+    shown = Shown(container, stream, _last_shown(path, container, stream, whole=wanted is None))
+    fit = Fit(size, stream.sample_aspect_ratio)
     frames: list[np.ndarray] = []
-    for frame in nearest(_bounded(path, shown, fps, size, wanted), fps):
+    for frame in on_show(_bounded(path, shown, fps, size, wanted), fps):
         try:
             frames.append(fit(frame))
         except ValueError as error:
@@ -144,7 +189,7 @@ def _read_picture(
     if not frames or len(frames) < (wanted or 1):
         found = f"{len(frames)} ({float(len(frames) / fps):.2f} s)"
         raise ValueError(f"{path}: expected {wanted or 'some'} frames at {fps} fps, found {found}; read fewer seconds")
-    declared = (streams[0].duration or 0) * (streams[0].time_base or Fraction(0))
+    declared = (stream.duration or 0) * (stream.time_base or Fraction(0))
     return _Picture(np.stack(frames), shown.start, shown.end, declared, notes)
 
 
@@ -180,7 +225,7 @@ def _read_sound(
     length = samples_of(frames, clock)
     if not container.streams.audio:
         return _Sound(np.zeros(length, np.float32), Fraction(0), ["no sound: silence instead"])
-    stream = container.streams.audio[0]
+    stream = _default(container.streams.audio)
     _check_codec(path, stream)
     note = f"{stream.rate} Hz {stream.layout.name} -> {clock.sample_rate} Hz mono"
     notes = [] if (stream.rate, stream.layout.nb_channels) == (clock.sample_rate, 1) else [note]
@@ -193,6 +238,8 @@ def _read_sound(
     track.flush()
     if (missing := needed - track.end) > TAIL_SECONDS:
         notes.append(f"sound ends {float(missing):.2f} s before the picture: silence after it")
+    if to_the_end and -missing > TAIL_SECONDS:
+        notes.append(f"sound goes on for {float(-missing):.2f} s after the picture: left out")
     return _Sound(track.samples.clip(-1, 1), track.end, notes)
 
 
@@ -218,7 +265,7 @@ class ClipWriter:
     ) -> None:
         self.path, self.clock, self.size, self.channels = Path(path), clock, size, channels
         self.scale = _whole_scale(size) if scale is None else scale
-        self.written = AV(0, 0)
+        self.written, self._scaler = AV(0, 0), VideoReformatter()
         if any(side * self.scale % 2 or side < 1 for side in size):
             found = f"{size[0]}x{size[1]} at scale {self.scale}"
             raise ValueError(f"{path}: H.264 needs even sides, found {found}; use an even scale or None")
@@ -272,11 +319,13 @@ class ClipWriter:
 
     def _write_frame(self, pixels: np.ndarray) -> None:
         enlarged = pixels.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
-        frame = av.VideoFrame.from_ndarray(enlarged, "rgb24").reformat(
+        frame = self._scaler.reformat(
+            av.VideoFrame.from_ndarray(enlarged, "rgb24"),
             format="yuv420p",
             dst_colorspace=Colorspace.ITU709,
             dst_color_range=LIMITED_RANGE,
             interpolation=SCALER,
+            threads=1,
         )
         frame.pts, frame.time_base = self.written.video, Fraction(1, self.clock.fps)
         self._container.mux(self._streams.video.encode(frame))
@@ -297,9 +346,21 @@ def write_clip(path: str | Path, clip: AV[np.ndarray], clock: Clock = CLOCK, *, 
 
     Shapes: frames uint8 [F, H, W, 3], samples float [N], or [N, 2] for stereo, in [-1, 1].
     """
-    channels = 1 if clip.audio.ndim == 1 else clip.audio.shape[1]
-    with ClipWriter(path, clock, clip.video.shape[1:3], scale=scale, channels=channels) as writer:
-        writer.write(clip)
+    return write_pieces(path, [clip], clock, scale=scale)
+
+
+def write_pieces(
+    path: str | Path, pieces: Iterable[AV[np.ndarray]], clock: Clock = CLOCK, *, scale: int | None = None
+) -> Path:
+    """Write a clip as its pieces come, each let go before the next is asked for; else as `write_clip`."""
+    pieces = iter(pieces)
+    piece = next(pieces)
+    channels = 1 if piece.audio.ndim == 1 else piece.audio.shape[1]
+    with ClipWriter(path, clock, piece.video.shape[1:3], scale=scale, channels=channels) as writer:
+        while piece is not None:
+            writer.write(piece)
+            piece = None
+            piece = next(pieces, None)
     return Path(path)
 
 

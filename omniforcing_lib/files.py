@@ -1,4 +1,7 @@
-"""Write files so that a reader sees the old one or the new one, never half: the one home of write-then-rename."""
+"""Write files so that a reader sees the old one or the new one, never half: the one home of write-then-rename.
+
+A path that a user gave is kept as it was given: `~` is their home, and no link is followed to another name.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,59 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STALE_S = 3600.0  # a half-written file older than this whose writer is gone is rubbish
+
+
+def given(path: str | os.PathLike[str]) -> Path:
+    """Give the path that a user means: `~` is expanded, links keep their names."""
+    return Path(os.path.expanduser(path))
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that could not be written in the end, before any work; nothing is left behind.
+
+    Raises:
+        ValueError: it is a folder, or its place cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected the name of a file; name one in it")
+    _check_place(path, path)
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that could not be made or filled in the end, before any work; nothing is left behind.
+
+    Raises:
+        ValueError: it is a file, or its place cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, expected a folder; name another")
+    _check_place(path / "file", path)
+
+
+def check_new(path: Path) -> None:
+    """Refuse, by a ValueError, a folder that is there already."""
+    if path.exists():
+        raise ValueError(f"{path} is there already; name a folder that is not")
+
+
+def _check_place(path: Path, wanted: Path) -> None:
+    """Make the scratch folder that writing begins with: rights alone don't tell of a disk that is read-only or full."""
+    try:
+        while not path.parent.exists():
+            path = path.parent
+        with _scratch(path):
+            pass
+    except OSError as error:
+        found = f"{path.parent} does not let us write ({error.strerror})"
+        raise ValueError(f"{wanted} cannot be written: {found}; name another place") from error
 
 
 @contextmanager
@@ -36,7 +86,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _scratch(path) as folder:
             partial = folder / path.name
             yield partial
-            partial.chmod(folder.stat().st_mode & 0o666)  # safetensors' own temporary file is for its owner alone
+            with suppress(PermissionError):  # some disks know no rights; else safetensors' file is its owner's alone
+                partial.chmod(folder.stat().st_mode & 0o666)
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -52,8 +103,7 @@ def filling(path: str | os.PathLike[str]) -> Iterator[Path]:
         ValueError: something is at `path` already.
     """
     path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} is there already; name a folder that is not")
+    check_new(path)
     with _scratch(path) as folder:
         yield folder
         os.replace(folder, path)
@@ -75,7 +125,7 @@ def _sweep(path: Path) -> None:
         writer = left.name.split(".")[-2]
         with suppress(FileNotFoundError):  # its writer has just finished
             silence = time.time() - (last_written(left) or left.stat().st_mtime)
-            if writer.isdigit() and silence > STALE_S and not _alive(int(writer)):
+            if writer.isdigit() and silence > STALE_S and not alive(int(writer)):
                 shutil.rmtree(left, ignore_errors=True)
 
 
@@ -89,7 +139,8 @@ def last_written(folder: Path) -> float:
     return newest
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Tell whether a process of this machine runs."""
     if os.name != "posix":  # elsewhere signal 0 is no question
         return True
     try:
@@ -105,6 +156,8 @@ def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
     """Write one safetensors file, atomically."""
+    from safetensors.torch import save_file  # not above: what checks paths needs no torch
+
     with replacing(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata or {}))
     return Path(path)

@@ -1,7 +1,8 @@
-"""Which kernel attends: flash-attn, FlexAttention or PyTorch's own, chosen once a kind of tensor (spec 1.6, 8.2).
+"""Which device computes, and which kernel attends: flash-attn, FlexAttention or PyTorch's own (spec 1.6, 8.2).
 
-A cached step and a run of a sliced mask need no mask, so flash-attn serves both; masked training on a GPU takes
-FlexAttention, everything else PyTorch's scaled dot product. A choice says why in one log line, and can be named.
+A kernel is chosen once a kind of tensor. A cached step and a run of a sliced mask need no mask, so flash-attn serves
+both; masked training on a GPU takes FlexAttention, everything else PyTorch's scaled dot product. A choice says why in
+one log line, and can be named.
 
 Shapes: B batch, H heads, T queries, L keys, D head dim.
 """
@@ -42,6 +43,25 @@ class Choice(NamedTuple):
 
     plain: str
     masked: str
+
+
+def device(name: str) -> torch.device:
+    """Give a device that is there: `cpu`, `cuda`, one GPU of several as `cuda:1`, or `auto`, a GPU if there is one.
+
+    Raises:
+        ValueError: another name, or a GPU that torch does not see.
+    """
+    there = torch.cuda.device_count()
+    try:
+        found = torch.device(("cuda" if there else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"a device is cpu, cuda (one of several: cuda:1) or auto, found {name!r}")
+    if found.type == "cuda" and (found.index or 0) >= there:
+        sees = f"{there} CUDA devices, from cuda:0" if there else "no CUDA device"
+        raise ValueError(f"device {name!r} asked for, but torch {torch.__version__} sees {sees}; use 'cpu'")
+    return found
 
 
 def use(name: str) -> None:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from omniforcing_lib import files, rollout
 from omniforcing_lib.bounce import distributions, evaluate, world
+from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.lab import exposure
@@ -27,6 +28,7 @@ from omniforcing_lib.pages import claims, media, plots
 from omniforcing_lib.weights import checkpoints
 
 Clip = AV[np.ndarray]
+OTHER_SEEDS = 5_000
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Trial:
     clips: int = 64
     seeds: int = 3
     seconds: int = 5
+
+    def __post_init__(self) -> None:
+        if self.clips > OTHER_SEEDS:
+            raise ValueError(
+                f"a seed has up to {OTHER_SEEDS} clips, then they are those of the reference; found {self.clips}"
+            )
 
     @property
     def prompts(self) -> list[str]:
@@ -70,6 +78,32 @@ class System(NamedTuple):
     model: str
     steps: int = 40
     prompted: bool = True
+
+
+def systems_of(models: Sequence[str], steps: Sequence[int], *, unprompted: bool = False) -> dict[str, System]:
+    """Name what is measured: students by their files, teachers by their steps too, and without a prompt if asked.
+
+    Raises:
+        ValueError: two have one name, or a model makes other latents than the world's.
+    """
+    found: list[tuple[str, System]] = []
+    for model in models:
+        checkpoint, name = checkpoints.fitting(model), Path(model).stem
+        wanted, there = CodecConfig().channels.video, checkpoint.config.in_channels
+        if there != wanted:
+            raise ValueError(
+                f"{model} makes latents of {there} channels, the world's have {wanted}: nothing judges them"
+            )
+        if checkpoint.causal is not None:
+            found.append((name, System(model)))
+            continue
+        found += [(f"{name}, {n} steps", System(model, n)) for n in steps]
+        if unprompted:
+            found.append((f"{name}, no prompt", System(model, min(steps), prompted=False)))
+    names = [name for name, _ in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two columns would be called {', '.join(twice)}: give each model once, and files other names")
+    return dict(found)
 
 
 @torch.inference_mode()
@@ -118,8 +152,10 @@ def run(systems: dict[str, System], trial: Trial, out: str | Path, *, floor: boo
     Returns the table; distances are to real clips of other seeds, equal in number.
     """
     out = Path(out)
+    if len(trial.numbers) < 2:
+        raise ValueError(f"distances and shuffled sound need 2 clips or more, found {len(trial.numbers)}")
     real, prompts = through_file(trial.real()), trial.prompts
-    reference = distributions.feature_sets(through_file(trial.real(offset=5_000)))
+    reference = distributions.feature_sets(through_file(trial.real(offset=OTHER_SEEDS)))
     sets = {"real clips": real, "codec round trip": through_file(through_codec(trial.real(), stream.shipped_codec()))}
     if floor:
         sets["shuffled sound"] = evaluate.shuffled(real)
@@ -208,10 +244,7 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
         raise ValueError(f"long roll-outs last two or more whole spans of {width} s, found {trial.seconds} s")
     layouts = {"real clips": PAPER}
     for name, system in systems.items():
-        causal = checkpoints.read(system.model).causal
-        if causal is None:
-            raise ValueError(f"{system.model} is no causal student: it cannot be rolled out for {trial.seconds} s")
-        layouts[name] = causal.layout
+        layouts[name] = checkpoints.student(system.model).layout
     size = f"{trial.clips * trial.seeds} roll-outs of {trial.seconds} s"
     parts, record = [f"{size}, held-out, through an mp4; mean and 95 % interval."], {}
     for name, layout in layouts.items():

@@ -82,22 +82,24 @@ def test_a_notebook_runs_in_this_interpreter_whatever_kernel_is_called_python3(t
     assert output.text.strip() == sys.prefix
 
 
-@pytest.mark.parametrize(
-    ("source", "line"),
-    [
-        (
-            "numbers = []\n\ndef first():\n    return numbers[0]\n\nif not numbers:\n    first()  # here\n",
-            "first()  # here",
-        ),
-        ("x = dict(\n    a=1,\n    b=1 / 0,\n)", "b=1 / 0,"),
-        ("x = 1\ny = = 2", "y = = 2"),
-    ],
-    ids=["a call", "many lines", "no Python"],
+CAUSED = (
+    "def first():\n    try:\n        1 / 0\n    except ArithmeticError as error:\n        raise ValueError from error"
 )
-def test_the_line_that_failed_is_named_not_the_first(tmp_path, source, line):
+
+
+@pytest.mark.parametrize(
+    ("cells", "line"),
+    [
+        ([CAUSED, "first()  # here\n\n\nx = 1"], "first()  # here"),
+        (["x = dict(\n    a=1,\n    b=1 / 0,\n)"], "b=1 / 0,"),
+        (["x = 1\ny = = 2"], "y = = 2"),
+    ],
+    ids=["a call with a cause", "many lines", "no Python"],
+)
+def test_the_line_that_failed_is_named_not_the_first(tmp_path, cells, line):
     with pytest.raises(runner.NotebookFailed) as failed:
-        runner.execute(plain_notebook(tmp_path, source), tmp_path / "out.ipynb", {})
-    assert f"plain failed in cell [1] `{line}`: " in str(failed.value)
+        runner.execute(plain_notebook(tmp_path, *cells), tmp_path / "out.ipynb", {})
+    assert f"plain failed in cell [{len(cells)}] `{line}`: " in str(failed.value)
 
 
 @pytest.mark.slow

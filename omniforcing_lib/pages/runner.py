@@ -155,7 +155,8 @@ def _kernel_of_this_interpreter() -> type:
 def _failing_line(error: PapermillExecutionError) -> str:
     """Find the line of a cell that its traceback names first; the cell's own first line where it names none."""
     lines = error.source.splitlines()
-    found = re.search(r"Cell In ?\[\d+\], line (\d+)", ANSI.sub("", "\n".join(error.traceback)))
+    where = rf"Cell In ?\[{error.exec_count}\], line (\d+)"  # a cause may begin in a function of another cell
+    found = re.search(where, ANSI.sub("", "\n".join(error.traceback)))
     if found and int(found[1]) <= len(lines):
         return lines[int(found[1]) - 1].strip()
     return error.source.strip().partition("\n")[0]

@@ -1,10 +1,8 @@
 """pytest set-up for the tests and, through nbval, for the stored notebooks."""
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import pytest
+
+import omniforcing_lib  # noqa: F401  says how waiting threads wait, before any test imports torch
 
 # What a reader may see change from run to run: warnings on stderr, tables in HTML, players, bars on a slow machine.
 NOT_COMPARED = ("stderr", "text/html", "text/markdown")

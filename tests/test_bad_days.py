@@ -1,8 +1,10 @@
 """Killed while writing, a full disk, many streams at once: what was there stays, what is made stays the same."""
 
+import errno
 import os
 import random
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +21,8 @@ from test_stream import codec, stream  # noqa: F401  fixtures
 from omniforcing_lib import files
 from omniforcing_lib.layout import AV
 from omniforcing_lib.pages import media
+from omniforcing_lib.training import journal
+from omniforcing_lib.training.distributed import ALONE
 
 sys.path.append(str(Path(__file__).parent / "reliability"))
 import writer
@@ -106,6 +110,52 @@ def test_a_truly_full_disk_too(tmp_path):
             path.unlink()
     finally:
         subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_a_disk_that_knows_no_rights_is_written_all_the_same(tmp_path, monkeypatch):
+    def chmod(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(files.Path, "chmod", chmod)
+    assert files.write_text(tmp_path / "a.txt", "whole").read_text() == "whole"
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """What flock answers on many disks of a network."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(journal.fcntl, "flock", flock)
+
+
+def opened(folder):
+    with journal.opened(folder, {}, 0, ALONE):
+        return (folder / "lock").read_text()
+
+
+def test_a_disk_without_locks_holds_a_run_and_says_so(tmp_path, no_locks, capsys):
+    assert opened(tmp_path) == f"{socket.gethostname()} process {os.getpid()}\n"
+    assert "no locks here (No locks available)" in capsys.readouterr().out
+
+
+def test_without_locks_a_run_that_lives_keeps_its_folder_and_a_dead_one_does_not(tmp_path, no_locks):
+    (tmp_path / "lock").write_text(f"{socket.gethostname()} process {os.getppid()}\n")
+    with pytest.raises(ValueError, match=f"in use by {socket.gethostname()} process {os.getppid()}"):
+        opened(tmp_path)
+    (tmp_path / "lock").write_text(f"{socket.gethostname()} process {DEAD}\n")
+    assert str(os.getpid()) in opened(tmp_path)
+
+
+@pytest.mark.parametrize("found", [errno.EAGAIN, errno.EWOULDBLOCK])
+def test_only_would_block_means_that_another_run_has_the_folder(tmp_path, monkeypatch, found):
+    def flock(*_):
+        raise OSError(found, os.strerror(found))
+
+    monkeypatch.setattr(journal.fcntl, "flock", flock)
+    with pytest.raises(ValueError, match="in use by a run that has just begun"):
+        opened(tmp_path)
 
 
 def bits(chunks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import synthetic
@@ -14,7 +15,9 @@ from test_transformer import TINY, tiny
 
 from omniforcing_lib import files
 from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.lab import companions
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
+from omniforcing_lib.pages import runner
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.weights import checkpoints, formats
 
@@ -80,6 +83,53 @@ def test_weights_of_the_files_own_dtype_stay_mapped_and_private(path):
     checkpoints.save(tiny(seed=9), path, dtype=torch.float32)
     assert torch.equal(model.proj_out.bias, bias + 1)
     assert path.read_bytes() != before and torch.equal(model.proj_out.weight, tiny(dtype=torch.float32).proj_out.weight)
+
+
+def cached(path, name):
+    """Put a file into a content-addressed cache: the blob is named by its hash, a link to it as everybody calls it."""
+    blob = path.parent / "blobs" / "5f3ab2"
+    blob.parent.mkdir()
+    path.rename(blob)
+    link = path.parent / "snapshots" / "main" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+    return link
+
+
+def test_a_link_is_read_by_its_own_name_and_what_is_beside_it_is_beside_the_link(path, monkeypatch):
+    link = cached(path, "ltx-2-19b-dev.safetensors")
+    gemma = link.parent / "gemma-3" / "config.json"
+    gemma.parent.mkdir()
+    gemma.write_text("{}")
+    assert checkpoints.read(link).path == link and "ltx-2-19b-dev" in checkpoints.inspect(link)
+    assert runner._given([f"teacher={link}"], "smoke") == {"teacher": str(link)}
+    assert companions._beside(link, "gemma*/config.json") == [gemma]
+    for folder, given in ((link.parent, link.name), (gemma.parent, f"../{link.name}")):
+        monkeypatch.chdir(folder)
+        assert companions._beside(checkpoints.read(given).path, "gemma*/config.json") == [gemma]
+        assert runner._given([f"teacher={given}"], "smoke") == {"teacher": str(Path(folder, given))}
+
+
+def test_a_linked_folder_is_called_as_the_link(path, tmp_path):
+    link = tmp_path / "omniforcing"
+    link.symlink_to(cached(path, "x.safetensors").parent)
+    assert checkpoints.read(link).path == link / "x.safetensors" and checkpoints.inspect(link).startswith(
+        "omniforcing/"
+    )
+
+
+def test_shards_behind_links_are_found_by_their_names(path, tmp_path):
+    """An index and its files may each be a link to another blob."""
+    whole = load_file(path)
+    for i, name in enumerate(sorted(whole)):
+        blob = tmp_path / f"{i:x}"
+        save_file({name: whole[name]}, blob, {"config": json.dumps(checkpoints.read(path).metadata["config"])})
+        (tmp_path / "release").mkdir(exist_ok=True)
+        (tmp_path / "release" / f"{i}.safetensors").symlink_to(blob)
+    listing = {name: f"{i}.safetensors" for i, name in enumerate(sorted(whole))}
+    files.write_json(tmp_path / "index", {"weight_map": listing})
+    (tmp_path / "release" / "model.safetensors.index.json").symlink_to(tmp_path / "index")
+    assert checkpoints.load(tmp_path / "release").state_dict().keys() == checkpoints.load(path).state_dict().keys()
 
 
 def test_metadata_that_is_absent_is_said_to_be_assumed(path):

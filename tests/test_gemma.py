@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import LTX2Pipeline
 from tiny_ltx2 import MODEL, diffusers_folder, gemma_folder, whole_file
 
-from omniforcing_lib.layout import AV
+from omniforcing_lib.lab import companions
+from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import gemma, parts
 from omniforcing_lib.ltx2.gemma import GemmaText
 
@@ -67,6 +70,31 @@ def test_a_cached_prompt_loads_nothing(files, tmp_path, monkeypatch):
         assert not text.loaded and all(torch.equal(a, b.flip(0)) for a, b in zip(again, made, strict=True))
     half = second.encode(PROMPTS[:1], dtype=torch.bfloat16)
     assert half.video.dtype == torch.bfloat16
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_context(files, tmp_path, recwarn):
+    """A folder below a file can neither be read nor made; the second prompt does not warn again."""
+    (tmp_path / "file").write_text("")
+    text = encoder(files, cache=tmp_path / "file" / "contexts")
+    made = [text.encode([prompt]) for prompt in PROMPTS]
+    warned = [str(warning.message) for warning in recwarn if "contexts are not kept" in str(warning.message)]
+    assert len(warned) == 1 and str(tmp_path / "file" / "contexts") in warned[0]
+    right = encoder(files).encode(PROMPTS)
+    assert all(
+        torch.equal(torch.cat(parts), whole) for parts, whole in zip(zip(*made, strict=True), right, strict=True)
+    )
+
+
+def test_contexts_are_kept_for_the_user_and_not_in_the_models_folder(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(companions, "load_ltx2_codec", lambda *_, **__: SimpleNamespace(grid=(2, 3), clock=Clock()))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept = {}
+    for name, folder in (("", ".cache"), (str(tmp_path / "xdg"), "xdg")):
+        monkeypatch.setenv("XDG_CACHE_HOME", name)
+        kept[folder] = companions.of(str(files / "ltx2.safetensors")).text.cache
+    assert kept == {folder: tmp_path / folder / "omniforcing" / "contexts" for folder in kept}
+    assert companions.of(str(files / "ltx2.safetensors"), contexts="~/mine").text.cache == tmp_path / "mine"
+    assert not (files / "gemma" / "contexts").exists()
 
 
 def test_another_encoder_does_not_find_the_cache(files, tmp_path):

@@ -1,6 +1,7 @@
 """The runner and the run context, on notebooks of three cells."""
 
 import json
+import sys
 
 import matplotlib
 import nbformat
@@ -52,7 +53,7 @@ def run(tmp_path):
         (["-p", "seed=many"], "parameter seed is of type int, found 'many'"),
         (["-p", "seed"], "name=value"),
         (["-p", "profile=full"], "--profile"),
-        (["-p", "teacher=nowhere.safetensors"], "no such file"),
+        (["-p", "teacher=nowhere.safetensors"], "parameter teacher: no checkpoint at nowhere.safetensors"),
         (["--only", "07"], "01_holds, 02_fails"),
         (["--profile", "fast"], "smoke, cpu, full, gpu"),
     ],
@@ -62,6 +63,44 @@ def test_bad_parameters_stop_the_run_before_it_starts(series, tmp_path, capsys, 
     arguments = ["reproduce", "--profile", "smoke", "--notebooks", str(series), "--out", str(out), *words]
     assert main(arguments) == 2
     assert says in capsys.readouterr().err and not out.exists()
+
+
+def plain_notebook(folder, *cells):
+    node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    node.metadata.kernelspec = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(node, folder / "plain.ipynb")
+    return folder / "plain.ipynb"
+
+
+def test_a_notebook_runs_in_this_interpreter_whatever_kernel_is_called_python3(tmp_path, monkeypatch):
+    foreign = tmp_path / "kernels" / "python3"
+    foreign.mkdir(parents=True)
+    spec = {"argv": ["no-such-python", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    (foreign / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    runner.execute(plain_notebook(tmp_path, "import sys\nprint(sys.prefix)"), tmp_path / "out.ipynb", {})
+    (output,) = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[0].outputs
+    assert output.text.strip() == sys.prefix
+
+
+CAUSED = (
+    "def first():\n    try:\n        1 / 0\n    except ArithmeticError as error:\n        raise ValueError from error"
+)
+
+
+@pytest.mark.parametrize(
+    ("cells", "line"),
+    [
+        ([CAUSED, "first()  # here\n\n\nx = 1"], "first()  # here"),
+        (["x = dict(\n    a=1,\n    b=1 / 0,\n)"], "b=1 / 0,"),
+        (["x = 1\ny = = 2"], "y = = 2"),
+    ],
+    ids=["a call with a cause", "many lines", "no Python"],
+)
+def test_the_line_that_failed_is_named_not_the_first(tmp_path, cells, line):
+    with pytest.raises(runner.NotebookFailed) as failed:
+        runner.execute(plain_notebook(tmp_path, *cells), tmp_path / "out.ipynb", {})
+    assert f"plain failed in cell [{len(cells)}] `{line}`: " in str(failed.value)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from omniforcing_lib import backends, files
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.codecs import Codec, DecodeState
@@ -33,7 +34,7 @@ from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.live import stream
 from omniforcing_lib.live.stream import MINIATURE_GUIDANCE
 from omniforcing_lib.ltx2.codec import LTX2Codec, LTX2DecodeState, load_ltx2_codec
-from omniforcing_lib.ltx2.gemma import GemmaText
+from omniforcing_lib.ltx2.gemma import GemmaText, user_cache
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.training.dataset import Prompts, latent_shapes
 from omniforcing_lib.transformer import Transformer
@@ -200,6 +201,12 @@ class Companions:
         if not self.known:
             run.leave_out(WORLD_ONLY, "nobody knows the truth about this teacher's clips, nor what to expect of it")
 
+    def choose_attention(self) -> None:
+        """Choose the attention of both streams now; ValueError where a named backend can't serve them."""
+        config = checkpoints.read(self.source).config
+        for size in (config.attention_head_dim, config.audio_attention_head_dim):
+            backends.chosen(torch.empty(1, 1, 1, size, device=self.device, dtype=self.dtype))
+
     @cached_property
     def _weights(self) -> Transformer:
         return checkpoints.load(self.source, device=self.device, dtype=self.dtype)
@@ -218,9 +225,7 @@ class Companions:
         if not self.known and model == "student":
             causal = Causal()
             return self.load(sinks=causal.layout.sinks), causal
-        causal = checkpoints.read(model).causal
-        if causal is None:
-            raise ValueError(f"{model} is no causal student (its config has no `omniforcing` part); train stage2 first")
+        causal = checkpoints.student(model)
         return checkpoints.load(model, device=self.device, dtype=self.dtype), causal
 
     def context(self) -> Prompts:
@@ -251,6 +256,7 @@ def of(
     parts: str = "",
     gemma: str = "",
     horizon: int | None = None,
+    contexts: str = "",
 ) -> Companions:
     """Find what belongs to a checkpoint: the miniature's world, LTX-2's own parts, or stand-ins.
 
@@ -258,17 +264,19 @@ def of(
 
     Args:
         source: `teacher`, or the path of a checkpoint.
-        device: where models go.
+        device: where models go, see `backends.device`.
         dtype: of their weights, by name.
         grid: tokens of a frame, 32 x 32 pixels each in LTX-2; the miniature has its own.
         parts: LTX-2 file or diffusers folder with VAEs, vocoder and connectors; else the checkpoint itself, or
             `ltx-2*.safetensors` beside it.
         gemma: folder of Gemma 3.
         horizon: video latents that a streamed frame waits for, see `LTX2Codec`.
+        contexts: folder that keeps Gemma's contexts; else the user's cache, see `gemma.user_cache`.
 
     Raises:
-        ValueError: a named part is not there, or is not what it should be.
+        ValueError: a named part or the device is not there, or is not what it should be.
     """
+    device = str(backends.device(device))
     checkpoint, kind = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
     fits = checkpoint.config.in_channels == CodecConfig().channels.video
     if checkpoint.metadata.get("model_version") == "miniature" and fits:
@@ -277,10 +285,10 @@ def of(
     config, name = checkpoint.config, checkpoint.path.name
     encoder = gemma or next((str(path.parent) for path in _beside(checkpoint.path, "gemma*/config.json")), "")
     if encoder:
-        where = parts or _parts_of(checkpoint.path)
+        where = files.given(parts) if parts else _parts_of(checkpoint.path)
+        text = GemmaText(files.given(encoder), where, files.given(contexts) if contexts else user_cache(), **kind)
         codec = Mono(load_ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon=horizon, **kind))
-        text = GemmaText(encoder, where, cache=Path(encoder) / "contexts", **kind)
-        says = f"{name}: decoded by {Path(where).name}, prompted by {Path(encoder).name}; no truth is known"
+        says = f"{name}: decoded by {where.name}, prompted by {Path(encoder).name}; no truth is known"
     else:
         codec, text = StandInCodec(config, grid, device), StandInText(text_widths(config))
         says = (
@@ -291,15 +299,16 @@ def of(
 
 
 def _beside(path: Path, pattern: str) -> list[Path]:
-    """Find files beside a checkpoint, or beside the folder that it is in."""
-    return [found for folder in (path.parent, path.parent.parent) for found in sorted(folder.glob(pattern))]
+    """Find files beside a checkpoint, or beside the folder that it is in; a link's are beside the link."""
+    folder = Path(os.path.abspath(path)).parent
+    return [found for place in (folder, folder.parent) for found in sorted(place.glob(pattern))]
 
 
-def _parts_of(path: Path) -> str:
+def _parts_of(path: Path) -> Path:
     """Find the file that holds VAEs, vocoder and connectors: the checkpoint itself, or an LTX-2 file beside it."""
     for file in (path, *_beside(path, "ltx-2*.safetensors")):
         if file.suffix == ".safetensors" and any(name.startswith("vocoder.") for name in shards.one_file(file).entries):
-            return str(file)
+            return file
     raise ValueError(f"{path} holds no VAEs and no vocoder, and no ltx-2*.safetensors beside it does; name one (parts)")
 
 

@@ -206,8 +206,13 @@ def cached_pass(model: Transformer, inputs: Inputs, layout: BlockLayout) -> AV[T
 
 
 @torch.no_grad()
-def cached_against_masked(model: Transformer, inputs: Inputs, layout: BlockLayout) -> AV[float]:
-    """Measure the largest difference of a cached and a masked pass, as a share of the largest value (invariant 2)."""
+def cached_against_masked(model: Transformer, inputs: Inputs, layout: BlockLayout, dtype: str = "") -> AV[float]:
+    """Measure the largest difference of a cached and a masked pass, as a share of the largest value (invariant 2).
+
+    A `dtype`, by name, casts the model and its inputs first.
+    """
+    if dtype:
+        model, inputs = (x.to(getattr(torch, dtype)) for x in (model, inputs))
     frames, height, width = inputs.x.video.shape[1:4]
     whole = model(*inputs, masks=masks.build(layout, frames, height * width))
     return whole.map(lambda a, b: ((a - b).abs().max() / a.abs().max()).item(), cached_pass(model, inputs, layout))

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from omniforcing_lib import files, rollout
 from omniforcing_lib.bounce import distributions, evaluate, variety, world
+from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.lab import distill, exposure
@@ -52,6 +53,12 @@ class Trial:
     seconds: int = 5
     prompt: str = ""
     first: int = 10_000
+
+    def __post_init__(self) -> None:
+        if self.clips > OTHER_SEEDS:
+            raise ValueError(
+                f"a seed has up to {OTHER_SEEDS} clips, then they are those of the reference; found {self.clips}"
+            )
 
     @property
     def prompts(self) -> list[str]:
@@ -87,6 +94,32 @@ class System(NamedTuple):
     model: str
     steps: int = 40
     prompted: bool = True
+
+
+def systems_of(models: Sequence[str], steps: Sequence[int], *, unprompted: bool = False) -> dict[str, System]:
+    """Name what is measured: students by their files, teachers by their steps too, and without a prompt if asked.
+
+    Raises:
+        ValueError: two have one name, or a model makes other latents than the world's.
+    """
+    found: list[tuple[str, System]] = []
+    for model in models:
+        checkpoint, name = checkpoints.fitting(model), Path(model).stem
+        wanted, there = CodecConfig().channels.video, checkpoint.config.in_channels
+        if there != wanted:
+            raise ValueError(
+                f"{model} makes latents of {there} channels, the world's have {wanted}: nothing judges them"
+            )
+        if checkpoint.causal is not None:
+            found.append((name, System(model)))
+            continue
+        found += [(f"{name}, {n} steps", System(model, n)) for n in steps]
+        if unprompted:
+            found.append((f"{name}, no prompt", System(model, min(steps), prompted=False)))
+    names = [name for name, _ in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two columns would be called {', '.join(twice)}: give each model once, and files other names")
+    return dict(found)
 
 
 @torch.inference_mode()
@@ -157,6 +190,8 @@ def run(
     Returns the table.
     """
     out, judged = Path(out), origins.of(*dict.fromkeys(system.model for system in systems.values()), "codec")
+    if len(trial.numbers) <= variety.NEIGHBOURS:
+        raise ValueError(f"neighbours need {variety.NEIGHBOURS + 1} clips or more, found {len(trial.numbers)}")
     reference = Reference.of(trial)
     made = {"real clips": trial.real, "codec round trip": lambda: through_codec(trial.real(), stream.shipped_codec())}
     made |= {"shuffled sound": lambda: evaluate.shuffled(trial.real())} if floor else {}
@@ -292,10 +327,7 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
         raise ValueError(f"long roll-outs last two or more whole spans of {width} s, found {trial.seconds} s")
     layouts = {"real clips": PAPER}
     for name, system in systems.items():
-        causal = checkpoints.read(system.model).causal
-        if causal is None:
-            raise ValueError(f"{system.model} is no causal student: it cannot be rolled out for {trial.seconds} s")
-        layouts[name] = causal.layout
+        layouts[name] = checkpoints.student(system.model).layout
     size = f"{trial.clips * trial.seeds} roll-outs of {trial.seconds} s"
     parts, record = [f"{size}, held-out seeds, through an mp4; mean and 95 % interval."], {}
     judged = origins.of(*dict.fromkeys(system.model for system in systems.values()), "codec")

@@ -403,7 +403,7 @@ def stage3(
         cfg: guidance scales of video and audio, of the teacher's scores.
         job: how the run runs.
     """
-    causal = causal_of(student)
+    causal = checkpoints.student(student)
     clock, shape = geometry(codec, grid)
     recipe = {"betas": (0.0, 0.999), "warmup": 10, "steps": steps, "final": final}
     player = job.player(job.load(student), lr=lr, ema=average(steps // ratio, 1 / 4), **recipe)
@@ -452,7 +452,7 @@ def on_policy(
         rescale: shares of the guided result, of video and audio, that take the spread of the unguided one.
         job: how the run runs.
     """
-    causal = causal_of(student)
+    causal = checkpoints.student(student)
     clock, shape = geometry(codec, grid)
     recipe = {"betas": (0.9, 0.999), "warmup": 3, "steps": steps, "final": final, "ema": average(steps, 1 / 10)}
     player = job.player(job.load(student), lr=lr, **recipe)
@@ -462,14 +462,6 @@ def on_policy(
     step = stages.on_policy_stage(player, *frozen, job.contexts(), causal, shape, frames, batch, **how)
     history = job.run(step, {"student": player}, steps, "on policy")
     return job.save(player, out, history, ("video", "audio"), causal)
-
-
-def causal_of(student: str) -> Causal:
-    """Give how a student generates; ValueError for a model that is none."""
-    causal = checkpoints.read(student).causal
-    if causal is None:
-        raise ValueError(f"{student} is no causal student (its config has no `omniforcing` part); train stage2 first")
-    return causal
 
 
 @stage

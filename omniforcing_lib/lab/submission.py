@@ -138,7 +138,7 @@ def write(
         "clips": [{"file": f"{c.name}.mp4", "tool_prompt": c.own, "prompt": c.prompt, "seed": c.seed} for c in wanted],
     }
     manifest = out / MANIFEST
-    if manifest.exists() and json.loads(manifest.read_text()) != json.loads(json.dumps(said)):
+    if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != json.loads(json.dumps(said)):
         raise ValueError(f"{manifest} describes clips of another protocol; name another folder")
     files.write_json(manifest, said)
     for clip in wanted:

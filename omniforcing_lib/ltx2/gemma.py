@@ -1,7 +1,8 @@
 """LTX-2's prompts: Gemma 3 (transformers), then the connectors (diffusers), to the contexts of the two streams.
 
 Gemma is many times larger than what it makes: contexts are cached on disk, so that it can be unloaded, or never loaded
-at all. A cached context is found by its prompt and by what the files of the encoder hold.
+at all. A cached context is found by its prompt and by what the files of the encoder hold. The cache is a convenience:
+where it cannot be read or written, contexts are made anew.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from omniforcing_lib.files import write_tensors
+from omniforcing_lib.files import given, write_tensors
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import parts
 
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 SAMPLES, SAMPLE = 64, 4096  # places and bytes of a file that its fingerprint reads
+
+
+def user_cache() -> Path:
+    """Name the folder of this user's contexts, below `$XDG_CACHE_HOME` or `~/.cache`."""
+    return given(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "omniforcing" / "contexts"
 
 
 class GemmaText:
@@ -96,14 +103,19 @@ class GemmaText:
         if self.cache is None:
             return self._compute(prompt)
         path = self.cache / f"{hashlib.sha256(f'{self.identity} {prompt}'.encode()).hexdigest()}.safetensors"
-        if not path.exists():
-            said = {"prompt": prompt, "encoder": self.identity}
-            write_tensors(path, self._compute(prompt)._asdict(), said)
         try:
-            with safe_open(path, "pt") as file:
+            with path.open("rb"), safe_open(path, "pt") as file:
                 return AV(file.get_tensor("video"), file.get_tensor("audio"))
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
             raise ValueError(f"{path} is no cached context ({error}); delete it, and it is made again") from error
+        except OSError:  # not there yet, or not for us: then writing it fails too, and says why
+            made = self._compute(prompt)
+        try:
+            write_tensors(path, made._asdict(), {"prompt": prompt, "encoder": self.identity})
+        except OSError as error:
+            self.cache = None
+            warnings.warn(f"contexts are not kept, name another folder for them: {error}", stacklevel=2)
+        return made
 
     @torch.no_grad()
     def _compute(self, prompt: str) -> AV[Tensor]:

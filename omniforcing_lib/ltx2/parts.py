@@ -295,7 +295,7 @@ def connectors(source: Source, **place: torch.device | torch.dtype) -> nn.Module
 def context_widths(source: Source) -> AV[int]:
     """Read how wide a text context is in each stream, from the connectors' own description; nothing is loaded."""
     if Path(source).is_dir():
-        config = json.loads((Path(source) / "connectors" / "config.json").read_text())
+        config = json.loads((Path(source) / "connectors" / "config.json").read_text(encoding="utf-8"))
         sizes = ("num_attention_heads", "attention_head_dim")
         return AV(*(prod(config[f"{stream}_connector_{size}"] for size in sizes) for stream in AV._fields))
     with _opened(source) as file:
@@ -345,7 +345,7 @@ def _from_folder(source: Source, part: str, *kinds: type[nn.Module], **place) ->
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise ValueError(f"{folder} holds no config.json with safetensors weights; get this part of the model")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = {kind.__name__: kind for kind in kinds}.get(name := config.get("_class_name"))
     if kind is None:
         raise ValueError(

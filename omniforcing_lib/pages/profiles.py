@@ -71,11 +71,13 @@ class Profile:
     precisions: tuple[str, ...]
 
     def override(self, changes: Mapping[str, object]) -> Profile:
-        """Replace fields by name; a None keeps the profile's own value."""
+        """Replace fields by name; a None keeps the profile's own value. Counts are 1 or more."""
         kept = {name: value for name, value in changes.items() if value is not None}
         if unknown := sorted(set(kept) - {field.name for field in fields(self)}):
             known = ", ".join(field.name for field in fields(self))
             raise ValueError(f"profile {self.name!r} has no field {', '.join(unknown)}; it has {known}")
+        if low := [f"{name}={value}" for name, value in kept.items() if type(value) is int and value < 1]:
+            raise ValueError(f"profile {self.name!r} counts from 1, found {', '.join(low)}; 0 takes its own value")
         return replace(self, **kept)
 
 

@@ -21,7 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniforcing_lib.files import write_bytes, write_json
+from omniforcing_lib import backends
+from omniforcing_lib.files import check_folder, given, write_bytes, write_json
 from omniforcing_lib.pages import origins, profiles, verdicts
 from omniforcing_lib.pages.claims import CLAIMS, markdown_table, plain_table, quote
 
@@ -55,16 +56,19 @@ def begin(
     """Set a notebook up: deterministic torch on two threads, the resolved profile, the folder of its files.
 
     `override` replaces profile fields (None keeps the profile's value); `models` are judged besides the teacher, or
-    the shipped files. Raises ValueError for an unknown profile, field or device, or a checkpoint that is not there.
+    the shipped files. Raises ValueError for an unknown profile, field or device, a checkpoint that is not there, or a
+    folder that cannot be written.
     """
     resolved = profiles.from_name(profile).override(override or {})
+    folder = given(out_dir).absolute() if out_dir else ROOT / "reports" / "runs" / "interactive"
+    check_folder(folder)
     run = Run(
         name=name,
         profile=resolved,
         seed=int(seed),
         device=_set_up(int(seed), device),
         teacher=teacher,
-        folder=Path(out_dir).resolve() if out_dir else ROOT / "reports" / "runs" / "interactive",
+        folder=folder,
         origin=origins.of(*([teacher] if teacher else origins.SHIPPED), *models),
     )
     torch_version = metadata.version("torch")
@@ -76,16 +80,13 @@ def _set_up(seed: int, device: str) -> str:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
-    cuda = torch.cuda.is_available()
-    device = ("cuda" if cuda else "cpu") if device == "auto" else device
-    if torch.device(device).type == "cuda" and not cuda:
-        raise ValueError(f"device {device!r} asked for, but torch {torch.__version__} sees no CUDA device; use 'cpu'")
+    place = backends.device(device)
     torch.set_num_threads(2)
     # Some CUDA kernels have no deterministic form: there a warning is all that can be had.
-    torch.use_deterministic_algorithms(True, warn_only=torch.device(device).type != "cpu")
+    torch.use_deterministic_algorithms(True, warn_only=place.type != "cpu")
     torch.manual_seed(seed)
     random.seed(seed)
-    return device
+    return str(place)
 
 
 @dataclasses.dataclass
@@ -249,6 +250,7 @@ class Run:
             "profile": dataclasses.asdict(self.profile),
             "seed": self.seed,
             "device": _device_name(self.device),
+            "waiting_threads": os.environ.get("OMP_WAIT_POLICY", "as OpenMP likes"),
             "teacher": Path(self.teacher).name or "shipped miniature",
             "wall_s": round(time.perf_counter() - self.started, 2),
             "versions": versions(),

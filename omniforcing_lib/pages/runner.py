@@ -5,21 +5,24 @@ from __future__ import annotations
 import ast
 import html
 import json
-import os
+import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omniforcing_lib import files
+from omniforcing_lib import backends, files
+from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.pages import claims, origins, profiles, report
+from omniforcing_lib.weights import checkpoints
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+    from papermill.exceptions import PapermillExecutionError
 
 NOTEBOOKS = report.ROOT / "notebooks"
 STORED = report.ROOT / "reports"
@@ -31,7 +34,8 @@ SCRUBBED_KEYS = (
     "cell.metadata.execution",
 )
 WIDGET = "application/vnd.jupyter.widget-view+json"
-SEEDS = 2**32  # what every generator that the notebooks use can take
+SEEDS = 2**32  # what every generator that the notebooks use can take; none counts further either
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 LITERALS = {"true": True, "false": False, "none": None}
 
 
@@ -100,8 +104,8 @@ def _check_type(name: str, value: object, declared: str) -> None:
     allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(declared)
     if allowed and (not isinstance(value, allowed) or (bool not in allowed and isinstance(value, bool))):
         raise ValueError(f"parameter {name} is of type {declared}, found {repr(value)[:80]}")
-    if (name, declared) == ("seed", "int") and not 0 <= value < SEEDS:
-        raise ValueError(f"parameter seed is from 0 to {SEEDS - 1}, found {repr(value)[:80]}")
+    if declared == "int" and not 0 <= value < SEEDS:
+        raise ValueError(f"parameter {name} is from 0 to {SEEDS - 1}, found {repr(value)[:80]}")
 
 
 def execute(notebook: Path, output: Path, values: Mapping[str, object]) -> float:
@@ -113,7 +117,6 @@ def execute(notebook: Path, output: Path, values: Mapping[str, object]) -> float
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     try:
@@ -122,18 +125,41 @@ def execute(notebook: Path, output: Path, values: Mapping[str, object]) -> float
             str(output),
             parameters=dict(values),
             kernel_name="python3",
+            kernel_manager_class=_kernel_of_this_interpreter(),
             cwd=str(notebook.parent),
             # Each kernel would report that its local sockets are not encrypted, and its own shutdown.
             extra_arguments=["--IPKernelApp.log_level=50"],
             progress_bar={"desc": notebook.stem, "leave": False} if sys.stderr.isatty() else False,
         )
     except PapermillExecutionError as error:
-        line = error.source.strip().splitlines()[0]
         cause = " ".join(f"{error.ename}: {error.evalue}".split())
-        raise NotebookFailed(f"{notebook.stem} failed in cell [{error.exec_count}] `{line}`: {cause}") from error
+        where = f"cell [{error.exec_count}] `{_failing_line(error)}`"
+        raise NotebookFailed(f"{notebook.stem} failed in {where}: {cause}") from error
     except DeadKernelError as error:
         raise NotebookFailed(f"{notebook.stem} failed: its kernel died (out of memory?)") from error
     return time.perf_counter() - started
+
+
+def _kernel_of_this_interpreter() -> type:
+    """Give a kernel manager that runs this interpreter, whatever a `python3` kernelspec of the machine says."""
+    from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Own(AsyncKernelManager):
+        kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
+    return Own
+
+
+def _failing_line(error: PapermillExecutionError) -> str:
+    """Find the line of a cell that its traceback names first; the cell's own first line where it names none."""
+    lines = error.source.splitlines()
+    where = rf"Cell In ?\[{error.exec_count}\], line (\d+)"  # a cause may begin in a function of another cell
+    found = re.search(where, ANSI.sub("", "\n".join(error.traceback)))
+    if found and int(found[1]) <= len(lines):
+        return lines[int(found[1]) - 1].strip()
+    return error.source.strip().partition("\n")[0]
 
 
 def reproduce(
@@ -149,12 +175,11 @@ def reproduce(
     Returns the run folder. Raises ValueError for a bad name or value before anything runs, NotebookFailed at the
     first notebook that fails; what ran until then is reported.
     """
-    values = {"profile": profiles.from_name(profile).name, **_given(parameters)}
-    if profile == "gpu":
-        values.setdefault("device", "cuda")
+    values = {"profile": profiles.from_name(profile).name, **_given(parameters, profile)}
     notebooks = select(folder, only)
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{profile}"
-    target = Path(out).resolve() if out else STORED / "runs" / stamp
+    target = files.given(out).absolute() if out else STORED / "runs" / stamp
+    files.check_folder(target)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"--out {out} is not empty; a report holds the numbers of one run")
     plan = assign(notebooks, {**values, "out_dir": str(target)})
@@ -168,19 +193,30 @@ def reproduce(
     return target
 
 
-def _given(parameters: Sequence[str]) -> dict[str, object]:
+def _given(parameters: Sequence[str], profile: str) -> dict[str, object]:
     values = parse(parameters)
     for name, flag in (("profile", "--profile"), ("out_dir", "--out")):
         if name in values:
             raise ValueError(f"give {name} with {flag}, not as a parameter")
-    if teacher := values.get("teacher"):
-        path = Path(str(teacher)).expanduser().resolve()
-        if not path.exists():
-            raise ValueError(f"teacher {teacher}: no such file")
-        values["teacher"] = str(path)
-    if (student := values.get("student")) and Path(str(student)).exists():
-        values["student"] = str(Path(str(student)).resolve())
+    if profile == "gpu":
+        values.setdefault("device", "cuda")
+    if device := values.get("device"):
+        backends.device(str(device))
+    if (prompt := values.get("prompt")) and not values.get("teacher"):
+        TinyText().encode([str(prompt)])  # outside the miniature's grammar is refused
+    for name, described in (("teacher", checkpoints.fitting), ("student", checkpoints.student)):
+        if values.get(name):
+            values[name] = _checkpoint(name, str(values[name]), described)
     return values
+
+
+def _checkpoint(name: str, model: str, described: Callable[[str], object]) -> str:
+    """Refuse a checkpoint that the notebooks could not take; give its path from anywhere, by the user's own name."""
+    try:
+        described(model)
+    except ValueError as error:
+        raise ValueError(f"parameter {name}: {error}") from error
+    return model if model in checkpoints.SHIPPED else str(files.given(model).absolute())
 
 
 def _run_all(plan: Mapping[Path, dict[str, object]], target: Path, times: dict[str, float]) -> None:

@@ -282,7 +282,7 @@ def store(folder: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, objec
 
 def stored_notes(folder: Path) -> dict[str, object]:
     """Read the notes of a stored state."""
-    return json.loads((folder / "notes.json").read_text())
+    return json.loads((folder / "notes.json").read_text(encoding="utf-8"))
 
 
 def restore(folder: Path, blank: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,12 +17,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omniforcing_lib.files import last_written, write_json, write_tensors, write_text
+from omniforcing_lib.files import alive, last_written, write_json, write_tensors, write_text
 from omniforcing_lib.training import distributed
 from omniforcing_lib.training.distributed import Team
 from omniforcing_lib.training.provenance import differences, unsaid
@@ -129,10 +129,10 @@ class Journal:
     def _open_history(self, start: int) -> None:
         """Drop the lines of steps that will run again."""
         path = self.folder / "history.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) < start]
         write_text(path, "".join(f"{line}\n" for line in kept))
-        self._lines = path.open("a", buffering=1)
+        self._lines = path.open("a", buffering=1, encoding="utf-8")
 
     def note(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append a step to `history.jsonl`; what is not finite is null."""
@@ -227,17 +227,15 @@ def _locked(path: Path, leads: bool) -> Iterator[None]:
     if not leads:
         yield
         return
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         file.seek(0)
         owner = file.read().strip()
         host = owner.partition(" ")[0]
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if _busy(file, path, owner):
             raise ValueError(
                 f"{path.parent} is in use by {owner or 'a run that has just begun'}; "
                 "wait for it, or give this run another folder"
-            ) from error
+            )
         if owner and host != socket.gethostname() and (left := SILENT_S - _silence_s(path.parent)) > 0:
             raise ValueError(
                 f"{path.parent} was last used by {owner}, which cannot be seen from {socket.gethostname()}; if that "
@@ -252,6 +250,20 @@ def _locked(path: Path, leads: bool) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def _busy(file: IO, path: Path, owner: str) -> bool:
+    """Take the lock, or tell that another run has it; only "would block" says that, any other error is the disk's."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        print(f"{path}: no locks here ({error.strerror}); who is named in it has the folder while alive", flush=True)
+        host, _, process = owner.partition(" process ")
+        another = host == socket.gethostname() and process.isdigit() and int(process) != os.getpid()
+        return another and alive(int(process))
+    return False
 
 
 def _silence_s(folder: Path) -> float:

@@ -88,7 +88,7 @@ class Records:
     def __init__(self, folder: str | Path, team: Team = ALONE) -> None:
         self.folder = Path(folder)
         try:
-            index = json.loads((self.folder / INDEX).read_text())
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
             self.notes, shards = index["notes"], index["shards"]
             self._files = [str(shard["file"]) for shard in shards]
             self._ends = list(accumulate(int(shard["rows"]) for shard in shards))

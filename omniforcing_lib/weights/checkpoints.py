@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from omniforcing_lib import files
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import RELEASED_STEPS
 from omniforcing_lib.layout import PAPER, RELEASED
@@ -31,6 +32,8 @@ from omniforcing_lib.weights.formats import Format
 from omniforcing_lib.weights.shards import Entry, Shards
 
 DATA = Path(__file__).resolve().parents[2] / "data"
+SHIPPED = ("teacher", "stage2", "student")
+"""Names of the checkpoints in `DATA`, which stand for their paths."""
 _UNUSED_SCALE = ".input_scale"
 _DECISIVE = ("rope_type", "frequencies_precision", "timestep_scale_multiplier", "av_ca_timestep_scale_multiplier")
 _SAMPLE = 4096  # bytes of every tensor that a fingerprint reads
@@ -144,11 +147,12 @@ def _misfit(entry: Entry, shape: tuple[int, ...]) -> str | None:
 def resolve(model: str | os.PathLike[str]) -> Path:
     """Turn `teacher`, `student` or a path into the path of a file, or of an index over files, that is there.
 
+    Links are not followed: in a content-addressed cache the file behind one is named by its hash, alone in its folder.
+
     Raises:
         ValueError: nothing is there, or a pickle, or a folder with more than one checkpoint.
     """
-    shipped = DATA / f"{model}.safetensors"
-    path = shipped if str(model) in ("teacher", "student", "stage2") else Path(model)
+    path = DATA / f"{model}.safetensors" if str(model) in SHIPPED else files.given(model)
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}: give teacher, student, a .safetensors file, an index or a folder")
     if path.is_dir():
@@ -232,6 +236,17 @@ def _maybe_json(text: str) -> object:
         return text
 
 
+def student(model: str | os.PathLike[str]) -> Causal:
+    """Say how a student generates.
+
+    Raises:
+        ValueError: it is no causal student, or does not fit its own config.
+    """
+    if (causal := fitting(model).causal) is None:
+        raise ValueError(f"{model} is no causal student (its config has no `omniforcing` part); train stage2 first")
+    return causal
+
+
 def load(
     model: str | os.PathLike[str],
     *,
@@ -260,7 +275,7 @@ def load(
         raise ValueError(f"weights is None (in dtype) or 'fp8', found {weights!r}")
     if dtype not in (allowed := (torch.float32, torch.bfloat16, torch.float16, torch.float64)):
         raise ValueError(f"dtype is one of {', '.join(map(str, allowed))}, found {dtype}")
-    checkpoint = _fitting(model)
+    checkpoint = fitting(model)
     config = replace(checkpoint.config, **(changes or {}))
     fresh = sinks is not None and sinks != config.num_audio_sink_tokens
     with torch.device("meta"):
@@ -285,7 +300,8 @@ def fresh_sinks(config: ModelConfig) -> Tensor:
     return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _fitting(model: str | os.PathLike[str]) -> Checkpoint:
+def fitting(model: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint as `read` does; ValueError where its tensors are not those that its config describes."""
     checkpoint = read(model)
     if not (report := checkpoint.report()).ok:
         raise ValueError(f"{checkpoint.path} does not fit its own config: {report}")
@@ -364,7 +380,7 @@ def save(
         return tensor.detach().to("cpu", tensor.dtype if kept else dtype)
 
     state = {name: stored(name, tensor) for name, tensor in model.state_dict().items()}
-    return exports.write(state, model.config, causal, Origin(version, notes or {}), Path(path), to)
+    return exports.write(state, model.config, causal, Origin(version, notes or {}), files.given(path), to)
 
 
 def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: str = "ltx2") -> Path:
@@ -378,7 +394,9 @@ def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: st
     Raises:
         ValueError: the checkpoint does not fit its own config, or the format cannot hold it.
     """
-    checkpoint = _fitting(model)
+    out = files.given(out)
+    exports.check_path(out, to)
+    checkpoint = fitting(model)
     reader = shards.Reader(checkpoint.entries)
     names = checkpoint.transformer | {f"{bare}_scale": name for bare, name in checkpoint.scales.items()}
     state = {bare: reader.get(name) for bare, name in names.items()}
@@ -386,7 +404,7 @@ def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: st
         raise ValueError(f"{checkpoint.path}: {names[wrong[0]]} holds values that are not finite")
     metadata = checkpoint.metadata
     origin = Origin(metadata.get("model_version", checkpoint.format.name), metadata.get("notes", {}))
-    return exports.write(state, checkpoint.config, checkpoint.causal, origin, Path(out), to)
+    return exports.write(state, checkpoint.config, checkpoint.causal, origin, out, to)
 
 
 def left_out(checkpoint: Checkpoint, to: str) -> list[str]:
@@ -408,7 +426,8 @@ def inspect(model: str | os.PathLike[str]) -> str:
     config, causal, names = checkpoint.config, checkpoint.causal, checkpoint.transformer.values()
     size = sum(math.prod(checkpoint.entries[name].shape) for name in names)
     kinds = Counter(checkpoint.entries[name].dtype for name in names)
-    name = f"{Path(model).resolve().name}/" if Path(model).is_dir() else checkpoint.path.name
+    folder = files.given(model)
+    name = f"{Path(os.path.abspath(folder)).name}/" if folder.is_dir() else checkpoint.path.name
     features = {
         "gated attention": config.apply_gated_attention,
         "AdaLN of text attention": config.cross_attention_adaln,

@@ -35,6 +35,25 @@ class Origin(NamedTuple):
         return {"model_version": self.version, "notes": json.dumps(dict(self.notes))}
 
 
+def check_path(path: Path, to: str) -> None:
+    """Refuse a path that does not suit its format, or cannot be written, before any work.
+
+    Args:
+        path: a .safetensors file, or for diffusers a folder that is not there yet.
+        to: "ltx2" or "diffusers".
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    if to not in _WRITERS:
+        raise ValueError(f"a checkpoint is written as one of {', '.join(_WRITERS)}, found {to!r}")
+    if to == "ltx2" and path.suffix != ".safetensors":
+        raise ValueError(f"an LTX-2 file ends in .safetensors, found {path}")
+    if to == "diffusers":
+        files.check_new(path)
+    files.check_file(path)
+
+
 def write(
     state: Mapping[str, Tensor], config: ModelConfig, causal: Causal | None, origin: Origin, path: Path, to: str
 ) -> Path:
@@ -45,22 +64,19 @@ def write(
         config: the model's.
         causal: how a student generates.
         origin: which model it is, and how it was made.
-        path: a .safetensors file, or for diffusers a folder that is not there yet.
+        path: see `check_path`.
         to: "ltx2" or "diffusers".
 
     Raises:
         ValueError: the format cannot hold the model, or the path does not suit it.
     """
-    if to not in _WRITERS:
-        raise ValueError(f"a checkpoint is written as one of {', '.join(_WRITERS)}, found {to!r}")
+    check_path(path, to)
     return _WRITERS[to]({k: v.contiguous() for k, v in state.items()}, config, causal, origin, path)
 
 
 def _write_ltx2(
     state: Mapping[str, Tensor], config: ModelConfig, causal: Causal | None, origin: Origin, path: Path
 ) -> Path:
-    if path.suffix != ".safetensors":
-        raise ValueError(f"an LTX-2 file ends in .safetensors, found {path}")
     parts = {"transformer": config.to_metadata()} | ({"omniforcing": causal.to_metadata()} if causal else {})
     metadata = {"config": json.dumps(parts)} | origin.metadata
     return files.write_tensors(path, {formats.LTX2.stored(k): v for k, v in state.items()}, metadata)

@@ -114,6 +114,13 @@ def _parser() -> Parser:
     ablate.add_argument("--seeds", type=int, default=2)
     ablate.add_argument("--out", type=Path, default=Path("reports/ablations"), help="finished runs there are kept")
 
+    sinks = command("sinks", _sinks, "train the stored runs of notebook 03: the study over seeds, the phase diagram")
+    sinks.add_argument("--plans", nargs="+", default=["study", "phase"], choices=("study", "phase"))
+    sinks.add_argument("--arms", nargs="+", default=[], help="names of arms (default: all of the plan)")
+    sinks.add_argument("--seeds", type=int, default=0, help="training seeds (default: the plan's)")
+    sinks.add_argument("--steps", type=int, default=0, help="of each run (default: the plan's)")
+    sinks.add_argument("--out", type=Path, default=Path("reports/sinks"), help="finished runs there are kept")
+
     inspect = command("inspect", _inspect, "print a checkpoint's configuration, size and keys")
     inspect.add_argument("checkpoint", help="teacher, stage2, student, a file, an index or a folder")
 
@@ -285,6 +292,18 @@ def _ablate(arguments: argparse.Namespace) -> None:
 
     folder = ablations.run(arguments.out, arms=arguments.arms or tuple(ablations.ARMS), seeds=arguments.seeds)
     print(evaluate.Table(ablations.table(folder)))
+
+
+def _sinks(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib.lab import sink_runs
+    from omniforcing_lib.pages import claims
+
+    if arguments.arms and len(arguments.plans) > 1:
+        raise ValueError(f"--arms are of one plan, found {' and '.join(arguments.plans)}: give --plans with one name")
+    asked = {"arms": arguments.arms, "seeds": arguments.seeds, "steps": arguments.steps}
+    for plan in arguments.plans:
+        print(sink_runs.run(plan, arguments.out, **asked))
+        print(claims.plain_table(sink_runs.table(sink_runs.stored(plan, arguments.out).traces)))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -309,7 +309,7 @@ def test_stored_runs_go_on_where_they_stopped(tmp_path, counted_runs, capsys):
     assert counted_runs == 2 * [sink_runs.ARMS["16 sinks"], sink_runs.ARMS["tanh gate"]]
     found = sink_runs.stored("study", tmp_path)
     assert {arm: [*runs] for arm, runs in found.traces.items()} == {"16 sinks": [0, 1], "tanh gate": [0, 1]}
-    assert found.budget.steps == 3 and len(found.commits) == 1
+    assert found.budget.steps == 3 and found.outdated == 0
     words = ["sinks", "--plans", "study", "--arms", "16 sinks", "--seeds", "2", "--steps", "3", "--out", str(tmp_path)]
     assert main(words) == 0 and len(counted_runs) == 4
     assert "0 of 2" in capsys.readouterr().out
@@ -324,11 +324,14 @@ def test_runs_that_do_not_belong_together_are_refused_before_any_training(tmp_pa
     ):
         with pytest.raises(ValueError, match=says):
             sink_runs.run("study", tmp_path, **{"steps": 3} | change)
-    monkeypatch.setattr(sink_runs, "_teacher", lambda: "another")
-    with pytest.raises(ValueError, match="teacher_sha256"):
+    with monkeypatch.context() as changed:
+        changed.setitem(sink_runs.ARMS, "16 sinks", Variant(lr=1e-3))
+        with pytest.raises(ValueError, match="variant"):
+            sink_runs.stored("study", tmp_path)
+    monkeypatch.setattr(sink_runs, "_files", lambda: {"teacher.safetensors": "another"})
+    with pytest.raises(ValueError, match="another"):
         sink_runs.run("study", tmp_path, steps=3)
-    with pytest.raises(ValueError, match="teacher_sha256"):
-        sink_runs.stored("study", tmp_path)
+    assert sink_runs.stored("study", tmp_path).outdated == 1
     with pytest.raises(ValueError, match="holds no runs; `python -m omniforcing_lib sinks --plans phase`"):
         sink_runs.stored("phase", tmp_path)
     assert main(["sinks", "--arms", "16 sinks"]) == 2 and len(counted_runs) == 1

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -98,13 +97,16 @@ def run(name: str, folder: str | Path = STORED, *, arms: Sequence[str] = (), see
     budget = replace(plan.budget, steps=steps or plan.budget.steps)
     jobs = [(seed, arm) for seed in range(seeds or plan.seeds) for arm in arms or plan.arms]
     paths = {job: folder / f"{_slug(job[1])}-{job[0]}.json" for job in jobs}
-    _records(folder, plan, budget)
+    origin = {"git": report.git_state(), "files": _files()}
+    for record in _records(folder, plan, budget):
+        if record["files"] != origin["files"]:
+            raise ValueError(f"{folder} holds runs with {record['files']}, found {origin['files']}: use another folder")
     study = sinks.prepare(companions.of("teacher"), pairs=budget.pairs, held=budget.held, seconds=budget.seconds)
     missing = {job: path for job, path in paths.items() if not path.exists()}
     for done, ((seed, arm), path) in enumerate(missing.items(), 1):
         started = time.process_time()
         trace = sinks.train(plan.arms[arm], study, steps=budget.steps, batch=budget.batch, seed=seed, every=100)
-        record = _settings(plan.arms[arm], budget) | {"arm": arm, "seed": seed, **report.git_state()}
+        record = {"arm": arm, "seed": seed, **_settings(plan.arms[arm], budget), **origin}
         record |= {"cpu_s": round(time.process_time() - started, 1), "trace": packed(trace)}
         # on one line: hundreds of small numbers that nobody reads one by one
         files.write_text(path, json.dumps(record, allow_nan=False) + "\n")
@@ -117,17 +119,18 @@ def _slug(arm: str) -> str:
 
 
 def _settings(variant: Variant | None, budget: Budget) -> dict[str, object]:
-    """Say what makes a run what it is, as JSON reads it back; an arm that is no more has no variant."""
-    return {"variant": variant and _json(asdict(variant)), "budget": asdict(budget), "teacher_sha256": _teacher()}
+    """Say what a run is, as JSON reads it back; an arm that is no more has no variant."""
+    return {"variant": variant and _json(asdict(variant)), "budget": asdict(budget)}
 
 
-@lru_cache
-def _teacher() -> str:
-    return hashlib.sha256(checkpoints.resolve("teacher").read_bytes()).hexdigest()
+def _files() -> dict[str, str]:
+    """Hash what every run starts from and learns from."""
+    paths = (checkpoints.resolve("teacher"), sinks.STORED_PAIRS)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def _records(folder: Path, plan: Plan, budget: Budget | None = None) -> list[dict]:
-    """Read a folder's runs; ValueError unless all are what the plan would run now, of one budget."""
+    """Read a folder's runs; ValueError unless all are arms of the plan as they are now, of one budget."""
     records = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -167,11 +170,11 @@ def unpacked(record: Mapping) -> Trace:
 
 
 class Stored(NamedTuple):
-    """Traces by arm and training seed, the budget of all of them, and the commits that made them."""
+    """Traces by arm and training seed, the budget of all of them, and how many rest on other files than `data` has."""
 
     traces: dict[str, dict[int, Trace]]
     budget: Budget
-    commits: tuple[str, ...]
+    outdated: int
 
 
 def stored(name: str, folder: str | Path = STORED) -> Stored:
@@ -183,8 +186,9 @@ def stored(name: str, folder: str | Path = STORED) -> Stored:
     found: dict[str, dict[int, Trace]] = {arm: {} for arm in plan.arms}
     for record in sorted(records, key=lambda record: record["seed"]):
         found[record["arm"]][record["seed"]] = unpacked(record["trace"])
-    commits = tuple(sorted({record["commit"][:8] for record in records}))
-    return Stored({arm: runs for arm, runs in found.items() if runs}, Budget(**records[0]["budget"]), commits)
+    files_here = _files()
+    outdated = sum(record["files"] != files_here for record in records)
+    return Stored({arm: runs for arm, runs in found.items() if runs}, Budget(**records[0]["budget"]), outdated)
 
 
 OverSeeds = tuple[float, tuple[float, float] | None]

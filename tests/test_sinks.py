@@ -359,7 +359,7 @@ def test_every_arm_differs_from_the_recipe_in_what_its_name_says():
 
 def test_the_map_has_a_place_for_every_run_and_none_for_what_is_missing():
     traces = {name: {0: trace(0.1)} for name in sink_runs.PHASE}
-    del traces["0 sinks, logits x 8, rate 0.005"]
+    del traces["0 sinks, x 8, rate 0.005"]
     grid = sink_runs.phase_grid(traces)
     assert [*grid] == [*sink_runs.ROWS] and [*grid["16 sinks"]] == [*sink_runs.COLUMNS]
-    assert "logits x 8, rate 0.005" not in grid["0 sinks"] and len(grid["0 sinks"]) == len(sink_runs.COLUMNS) - 1
+    assert "x 8, rate 0.005" not in grid["0 sinks"] and len(grid["0 sinks"]) == len(sink_runs.COLUMNS) - 1

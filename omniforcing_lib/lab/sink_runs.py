@@ -49,7 +49,7 @@ KINDS = {
 NORMS = {"": "rms", ", no QK-norm": "plain"}
 SCALES, RATES = (1.0, 8.0, 32.0, 128.0), (5e-4, 5e-3)
 ROWS = {f"{kind}{norms}": replace(KINDS[kind], norms=NORMS[norms]) for norms, kind in product(NORMS, KINDS)}
-COLUMNS = {f"logits x {s:g}, rate {r:g}": {"sharpen": s, "lr": r} for r, s in product(RATES, SCALES)}
+COLUMNS = {f"x {s:g}, rate {r:g}": {"sharpen": s, "lr": r} for r, s in product(RATES, SCALES)}
 PHASE = {f"{row}, {column}": replace(ROWS[row], **COLUMNS[column]) for row, column in product(ROWS, COLUMNS)}
 
 

@@ -144,7 +144,9 @@ def _sunk(axes: Axes, counts: list[int], sinks: Sequence[int], values: Sequence[
 
 
 @styled
-def phase(norms: Mapping[str, Mapping[str, float]], notes: Mapping[str, Mapping[str, str]]) -> Figure:
+def phase(
+    norms: Mapping[str, Mapping[str, float]], notes: Mapping[str, Mapping[str, str]], *, xlabel: str = ""
+) -> Figure:
     """Draw a map, row -> column -> largest gradient norm, each place with its note; broken runs are crossed out."""
     columns = list(next(iter(norms.values())))
     values = np.array([[norms[row].get(column, math.nan) for column in columns] for row in norms], float)
@@ -155,11 +157,13 @@ def phase(norms: Mapping[str, Mapping[str, float]], notes: Mapping[str, Mapping[
     shown = axes.imshow(np.ma.masked_invalid(values), norm=scale, cmap="YlOrRd", aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         note = notes[list(norms)[i]].get(columns[j], "")
-        axes.text(j, i, f"{value:.3g}\n{note}" if note else "", ha="center", va="center", fontsize=7.5)
+        words, dark = f"{value:.3g}\n{note}" if note else "", np.isfinite(value) and scale(value) > 0.6
+        axes.text(j, i, words, ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
         if np.isinf(value):
             axes.plot(j, i, "x", color=INK, markersize=26, markeredgewidth=1)
     axes.set_xticks(range(len(columns)), [column.replace(", ", "\n") for column in columns], fontsize=8)
     axes.set_yticks(range(len(norms)), list(norms))
+    axes.set_xlabel(xlabel)
     bare(axes)
     fig.colorbar(shown, ax=axes, label="largest gradient norm")
     return fig

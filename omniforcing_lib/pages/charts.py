@@ -161,7 +161,7 @@ def phase(
         axes.text(j, i, words, ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
         if np.isinf(value):
             axes.plot(j, i, "x", color=INK, markersize=26, markeredgewidth=1)
-    axes.set_xticks(range(len(columns)), [column.replace(", ", "\n") for column in columns], fontsize=8)
+    axes.set_xticks(range(len(columns)), [column.replace(", ", "\n") for column in columns], fontsize=7)
     axes.set_yticks(range(len(norms)), list(norms))
     axes.set_xlabel(xlabel)
     bare(axes)

@@ -134,6 +134,16 @@ def _parser() -> Parser:
     kept = "folder; finished runs there are kept (default reports/ablations)"
     ablate.add_argument("--out", type=_folder, default="reports/ablations", help=kept)
 
+    sinks = command("sinks", _sinks, "train the stored runs of notebook 03: the study over seeds, the phase diagram")
+    sinks.add_argument(
+        "--plans", nargs="+", default=["study", "phase"], choices=("study", "phase"), help="which runs (default: both)"
+    )
+    sinks.add_argument("--arms", nargs="+", default=[], help="names of arms (default: all of the plan)")
+    _takes_number(sinks, "--seeds", 0, (0, None), "training seeds; 0 takes the plan's")
+    _takes_number(sinks, "--steps", 0, (0, None), "steps of each run; 0 takes the plan's")
+    kept = "folder; finished runs there are kept (default reports/sinks)"
+    sinks.add_argument("--out", type=_folder, default="reports/sinks", help=kept)
+
     inspect = command("inspect", _inspect, "print a checkpoint's configuration, size and keys")
     inspect.add_argument("checkpoint", help=CHECKPOINT)
 
@@ -353,6 +363,18 @@ def _cures(arguments: argparse.Namespace) -> None:
     from omniforcing_lib.lab import cures
 
     print(cures.run(arguments.out, names=arguments.names or tuple(cures.REMEDIES), seeds=arguments.seeds))
+
+
+def _sinks(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib.lab import sink_runs
+    from omniforcing_lib.pages import claims
+
+    if arguments.arms and len(arguments.plans) > 1:
+        raise ValueError(f"--arms are of one plan, found {' and '.join(arguments.plans)}: give --plans with one name")
+    asked = {"arms": arguments.arms, "seeds": arguments.seeds, "steps": arguments.steps}
+    for plan in arguments.plans:
+        print(sink_runs.run(plan, arguments.out, **asked))
+        print(claims.plain_table(sink_runs.table(sink_runs.stored(plan, arguments.out).traces)))
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -50,6 +50,13 @@ FIGURES = {
     "curves": lambda: plots.curves({"student": ([1, 2], [3, 4], ([2, 3], [4, 5]))}, xlabel="s", ylabel="F1", log="y"),
     "bars_with_ci": lambda: plots.bars_with_ci({"F1": {"teacher": (0.8, 0.7, 0.9), "student": (0.7, 0.6, 0.8)}}),
     "by_sinks": lambda: plots.by_sinks({"norm": {"ours": ([0, 4, 16], [np.nan, 40, 9])}}, log=True),
+    "phase": lambda: plots.phase(
+        {row: {"logits x 1, rate 0.1": 2.0, "logits x 8, rate 0.1": np.inf} for row in ("0 sinks", "no QK-norm")},
+        {
+            row: dict.fromkeys(("logits x 1, rate 0.1", "logits x 8, rate 0.1"), "0.7")
+            for row in ("0 sinks", "no QK-norm")
+        },
+    ),
     "error_by_block": lambda: plots.error_by_block({"free-running": AV(RNG.random((8, 5)), RNG.random(5))}),
     "block_times": lambda: plots.block_times({"student": RNG.random(60) * 99 + 300, "teacher": [9000, 9100]}),
     "roofline": lambda: plots.roofline({"decode": (2, 8)}, peak_gflops=60, bandwidth_gb_s=12),
@@ -130,6 +137,15 @@ def test_rulers_show_every_latent_of_the_table():
 def test_what_is_not_finite_is_marked_by_name():
     axes = FIGURES["by_sinks"]().axes[0]
     assert [t.get_text() for t in axes.texts] == ["NaN"] and len(axes.lines[0].get_xdata()) == 2
+
+
+def test_a_map_crosses_out_broken_runs_and_leaves_what_was_not_run_white():
+    norms = {"0 sinks": {"a": 2.0, "b": np.inf}, "16 sinks": {"a": 30.0}}
+    notes = {"0 sinks": {"a": "0.9", "b": "nan"}, "16 sinks": {"a": "1.1"}}
+    axes = plots.phase(norms, notes).axes[0]
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 0]]]
+    assert [t.get_text() for t in axes.texts] == ["2\n0.9", "inf\nnan", "30\n1.1", ""]
+    assert np.ma.getmaskarray(axes.images[0].get_array()).tolist() == [[False, True], [False, True]]
 
 
 def test_clips_and_titles_must_match():

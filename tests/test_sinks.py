@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from omniforcing_lib import masks, rope
+from omniforcing_lib.__main__ import main
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.bounce.world import prompts
-from omniforcing_lib.lab import rows, sinks, variants
+from omniforcing_lib.lab import rows, sink_runs, sinks, variants
 from omniforcing_lib.lab.sinks import Trace
 from omniforcing_lib.lab.variants import Variant
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
@@ -129,6 +131,55 @@ def test_a_word_that_no_variant_knows_is_refused_with_the_known_ones():
         Variant(positions="none")
 
 
+def biased(logit, sinks=0):
+    """Give an attention of `TINY` with a bias, the plain one, and what both take."""
+    model = tiny(TINY.with_sinks(sinks), dtype=torch.float32)
+    layout = replace(PAPER, sinks=sinks)
+    x, sigma, text = inputs(layout, 4, dtype=torch.float32)
+    kind = masks.build(layout, 4, 4)
+    with rows.watched(model) as calls, torch.no_grad():
+        model(x, sigma, text, masks=kind)
+    plain, at, rotation, _ = calls[0]
+    own = variants.Biased(plain)
+    own.logit.data.fill_(logit)
+    return own, plain, {"rotations": (rotation, rotation), "visibility": kind.audio_self}, at
+
+
+def test_a_bias_that_is_far_below_all_logits_is_plain_attention():
+    own, plain, how, x = biased(-100.0)
+    assert torch.allclose(own(x, **how), plain(x, **how), atol=1e-5)
+
+
+def test_a_bias_is_one_more_key_without_a_value():
+    """Row 0 sees one key: it passes sigmoid(logit - bias) of that key's value, and its logit gets a gradient."""
+    own, plain, how, x = biased(0.3)
+    logits, values = rows.logits_values(rows.Seen(plain, x, how["rotations"][0], None))
+    share = (logits[:, :, :1, :1] - 0.3).sigmoid()
+    wanted = plain._out(x[:, :1], share * values[:, :, :1])
+    found = own(x, **how)[:, :1]
+    assert torch.allclose(found, wanted, atol=1e-5)
+    found.square().sum().backward()
+    assert own.logit.grad.abs().min() > 0
+
+
+def test_plain_scales_keep_the_size_of_what_they_replace_and_bound_nothing(study):
+    kept, plain = study.student(Variant(sinks=0)), study.student(Variant(sinks=0, norms="plain"))
+    x, sigma, text, _ = study.half_noisy(study.pairs)
+    kind = variants.masks_of(Variant(sinks=0).causal, x.video)
+    with rows.watched(kept) as calls, torch.no_grad():
+        kept(x, sigma, text, masks=kind)
+    for call, block in zip(calls, plain.transformer_blocks, strict=True):
+        attention = block.audio_attn1
+        for name in "qk":
+            before, scale = (getattr(a, f"{name}_norm") for a in (call.attention, attention))
+            projected = getattr(attention, f"to_{name}")(call.x).detach()
+            ratio = scale(projected).square().mean() / before(projected).square().mean()
+            assert 0.7 < ratio.item() < 1.4
+            assert torch.allclose(scale(3 * projected), 3 * scale(projected))
+    with pytest.raises(ValueError, match="seen"):
+        variants.build(Variant(norms="plain"))
+
+
 @pytest.fixture(scope="module")
 def study():
     generator = torch.Generator().manual_seed(0)
@@ -161,21 +212,154 @@ def test_a_gradient_that_is_not_finite_is_a_broken_run():
     assert broken.diverged and found.broken == 1 and found.norm == math.inf and math.isnan(found.final)
 
 
-def test_variants_are_compared_seed_by_seed():
-    """Seeds that differ more from each other than two variants do still tell the variants apart."""
-
-    def ended(*finals):
-        return sinks.summarise([Trace([1.0], [0.0], [1.0], {0: AV(1.0, 1.0), 2: AV(x, 0.0)}) for x in finals])
-
-    easy, hard = ended(0.10, 0.20, 0.30), ended(0.14, 0.25, 0.36)
-    mean, (low, high) = sinks.gap(hard, easy)
-    assert mean == pytest.approx(0.05) and 0 < low < mean < high < 0.1
-    assert hard.final - easy.final < hard.spread and sinks.gap(ended(0.4), ended(0.1)) == (pytest.approx(0.3), None)
+SWITCHES = {
+    "precision": "bf16",
+    "settings": "released",
+    "positions": "counted",
+    "audio_rows": "row",
+    "norms": "plain",
+    "stabiliser": "bias",
+}
 
 
-@pytest.mark.parametrize(
-    "change", [{"precision": "bf16"}, {"settings": "released"}, {"positions": "counted"}, {"audio_rows": "row"}]
-)
+@pytest.mark.parametrize("change", [{name: value} for name, value in SWITCHES.items()], ids=SWITCHES)
 def test_every_switch_reaches_the_student(study, change):
     plain, changed = (sinks.train(v, study, steps=1, batch=2) for v in (Variant(), Variant(**change)))
     assert plain.norm != changed.norm and not changed.diverged
+
+
+def test_no_gradient_is_too_large_for_a_step_and_a_broken_run_ends_there(study, monkeypatch):
+    """The trainer's own limit would leave such steps out and call the run steady; NaN would be skipped for ever."""
+    model = study.student(Variant(sinks=0))
+    before = model.proj_out.weight.detach().clone()
+    monkeypatch.setattr(sinks.Study, "student", lambda *_: model)
+
+    def steps(scale, count):
+        monkeypatch.setattr(sinks.stages, "ode_stage", lambda player, *_: lambda i, g: stage(player, scale))
+        return sinks.train(Variant(sinks=0, clip=math.inf), study, steps=count, every=count)
+
+    def stage(player, scale):
+        loss = scale * player.model.proj_out.weight.square().sum()
+        zero = torch.zeros(())
+        return {"norm": player.update(loss), "video": zero, "audio": zero}
+
+    large = steps(1e6, 1)
+    assert large.max_norm > 1e5 and not large.diverged and not torch.equal(before, model.proj_out.weight)
+    broken = steps(math.nan, 40)
+    assert broken.diverged and len(broken.norm) == 1 and math.isnan(broken.final)
+
+
+def test_the_loss_by_latent_is_the_loss_and_row_0_pays_for_a_key_that_it_lost(study):
+    found = sinks.by_latent(study, Variant(sinks=0))
+    model, kind = study.untrained(Variant(sinks=0))
+    with torch.no_grad():
+        whole = sinks.one_step(model, kind, study).audio
+    assert found.loss == pytest.approx(whole.numpy(), rel=1e-3, abs=1e-6)
+    assert found.pull.shape == (len(study.held), 2) and found.pull.min() > 0
+    assert sinks.by_span(found.loss)["0"].mean == pytest.approx(float(whole[:, 0].mean()), rel=1e-3)
+    dearer = found.loss + np.where(np.arange(found.loss.shape[1]) == 0, 2.0, 0.0)
+    apart = sinks.by_span(dearer, found.loss)
+    assert apart["0"] == pytest.approx((2, 2, 2), rel=1e-3) and apart["2 to 5"] == pytest.approx((0, 0, 0), abs=1e-6)
+
+
+def trace(final, norm=1.0, steps=2):
+    judged = {done: AV(final / 2, final / 2) for done in (0, steps)}
+    return Trace([norm] * steps, [0.0] * steps, [1.0] * steps, judged, {done: [final] * 3 for done in judged})
+
+
+def test_a_stored_trace_reads_back_and_a_broken_one_stays_broken():
+    whole, broken = trace(0.1234), trace(math.nan, math.inf)
+    assert sink_runs.unpacked(sink_runs.packed(whole)) == whole
+    again = sink_runs.unpacked(sink_runs.packed(broken))
+    assert again.diverged and again.max_norm == math.inf and math.isnan(again.final)
+
+
+def test_training_seeds_are_the_unit_and_more_comparisons_widen_every_interval():
+    """Two arms that share the seeds' ups and downs differ by a tenth; t of 4 degrees of freedom is 2.776."""
+    ups = (0.0, 0.5, 1.0, 2.0, 4.0)
+    own = (0.09, 0.11, 0.1, 0.1, 0.1)
+    traces = {
+        "16 sinks": {seed: trace(1 + up) for seed, up in enumerate(ups)},
+        "0 sinks": {seed: trace(1 + up + d) for seed, (up, d) in enumerate(zip(ups, own, strict=True))},
+    }
+    mean, (low, high) = sink_runs.differences(traces)["0 sinks"]
+    half = 2.776 * math.sqrt(0.0002 / 4 / 5)
+    assert (mean, low, high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), rel=1e-3)
+    mean, wider = sink_runs.differences(traces | {"2 sinks": traces["0 sinks"]})["0 sinks"]
+    assert wider[0] < low and high < wider[1]
+    assert sink_runs.over_seeds([0.3]) == (0.3, None) and sink_runs.over_seeds([0.3, math.nan])[1] is None
+    with pytest.raises(ValueError, match="share no training seed"):
+        sink_runs.differences({"16 sinks": {0: trace(1.0)}, "0 sinks": {1: trace(1.0)}})
+
+
+@pytest.fixture
+def counted_runs(monkeypatch):
+    """Replace training by a count; the study's trajectories are not needed either."""
+    runs = []
+    monkeypatch.setattr(sink_runs.sinks, "prepare", lambda *_, **amount: amount)
+    monkeypatch.setattr(
+        sink_runs.sinks, "train", lambda variant, *_, seed, **__: runs.append(variant) or trace(0.1 + seed)
+    )
+    return runs
+
+
+def test_stored_runs_go_on_where_they_stopped(tmp_path, counted_runs, capsys):
+    sink_runs.run("study", tmp_path, arms=("16 sinks", "tanh gate"), seeds=1, steps=3)
+    sink_runs.run("study", tmp_path, arms=("16 sinks", "tanh gate"), seeds=2, steps=3)
+    assert counted_runs == 2 * [sink_runs.ARMS["16 sinks"], sink_runs.ARMS["tanh gate"]]
+    found = sink_runs.stored("study", tmp_path)
+    assert {arm: [*runs] for arm, runs in found.traces.items()} == {"16 sinks": [0, 1], "tanh gate": [0, 1]}
+    assert found.budget.steps == 3 and found.outdated == 0
+    words = ["sinks", "--plans", "study", "--arms", "16 sinks", "--seeds", "2", "--steps", "3", "--out", str(tmp_path)]
+    assert main(words) == 0 and len(counted_runs) == 4
+    assert "0 of 2" in capsys.readouterr().out
+
+
+def test_runs_that_do_not_belong_together_are_refused_before_any_training(tmp_path, counted_runs, monkeypatch):
+    sink_runs.run("study", tmp_path, arms=("16 sinks",), seeds=1, steps=3)
+    for change, says in (
+        ({"steps": 4}, "budget"),
+        ({"arms": ("17 sinks",)}, "choose from"),
+        ({"seeds": -1}, "found -1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            sink_runs.run("study", tmp_path, **{"steps": 3} | change)
+    with monkeypatch.context() as changed:
+        changed.setitem(sink_runs.ARMS, "16 sinks", Variant(lr=1e-3))
+        with pytest.raises(ValueError, match="variant"):
+            sink_runs.stored("study", tmp_path)
+    monkeypatch.setattr(sink_runs, "_files", lambda: {"teacher.safetensors": "another"})
+    with pytest.raises(ValueError, match="another"):
+        sink_runs.run("study", tmp_path, steps=3)
+    assert sink_runs.stored("study", tmp_path).outdated == 1
+    with pytest.raises(ValueError, match="holds no runs; `python -m omniforcing_lib sinks --plans phase`"):
+        sink_runs.stored("phase", tmp_path)
+    assert main(["sinks", "--arms", "16 sinks"]) == 2 and len(counted_runs) == 1
+
+
+def test_every_arm_differs_from_the_recipe_in_what_its_name_says():
+    plain = asdict(Variant())
+    changed = {
+        name: {field: value for field, value in asdict(arm).items() if value != plain[field]}
+        for name, arm in sink_runs.ARMS.items()
+    }
+    assert changed == {
+        "0 sinks": {"sinks": 0},
+        "2 sinks": {"sinks": 2},
+        "16 sinks": {},
+        "24 sinks": {"sinks": 24},
+        "16 counted": {"positions": "counted"},
+        "16 before": {"positions": "before"},
+        "QK-norm": {"sinks": 0, "stabiliser": "qk_norm"},
+        "tanh gate": {"sinks": 0, "stabiliser": "tanh_gate"},
+    }
+    assert all(arm.clip == math.inf for arm in sink_runs.PHASE.values())
+    assert len({*sink_runs.PHASE.values()}) == len(sink_runs.ROWS) * len(sink_runs.COLUMNS)
+
+
+def test_the_map_has_a_place_for_every_run_and_none_for_what_is_missing():
+    traces = {name: {0: trace(0.1)} for name in sink_runs.PHASE}
+    del traces["0 sinks, x 8, rate 0.005"]
+    grid = sink_runs.phase_grid(traces)
+    assert [*grid] == [*sink_runs.ROWS] and [*grid["16 sinks"]] == [*sink_runs.COLUMNS]
+    assert "x 8, rate 0.005" not in grid["0 sinks"] and len(grid["0 sinks"]) == len(sink_runs.COLUMNS) - 1

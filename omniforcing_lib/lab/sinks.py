@@ -14,14 +14,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import flow, losses, masks
-from omniforcing_lib.lab import rows
+from omniforcing_lib import flow, masks
+from omniforcing_lib.bounce.evaluate import Estimate
+from omniforcing_lib.lab import exposure, rows
 from omniforcing_lib.lab.companions import Companions
-from omniforcing_lib.lab.variants import Variant, build
+from omniforcing_lib.lab.variants import Variant, build, masks_of
 from omniforcing_lib.layout import AV
 from omniforcing_lib.pages import verdicts
 from omniforcing_lib.rollout import Causal
@@ -88,13 +90,23 @@ class Study:
         held, seen = (part.states.audio[:, 0].flatten(1) for part in (self.held, self.pairs))
         return int((held[:, None] == seen).all(-1).any(1).sum())
 
-    def half_noisy(self) -> tuple[AV[Tensor], AV[Tensor], AV[Tensor], AV[Tensor]]:
-        """Give the held-out states nearest to sigma 0.5, that sigma, their text and their clean ends."""
-        level = int((self.held.sigmas - 0.5).abs().argmin())
-        states = self.held.states.map(lambda s: s[:, level])
-        sigma = torch.full((len(self.held),), float(self.held.sigmas[level]), device=self.device)
-        clean = self.held.states.map(lambda s: s[:, -1])
-        return states, AV(sigma, sigma), self.prompts.take(self.held.prompt), clean
+    def half_noisy(self, pairs: Pairs | None = None) -> tuple[AV[Tensor], AV[Tensor], AV[Tensor], AV[Tensor]]:
+        """Give the states nearest to sigma 0.5, that sigma, their text and their clean ends; the held-out ones."""
+        pairs = pairs or self.held
+        level = int((pairs.sigmas - 0.5).abs().argmin())
+        states, clean = (pairs.states.map(lambda s, k=k: s[:, k]) for k in (level, -1))
+        sigma = torch.full((len(pairs),), float(pairs.sigmas[level]), device=self.device)
+        return states, AV(sigma, sigma), self.prompts.take(pairs.prompt), clean
+
+    def student(self, variant: Variant) -> Transformer:
+        """Build a variant's student, untrained."""
+        return build(variant, self.teacher, self.device, self.half_noisy(self.pairs)[:3])
+
+    def untrained(self, variant: Variant | None) -> tuple[Transformer, masks.Masks | None]:
+        """Give a variant's student with its masks, or the teacher itself, which sees everything."""
+        if variant is None:
+            return checkpoints.load(self.teacher, device=self.device), None
+        return self.student(variant), masks_of(variant.causal, self.held.states.video[:, 0])
 
 
 def prepare(beside: Companions, *, pairs: int, held: int, seconds: int, steps: int = 40) -> Study:
@@ -121,30 +133,79 @@ def _cut(pairs: Pairs, span: range, latents: AV[int]) -> Pairs:
     return Pairs(states, pairs.sigmas, pairs.prompt[part])
 
 
-@torch.no_grad()
-def one_step(model: Transformer, study: Study, causal: Causal | None, *, autocast: bool = False) -> AV[float]:
-    """Predict the held-out ends in one step from sigma 0.5: mean squared error, the paper's measure (spec 4.4).
+def one_step(
+    model: Transformer, kind: masks.Masks | None, study: Study, *, clips: slice = slice(None), autocast: bool = False
+) -> AV[Tensor]:
+    """Predict the held-out ends in one step from sigma 0.5: squared errors, whose mean is the paper's (spec 4.4).
 
-    Without `causal` every token sees every token, as in the teacher.
+    Shapes: AV([n, F], [n, T]), of every clip and latent.
     """
-    x, sigma, text, clean = study.half_noisy()
+    x, sigma, text, clean = (streams.map(lambda part: part[clips]) for streams in study.half_noisy())
     with torch.autocast(torch.device(study.device).type, torch.bfloat16, enabled=autocast):
-        velocity = model(x, sigma, text, masks=causal and _masks(causal, x.video))
-    return losses.ode_regression(x.map(flow.x0_of, velocity, sigma), clean, sigma).map(float)
+        velocity = model(x, sigma, text, masks=kind)
+    return x.map(flow.x0_of, velocity, sigma).map(_squared, clean)
+
+
+def _squared(made: Tensor, clean: Tensor) -> Tensor:
+    return (flow.precise(made) - flow.precise(clean)).square().flatten(2).mean(2)
 
 
 def look(study: Study, variant: Variant | None) -> rows.Rows:
     """Measure the audio rows of an untrained variant, or of the teacher itself, on the held-out states at sigma 0.5."""
     x, sigma, text, _ = study.half_noisy()
-    if variant is None:
-        return rows.probe(checkpoints.load(study.teacher, device=study.device), x, sigma, text)
-    model = build(variant, study.teacher, study.device)
-    return rows.probe(model, x, sigma, text, _masks(variant.causal, x.video))
+    model, kind = study.untrained(variant)
+    return rows.probe(model, x, sigma, text, kind)
 
 
-def _masks(causal: Causal, video: Tensor) -> masks.Masks:
-    frames, height, width = video.shape[1:4]
-    return masks.build(causal.layout, frames, height * width)
+class ByLatent(NamedTuple):
+    """What every audio latent costs an untrained variant, by held-out clip.
+
+    The pull is the norm of a gradient by the weights that the teacher has too: by the sinks' own it would be larger.
+
+    Shapes: loss [n, T]; pull [n, 2], of the first latent's loss, and of the mean of all others'.
+    """
+
+    loss: np.ndarray
+    pull: np.ndarray
+
+
+def by_latent(study: Study, variant: Variant | None) -> ByLatent:
+    """Take the one-step loss apart by audio latent, and the gradient that the first one sends."""
+    model, kind = study.untrained(variant)
+    model.requires_grad_(True)
+    weights = [weight for name, weight in model.named_parameters() if name != "audio_sink_tokens"]
+
+    def norm(loss: Tensor) -> float:
+        parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+        return float(torch.stack([part.norm() for part in parts if part is not None]).norm())
+
+    found, pull = [], []
+    for i in range(len(study.held)):
+        loss = one_step(model, kind, study, clips=slice(i, i + 1)).audio[0]
+        found.append(loss.detach())
+        pull.append((norm(loss[0]), norm(loss[1:].mean())))
+    return ByLatent(torch.stack(found).cpu().numpy(), np.array(pull))
+
+
+SPANS = {"0": slice(1), "1": slice(1, 2), "2 to 5": slice(2, 6), "6 on": slice(6, None)}
+"""Audio latents that are told apart: the lone one of block 0, and the head of block 1 (the paper's layout)."""
+
+
+def by_span(loss: np.ndarray, less: np.ndarray | None = None) -> dict[str, Estimate]:
+    """Average a loss over clips and the latents of each span, or its difference from another's, clip by clip.
+
+    Shapes: [n, T]. Intervals are over clips.
+    """
+    if less is None:
+        return {name: exposure.pooled(loss[:, span]) for name, span in SPANS.items()}
+    pairs = {name: [exposure.sums(part[:, span]) for part in (loss, less)] for name, span in SPANS.items()}
+    return {name: exposure.gap(*pair, paired=True) for name, pair in pairs.items()}
+
+
+def band(loss: np.ndarray) -> tuple[range, tuple[float, ...], tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Give the mean of every latent with its interval over clips: what `plots.curves` draws. Shapes: [n, T]."""
+    mean, *edges = zip(*(exposure.pooled(column[:, None]) for column in loss.T), strict=True)
+    return range(len(mean)), mean, tuple(edges)
 
 
 @dataclass
@@ -156,12 +217,14 @@ class Trace:
         sink_norm: the part of it that belongs to the sink tokens.
         loss: training loss of every step, both streams added.
         one_step: held-out one-step loss by number of steps done.
+        latents: the same of every audio latent.
     """
 
     norm: list[float] = field(default_factory=list)
     sink_norm: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     one_step: dict[int, AV[float]] = field(default_factory=dict)
+    latents: dict[int, list[float]] = field(default_factory=dict)
 
     @property
     def diverged(self) -> bool:
@@ -192,17 +255,23 @@ class Trace:
 
 
 def train(variant: Variant, study: Study, *, steps: int, batch: int = 4, seed: int = 0, every: int = 20) -> Trace:
-    """Run Stage 2 for a few steps (spec 5.4) and record each of them; `every` so many the held-out loss."""
-    player = training.Player(build(variant, study.teacher, study.device), variant.recipe)
-    stage = stages.ode_stage(player, study.pairs, study.prompts, variant.causal, batch)
-    trace = Trace()
+    """Run Stage 2 for a few steps (spec 5.4) and record each of them; `every` so many the held-out loss.
 
-    def judge(done: int) -> None:
-        if done % every == 0 or done == steps:
-            trace.one_step[done] = one_step(player.model, study, variant.causal, autocast=variant.recipe.amp)
+    A run that breaks, by a gradient that is not finite, ends there.
+    """
+    model, kind = study.untrained(variant)
+    player, trace = training.Player(model, variant.recipe), Trace()
+    stage = stages.ode_stage(player, study.pairs, study.prompts, variant.causal, batch)
+
+    @torch.no_grad()
+    def judge() -> None:
+        found, done = one_step(model, kind, study, autocast=variant.recipe.amp), len(trace.norm)
+        trace.one_step[done] = found.map(lambda errors: float(errors.mean()))
+        trace.latents[done] = found.audio.mean(0).tolist()
 
     def step(i: int, generator: torch.Generator) -> training.Numbers:
-        judge(i)
+        if i % every == 0:
+            judge()
         numbers = stage(i, generator)
         norm = float(numbers["norm"])
         trace.norm.append(norm)
@@ -210,8 +279,8 @@ def train(variant: Variant, study: Study, *, steps: int, batch: int = 4, seed: i
         trace.loss.append(float(numbers["video"] + numbers["audio"]))
         return numbers
 
-    training.fit(step, {"student": player}, steps, seed=seed, progress=False)
-    judge(steps)
+    training.fit(step, {"student": player}, steps, seed=seed, progress=False, stop=lambda: trace.diverged)
+    judge()
     return trace
 
 
@@ -246,35 +315,32 @@ def compare(
     jobs = [(name, seed) for name in variants for seed in seeds]
     traces: dict[str, list[Trace]] = {name: [] for name in variants}
     for name, seed in tqdm(jobs, desc="short stage 2 runs", unit="run", delay=2, leave=False):
-        traces[name].append(train(variants[name], study, steps=steps, batch=batch, seed=seed))
+        traces[name].append(train(variants[name], study, steps=steps, batch=batch, seed=seed, every=steps))
     return {name: summarise(runs) for name, runs in traces.items()}
 
 
 def summarise(traces: Sequence[Trace]) -> Summary:
-    """Sum up the seeds of a variant; `spread` is half the range of the final loss."""
+    """Sum up the seeds of a variant; `spread` is half the range of the final loss, NaN for one seed."""
     finals = [trace.final for trace in traces]
+    spread = (max(finals) - min(finals)) / 2 if len(finals) > 1 else math.nan
     return Summary(
         norm=max(trace.max_norm for trace in traces),
         sink_norm=max(max(trace.sink_norm) for trace in traces),
         rest_norm=max(trace.rest_norm for trace in traces),
         start=sum(trace.start for trace in traces) / len(traces),
         final=sum(finals) / len(finals),
-        spread=(max(finals) - min(finals)) / 2,
+        spread=spread,
         broken=sum(trace.diverged for trace in traces),
         finals=tuple(finals),
     )
-
-
-def gap(a: Summary, b: Summary) -> tuple[float, tuple[float, float] | None]:
-    """Subtract the final loss of `b` from that of `a`, seed by seed, with its 95 % interval over seeds, if several."""
-    return verdicts.over_seeds([x - y for x, y in zip(a.finals, b.finals, strict=True)])
 
 
 def table(summaries: Mapping[str, Summary], paper: Mapping[str, Reported] | None = None) -> list[dict[str, object]]:
     """Give summaries as rows of a table, beside what the paper reports."""
     lines = []
     for name, s in summaries.items():
-        line = {"variant": name, "loss before": s.start, "loss after": f"{s.final:.4f} ± {s.spread:.4f}"}
+        spread = f" ± {s.spread:.4f}" if math.isfinite(s.spread) else ""
+        line = {"variant": name, "loss before": s.start, "loss after": f"{s.final:.4f}{spread}"}
         line |= {"largest gradient norm": s.norm, "the sinks' own": s.sink_norm, "without it": s.rest_norm}
         line |= {"broke": s.broken}
         if paper:

@@ -1,4 +1,4 @@
-"""Ways to make a teacher causal that differ in one thing: sinks, their positions, settings, precision, stabiliser.
+"""Ways to make a teacher causal that differ in one thing: sinks, their positions, settings, precision, norms.
 
 The differences that are no config field are a subclass or a swapped part of the model; none of them is ever saved.
 
@@ -7,6 +7,7 @@ Shapes: B batch, T audio tokens, S sinks, D width of the audio stream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,11 +15,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from omniforcing_lib import rope
+from omniforcing_lib import masks, rope
 from omniforcing_lib.attention import Attention
+from omniforcing_lib.lab import rows
 from omniforcing_lib.layout import AV
 from omniforcing_lib.masks import Masks, Run, Visibility
 from omniforcing_lib.rollout import Causal
+from omniforcing_lib.rope import Rotation
 from omniforcing_lib.training import train as training
 from omniforcing_lib.transformer import Transformer
 from omniforcing_lib.weights import checkpoints
@@ -79,6 +82,44 @@ class HeadNorm(nn.Module):
         return nn.functional.rms_norm(split, split.shape[-1:], eps=1e-6).flatten(-2)
 
 
+class Scale(nn.Module):
+    """Multiply by a learned vector in place of an RMS norm: what is large stays large.
+
+    Args:
+        norm: the norm that it replaces.
+        x: what that norm was given; on it both have the same mean square.
+    """
+
+    def __init__(self, norm: nn.RMSNorm, x: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norm.weight.detach() / x.square().mean().sqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale [B, T, D]."""
+        return x * self.weight
+
+
+class Biased(nn.Module):
+    """Attend with a logit for each head that takes attention and gives no value, as gpt-oss does; it starts at 0.
+
+    Sinks without tokens: a row with one key can turn away from it. Nothing is cached, so it trains and is not streamed.
+    """
+
+    def __init__(self, plain: Attention) -> None:
+        super().__init__()
+        self.plain = plain
+        self.logit = nn.Parameter(torch.zeros(plain.heads, 1, 1, device=plain.to_q.weight.device))
+
+    def forward(
+        self, x: Tensor, *, rotations: tuple[Rotation, Rotation], visibility: Visibility, slot: None = None
+    ) -> Tensor:
+        """Attend from [B, T, D] to itself."""
+        logits, values = rows.logits_values(rows.Seen(self.plain, x, rotations[0], None))
+        logits = logits.masked_fill(~visibility.dense.to(x.device), -torch.inf)
+        own = self.logit.expand(len(x), -1, logits.shape[2], 1)
+        return self.plain._out(x, torch.cat([logits, own], -1).softmax(-1)[..., :-1].to(values) @ values)
+
+
 class TanhGate(nn.Module):
     """Multiply by tanh of a learned vector that starts at 0."""
 
@@ -91,19 +132,21 @@ class TanhGate(nn.Module):
         return x * torch.tanh(self.gate)
 
 
-def _norm_heads(attention: Attention) -> None:
+def _norm_heads(attention: Attention) -> Attention:
     attention.q_norm = nn.Sequential(attention.q_norm, HeadNorm(attention.heads))
     attention.k_norm = nn.Sequential(attention.k_norm, HeadNorm(attention.heads))
+    return attention
 
 
-def _gate_output(attention: Attention) -> None:
+def _gate_output(attention: Attention) -> Attention:
     out = attention.to_out[0]
     attention.to_out[0] = nn.Sequential(out, TanhGate(out.out_features, out.weight.device))
+    return attention
 
 
-STABILISERS = {"none": lambda attention: None, "qk_norm": _norm_heads, "tanh_gate": _gate_output}
-"""Changes to audio self-attention that the paper weighs against sinks: LTX-2 norms q and k already, so `qk_norm` is a
-second norm; the tanh gate starts shut."""
+STABILISERS = {"none": lambda attention: attention, "qk_norm": _norm_heads, "tanh_gate": _gate_output, "bias": Biased}
+"""Changes to audio self-attention that are weighed against sinks. The paper's: LTX-2 norms q and k already, so
+`qk_norm` is a second norm; the tanh gate starts shut. `bias` is gpt-oss's."""
 
 
 @lru_cache
@@ -129,7 +172,8 @@ class Variant:
         positions: of the sinks: `identity`, `counted` or `before` (see CountedSinks, EarlierSinks).
         settings: RoPE and gate multiplier of the student: `right` or `released`.
         precision: `fp32`, `autocast` (bf16 arithmetic, fp32 weights) or `bf16` (weights too, as released).
-        stabiliser: `none`, `qk_norm` or `tanh_gate`.
+        stabiliser: `none`, `qk_norm`, `tanh_gate` or `bias`.
+        norms: of queries and keys of audio self-attention: LTX-2's `rms`, or a `plain` scale (see Scale).
         audio_rows: `block`, or `row`: audio row i sees the sinks and i + 1 latents, the paper's own count of keys.
         sharpen: factor on the logits of audio self-attention.
         sink_std: spread of fresh sinks.
@@ -143,6 +187,7 @@ class Variant:
     settings: str = "right"
     precision: str = "fp32"
     stabiliser: str = "none"
+    norms: str = "rms"
     audio_rows: str = "block"
     sharpen: float = 1.0
     sink_std: float = 0.02
@@ -155,6 +200,7 @@ class Variant:
             "settings": SETTINGS,
             "precision": PRECISIONS,
             "stabiliser": STABILISERS,
+            "norms": ("rms", "plain"),
             "audio_rows": ("block", "row"),
         }
         for name, words in known.items():
@@ -168,13 +214,27 @@ class Variant:
 
     @property
     def recipe(self) -> training.Recipe:
-        """Optimiser of the paper's Stage 2: betas (0.9, 0.999), no weight decay, no average (spec 7.2)."""
+        """Optimiser of the paper's Stage 2: betas (0.9, 0.999), no weight decay, no average (spec 7.2).
+
+        No gradient is too large for a step: whether a run would survive that is the question.
+        """
         plain = training.Recipe(lr=self.lr, betas=(0.9, 0.999), weight_decay=0.0, warmup=5, clip=self.clip, ema=0.0)
-        return replace(plain, amp=self.precision != "fp32")
+        return replace(plain, amp=self.precision != "fp32", limit=math.inf)
 
 
-def build(variant: Variant, teacher: str = "teacher", device: str = "cpu") -> Transformer:
-    """Load the teacher as a variant's student: fresh sinks, positions, settings, stabiliser."""
+def masks_of(causal: Causal, video: Tensor) -> Masks:
+    """Give the masks of clips with these video latents, [B, F, h, w, C]."""
+    frames, height, width = video.shape[1:4]
+    return masks.build(causal.layout, frames, height * width)
+
+
+def build(
+    variant: Variant, teacher: str = "teacher", device: str = "cpu", seen: tuple[AV[Tensor], ...] | None = None
+) -> Transformer:
+    """Load the teacher as a variant's student: fresh sinks, positions, settings, norms, stabiliser.
+
+    `seen` are states, noise levels and text, as `Transformer.forward` takes them: plain scales are measured on them.
+    """
     changes, dtype = SETTINGS[variant.settings], PRECISIONS[variant.precision]
     loaded = checkpoints.load(teacher, device=device, dtype=dtype, sinks=variant.sinks, changes=changes)
     model = POSITIONS[variant.positions](loaded.config, loaded.clock)
@@ -183,7 +243,21 @@ def build(variant: Variant, teacher: str = "teacher", device: str = "cpu") -> Tr
         model.audio_sink_tokens.data.mul_(variant.sink_std / 0.02)
     for block in model.transformer_blocks:
         block.audio_attn1.q_norm.weight.data.mul_(variant.sharpen)
-        STABILISERS[variant.stabiliser](block.audio_attn1)
+    if variant.norms == "plain":
+        _without_norms(model, variant.causal, seen)
+    for block in model.transformer_blocks:
+        block.audio_attn1 = STABILISERS[variant.stabiliser](block.audio_attn1)
     if variant.audio_rows == "row":
         model.register_forward_pre_hook(_row_by_row, with_kwargs=True)
     return model
+
+
+@torch.no_grad()
+def _without_norms(model: Transformer, causal: Causal, seen: tuple[AV[Tensor], ...] | None) -> None:
+    if seen is None:
+        raise ValueError("plain scales in place of norms are measured on states: give `seen`, found None")
+    with rows.watched(model) as calls:
+        model(*seen, masks=masks_of(causal, seen[0].video))
+    for attention, x, *_ in calls:
+        attention.q_norm = Scale(attention.q_norm, attention.to_q(x))
+        attention.k_norm = Scale(attention.k_norm, attention.to_k(x))

@@ -5,17 +5,19 @@ Every function takes plain arrays by name and gives a figure; names choose colou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from omniforcing_lib.layout import AV
-from omniforcing_lib.pages.canvas import GREY, INK, OTHERS, STREAM, colours, figure, styled
+from omniforcing_lib.pages.canvas import GREY, INK, OTHERS, STREAM, bare, colours, figure, styled
 
 
 class Estimate(NamedTuple):
@@ -139,6 +141,32 @@ def _sunk(axes: Axes, counts: list[int], sinks: Sequence[int], values: Sequence[
     )
     for place in x[~finite]:
         axes.text(place, 0.88, "NaN", color=colour, ha="center", transform=axes.get_xaxis_transform(), fontsize=8)
+
+
+@styled
+def phase(
+    norms: Mapping[str, Mapping[str, float]], notes: Mapping[str, Mapping[str, str]], *, xlabel: str = ""
+) -> Figure:
+    """Draw a map, row -> column -> largest gradient norm, each place with its note; broken runs are crossed out."""
+    columns = list(next(iter(norms.values())))
+    values = np.array([[norms[row].get(column, math.nan) for column in columns] for row in norms], float)
+    finite = values[np.isfinite(values)]
+    fig = figure(0.9 + 0.42 * len(norms))
+    axes = fig.subplots()
+    scale = LogNorm(finite.min(), max(finite.max(), 2 * finite.min()))
+    shown = axes.imshow(np.ma.masked_invalid(values), norm=scale, cmap="YlOrRd", aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        note = notes[list(norms)[i]].get(columns[j], "")
+        words, dark = f"{value:.3g}\n{note}" if note else "", np.isfinite(value) and scale(value) > 0.6
+        axes.text(j, i, words, ha="center", va="center", fontsize=7.5, color="white" if dark else INK)
+        if np.isinf(value):
+            axes.plot(j, i, "x", color=INK, markersize=26, markeredgewidth=1)
+    axes.set_xticks(range(len(columns)), [column.replace(", ", "\n") for column in columns], fontsize=7)
+    axes.set_yticks(range(len(norms)), list(norms))
+    axes.set_xlabel(xlabel)
+    bare(axes)
+    fig.colorbar(shown, ax=axes, label="largest gradient norm")
+    return fig
 
 
 @styled

@@ -24,6 +24,7 @@ from omniforcing_lib.pages.charts import (
     by_sinks,
     curves,
     error_by_block,
+    phase,
     roofline,
     sigma_schedule,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "error_by_block",
     "leak_heatmap",
     "mask_grid",
+    "phase",
     "roofline",
     "rulers",
     "sigma_schedule",

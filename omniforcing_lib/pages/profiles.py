@@ -26,7 +26,7 @@ class Profile:
         stage3_lr: learning rates of its student and of its critic.
         sink_counts: sink numbers that notebook 03 compares.
         sink_steps: training steps of each of those variants.
-        sink_clips: clips of each of those steps; four times as many judge.
+        sink_clips: clips of each of those steps; six times as many judge.
         long_seconds: length of the long roll-out whose drift is measured.
         bench_seconds: length of the stream that notebook 05 times.
         bench_grid: tokens of a frame of notebook 05's random models.

@@ -328,7 +328,8 @@ def test_runs_that_do_not_belong_together_are_refused_before_any_training(tmp_pa
         changed.setitem(sink_runs.ARMS, "16 sinks", Variant(lr=1e-3))
         with pytest.raises(ValueError, match="variant"):
             sink_runs.stored("study", tmp_path)
-    monkeypatch.setattr(sink_runs, "_files", lambda: {"teacher.safetensors": "another"})
+    other = {"git": {}, "files": {"teacher.safetensors": "another"}}
+    monkeypatch.setattr(sink_runs.origins, "of", lambda *names: other)
     with pytest.raises(ValueError, match="another"):
         sink_runs.run("study", tmp_path, steps=3)
     assert sink_runs.stored("study", tmp_path).outdated == 1

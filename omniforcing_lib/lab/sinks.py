@@ -25,7 +25,6 @@ from omniforcing_lib.lab import exposure, rows
 from omniforcing_lib.lab.companions import Companions
 from omniforcing_lib.lab.variants import Variant, build, masks_of
 from omniforcing_lib.layout import AV
-from omniforcing_lib.pages import verdicts
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.training import dataset, stages
 from omniforcing_lib.training import train as training
@@ -294,8 +293,7 @@ def _sink_norm(model: Transformer, norm: float, clip: float) -> float:
 class Summary(NamedTuple):
     """One variant over its seeds: largest gradient norms of all, means of the losses, runs that broke.
 
-    `norm` is of the whole gradient, `sink_norm` of the sinks' part, `rest_norm` of the whole without it; `finals` are
-    the seeds' own final losses.
+    `norm` is of the whole gradient, `sink_norm` of the sinks' part, `rest_norm` of the whole without it.
     """
 
     norm: float
@@ -305,7 +303,6 @@ class Summary(NamedTuple):
     final: float
     spread: float
     broken: int
-    finals: tuple[float, ...]
 
 
 def compare(
@@ -331,7 +328,6 @@ def summarise(traces: Sequence[Trace]) -> Summary:
         final=sum(finals) / len(finals),
         spread=spread,
         broken=sum(trace.diverged for trace in traces),
-        finals=tuple(finals),
     )
 
 

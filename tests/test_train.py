@@ -65,8 +65,7 @@ def self_forcing_stage() -> tuple[dict[str, Player], train.Step]:
 
 def on_policy_stage() -> tuple[dict[str, Player], train.Step]:
     student, teacher = player(seed=1), player(sinks=0).model.requires_grad_(False).eval()
-    start = player(seed=1).model.requires_grad_(False).eval()
-    step = stages.on_policy_stage(student, teacher, start, prompts(), CAUSAL, GRID, FRAMES, batch=2, stride=4)
+    step = stages.on_policy_stage(student, teacher, pairs(), prompts(), CAUSAL, GRID, FRAMES, batch=2, stride=4)
     return {"student": student}, step
 
 
@@ -199,18 +198,26 @@ def test_only_guidance_moves_the_student_where_critic_and_teacher_agree(cfg):
     assert norm == 0 if cfg == 1 else norm > 1e-3
 
 
-def test_a_student_that_jumps_where_its_teacher_goes_has_nothing_to_learn():
-    """At the first step it keeps to its start, at the last to one Euler step of the teacher; between it has to jump."""
-    causal = replace(CAUSAL, steps=(1000, 500, 100, 0), layout=replace(CAUSAL.layout, sinks=0))
+def test_on_policy_block_0_is_left_to_the_trajectories():
+    """Block 0, which the trajectories keep, never counts; a later block that sees less than its teacher has to move."""
+    layout = replace(CAUSAL.layout, sinks=0)
+    causal = replace(CAUSAL, steps=(1000, 500, 100, 0), layout=layout)
     student, teacher = player(sinks=0), player(sinks=0).model.requires_grad_(False).eval()
-    how = {"batch": 2, "guidance": Guidance(), "stride": 1}
-    frames, moved = causal.layout.first.video, {0: set(), 1: set(), 2: set()}
-    step = stages.on_policy_stage(student, teacher, teacher, prompts(), causal, GRID, frames, **how)
-    for i in range(12):
-        student.model.load_state_dict(teacher.state_dict())
-        exit_step = int(torch.randint(3, (), generator=torch.Generator().manual_seed(i)))
-        moved[exit_step].add(float(step(i, torch.Generator().manual_seed(i))["norm"]) > 1e-4)
-    assert moved == {0: {False}, 1: {True}, 2: {False}}
+    how = {"batch": 2, "guidance": Guidance(), "stride": 1, "regression": 0.0}
+    for blocks, expected in ((1, {1: {False}, 2: {False}}), (2, {1: {True}, 2: {True}})):
+        moved = {1: set(), 2: set()}
+        frames = layout.block(blocks - 1).video.stop
+        step = stages.on_policy_stage(student, teacher, pairs(), prompts(), causal, GRID, frames, **how)
+        for i in range(6):
+            student.model.load_state_dict(teacher.state_dict())
+            exit_step = 1 + int(torch.randint(2, (), generator=torch.Generator().manual_seed(i)))
+            moved[exit_step].add(float(step(i, torch.Generator().manual_seed(i))["norm"]) > 1e-6)
+        assert moved == expected
+
+
+def test_states_on_policy_need_a_level_between_noise_and_data():
+    with pytest.raises(ValueError, match="three steps or more"):
+        stages.on_policy_stage(None, None, None, prompts(), replace(CAUSAL, steps=(1000, 0)), GRID, FRAMES, batch=1)
 
 
 def test_regression_beside_dmd_adds_its_own_loss():

@@ -126,9 +126,9 @@ def _treated(remedy: Remedy, budget: Budget, seed: int) -> Transformer:
     if remedy.objective == "none":
         return start
     how = {"steps": steps, "batch": batch, "seconds": budget.seconds, "guidance": guidance, "seed": seed}
-    if remedy.objective == "on policy":
-        return distill.on_policy(start, "teacher", prompts, causal, codec, lr=budget.lr[0], **how).student
     pairs = distill.teacher_pairs("", codec, prompts, causal, 90)
+    if remedy.objective == "on policy":
+        return distill.on_policy(start, "teacher", pairs, prompts, causal, codec, lr=1e-4, **how).student
     if remedy.objective == "regression":
         player = Player(start, Recipe(lr=budget.lr[0], warmup=3, ema=max(0.0, 1 - 4 / steps)))
         step = stages.ode_stage(player, pairs, prompts, causal, batch)

@@ -24,7 +24,7 @@ from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.evaluate import Estimate
 from omniforcing_lib.flow import ONES, Guidance, noise_like, x0_of
 from omniforcing_lib.layout import AV, BlockLayout
-from omniforcing_lib.live.stream import MINIATURE_CFG
+from omniforcing_lib.live.stream import MINIATURE_CFG, MINIATURE_GUIDANCE
 from omniforcing_lib.rollout import Causal, rollout
 from omniforcing_lib.training import dataset, provenance, stages, train
 from omniforcing_lib.training.dataset import Pairs, Prompts
@@ -182,6 +182,7 @@ def stage3(
 def on_policy(
     student: Transformer,
     teacher: str,
+    pairs: Pairs,
     prompts: Prompts,
     causal: Causal,
     codec: TinyCodec,
@@ -189,8 +190,8 @@ def on_policy(
     steps: int,
     batch: int,
     seconds: int = 5,
-    lr: float = 2e-4,
-    guidance: Guidance = MINIATURE_CFG,
+    lr: float = 1e-4,
+    guidance: Guidance = MINIATURE_GUIDANCE,
     seed: int = 0,
 ) -> Lesson:
     """Regress a copy of a student on the teacher's ends of its own states: `stages.on_policy_stage`."""
@@ -198,8 +199,7 @@ def on_policy(
     player = Player(copy.deepcopy(student), recipe)
     ends_by = checkpoints.load(teacher, device=prompts.context.video.device)
     frames = codec.clock.latents(seconds).video
-    models = (player, ends_by, student)
-    step = stages.on_policy_stage(*models, prompts, causal, codec.grid, frames, batch, guidance=guidance)
+    step = stages.on_policy_stage(player, ends_by, pairs, prompts, causal, codec.grid, frames, batch, guidance=guidance)
     history = train.fit(step, {"student": player}, steps, seed=seed, label="on policy", leave=False)
     return Lesson(player.best.eval(), history, [])
 

@@ -423,15 +423,18 @@ def on_policy(
     student: str = "stage2",
     teacher: str = "teacher",
     codec: str = CODEC,
-    steps: int = 200,
+    pairs: str = str(checkpoints.DATA / "ode_pairs.safetensors"),
+    count: int = 90,
+    steps: int = 100,
     batch: int = 8,
     seconds: int = 5,
     grid: Sequence[int] = (0, 0),
-    lr: float = 2e-4,
+    lr: float = 1e-4,
     final: float = 0.05,
     stride: int = 2,
+    regression: float = 0.2,
     cfg: Sequence[float] = (3.0, 3.0),
-    rescale: Sequence[float] = (0.0, 0.0),
+    rescale: Sequence[float] = (0.7, 0.7),
     job: Job = Job(),
 ) -> Path:
     """Distil on the student's own roll-outs without a critic: regress them on the teacher's ends of their states.
@@ -441,6 +444,8 @@ def on_policy(
         student: stage2, student, or a checkpoint file, index or folder: where the student starts.
         teacher: teacher, or a checkpoint file, index or folder: whose ODE ends the student's states.
         codec: .safetensors file of the world's codec, for clock and grid.
+        pairs: .safetensors file or folder of shards; what is not there is made and kept there, if a name is given.
+        count: trajectories, prompts in turn.
         steps: steps of the student.
         batch: clips a step, of all processes together.
         seconds: length of a clip in seconds.
@@ -448,20 +453,21 @@ def on_policy(
         lr: peak learning rate.
         final: share of the rate that a cosine decay leaves at the end; 1 is none.
         stride: the teacher takes every so many-th of the 40 levels of its schedule, from the student's level on.
+        regression: weight of the loss on the pairs.
         cfg: guidance scales of video and audio, of the teacher.
         rescale: shares of the guided result, of video and audio, that take the spread of the unguided one.
         job: how the run runs.
     """
-    causal = checkpoints.student(student)
+    causal, prompts = checkpoints.student(student), job.contexts()
     clock, shape = geometry(codec, grid)
+    data = ode_pairs(pairs, teacher, prompts, causal, count, clock.latents(seconds), shape, tuple(cfg), job)
     recipe = {"betas": (0.9, 0.999), "warmup": 3, "steps": steps, "final": final, "ema": average(steps, 1 / 10)}
-    player = job.player(job.load(student), lr=lr, **recipe)
-    how = {"guidance": Guidance(cfg=AV(*cfg), rescale=AV(*rescale)), "stride": stride}
+    player, frozen = job.player(job.load(student), lr=lr, **recipe), job.load(teacher, frozen=True)
+    how = {"guidance": Guidance(cfg=AV(*cfg), rescale=AV(*rescale)), "stride": stride, "regression": regression}
     frames = clock.latents(seconds).video
-    frozen = [job.load(name, frozen=True) for name in (teacher, student)]
-    step = stages.on_policy_stage(player, *frozen, job.contexts(), causal, shape, frames, batch, **how)
+    step = stages.on_policy_stage(player, frozen, data, prompts, causal, shape, frames, batch, **how)
     history = job.run(step, {"student": player}, steps, "on policy")
-    return job.save(player, out, history, ("video", "audio"), causal)
+    return job.save(player, out, history, ("own_video", "own_audio"), causal)
 
 
 @stage

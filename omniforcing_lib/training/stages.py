@@ -243,7 +243,7 @@ def self_forcing_stage(
 def on_policy_stage(
     student: Player,
     teacher: Transformer,
-    start: Transformer,
+    pairs: Pairs,
     prompts: Prompts,
     causal: Causal,
     grid: tuple[int, int],
@@ -252,60 +252,68 @@ def on_policy_stage(
     *,
     guidance: Guidance = DMD_GUIDANCE,
     stride: int = 2,
+    regression: float = 0.2,
     weights: AV[float] = ONES,
 ) -> Step:
     """Stage 3 without a critic: regress the student, on its own past, on the teacher's end of its own states.
 
-    The student rolls out as in `self_forcing_stage`, up to an exit step. The states that its blocks leave from are
-    together a noised clip; the guided teacher follows its ODE from there to the end, and each block learns to jump to
-    that end. So Stage 2's regression is made where the student really comes by (as DAgger does, Ross et al. 2011). The
-    end is a function of the state: no mode is sought, and nothing is averaged over noise.
+    The student rolls out as in `self_forcing_stage`, up to an exit step after the first. The states that its blocks
+    leave from are together a noised clip; the guided teacher follows its ODE from there to the end, and each block
+    learns to jump to that end. So Stage 2's regression is made where the student really comes by (as DAgger does,
+    Ross et al. 2011). The end is a function of the state: no mode is sought, and nothing is averaged over noise.
 
-    From pure noise, at the first step, the teacher would have to go all the way. There the student keeps to what
-    `start` says on the same past: that step chooses among motions, nothing on policy would notice it drift, and it
-    does (`LOG.md`). This is not in the paper.
+    What comes first, block 0 and the step from pure noise, chooses among motions, and on policy nothing would notice
+    it drift. It is left to the loss of `ode_stage`, `regression` times, on the teacher's own trajectories. This is not
+    in the paper; `LOG.md` says what was tried before.
 
     Args:
         student: who learns.
         teacher: frozen.
-        start: the student as it begins, frozen.
+        pairs: the teacher's trajectories.
         prompts: contexts.
         causal: blocks, steps, window.
         grid: tokens of a video frame.
         video_latents: length of the clips.
-        batch: clips a step, of all processes together.
+        batch: clips a step of either loss, of all processes together.
         guidance: of the teacher.
         stride: the teacher takes every `stride`-th level of its 40-step schedule.
+        regression: weight of the loss on trajectories.
         weights: of the streams' losses.
+
+    Raises:
+        ValueError: the student has one step only, so that all its states are pure noise.
     """
     entries, schedule = snap_indices(causal.steps), ltx2_sigmas(40)
+    if len(entries) < 3:
+        raise ValueError(f"steps {causal.steps} have no noise level between noise and data; use three steps or more")
     clips = own_clips(prompts, causal, grid, video_latents, batch)
-
-    def ends(exit_step: int, text: AV[Tensor], states: list[AV[Tensor]], past: AV[Tensor]) -> AV[Tensor]:
-        if exit_step:
-            rest = _to_the_end(schedule[entries[exit_step] :], stride)
-            return euler(guided_denoiser(teacher, text, prompts.negative, guidance), join(states), rest)
-        own = rollout(start, causal, text, lambda k, *_: states[k], grid, video_latents, exit_step=0, history=past)
-        return join(list(own))
+    regress = _regression(student, pairs, prompts, causal, batch)
+    later = causal.layout.block_index(video_latents).map(
+        lambda blocks: (torch.tensor(blocks, device=prompts.device) > 0).float()
+    )
 
     def terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
         states: list[AV[Tensor]] = []
         with student.autocast():
             text, x_hat = clips(student.model, generator, exit_step, part, states.append)
+        rest = _to_the_end(schedule[entries[exit_step] :], stride)
         with torch.no_grad(), student.autocast():
-            end = ends(exit_step, text, states, x_hat.map(Tensor.detach))
-        sigma = x_hat.map(lambda x: torch.ones(len(x), device=x.device))
-        numbers = losses.ode_regression(x_hat, end, sigma)._asdict() | health(x_hat)
-        return {name: value * part.share for name, value in numbers.items()}
+            end = euler(guided_denoiser(teacher, text, prompts.negative, guidance), join(states), rest)
+        counted = x_hat.map(lambda x, of: of.expand(len(x), -1), later)
+        loss = losses.ode_regression(x_hat, end, counted).map(lambda value: value * part.share)
+        beside = regress(generator, part)
+        numbers = loss.map(lambda own, other: own + regression * other, AV(beside["video"], beside["audio"]))._asdict()
+        told = {name: value * part.share for name, value in health(x_hat).items()}
+        return numbers | told | {"own_video": loss.video.detach(), "own_audio": loss.audio.detach()}
 
     def learn(generator: torch.Generator, exit_step: int) -> Numbers:
         return student.learn(batch, generator, partial(terms, generator, exit_step), weights)
 
-    piece = recorded(learn, student, live=prompts.live)
+    piece = recorded(learn, student, live=prompts.live or pairs.live)
 
     def step(i: int, generator: torch.Generator) -> Numbers:
         dice = torch.Generator().manual_seed(generator.initial_seed())
-        return piece(generator, int(torch.randint(len(entries) - 1, (), generator=dice)))
+        return piece(generator, 1 + int(torch.randint(len(entries) - 2, (), generator=dice)))
 
     return step
 

@@ -2,7 +2,7 @@
 
 Two plans. `study` trains every arm long enough to rank it, with several training seeds; the training run is the unit,
 and seeds are paired: all arms see the same batches of one seed. `phase` looks for the explosion where it is likeliest,
-with short runs of which nothing is clipped. `run` goes on where it stopped; `traces`, `table` and `differences` read.
+with short runs of which nothing is clipped. `run` goes on where it stopped; `stored`, `table` and `differences` read.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 // A browser for `player.js` whose time is ours: repaints, sound and answers come when the scenario says.
 //
+// Sounds are [start, end] and paintings [when, frame] by the clock of the sound, which is `latency_s` later in the ear.
+//
 //   node browser.mjs player.mjs '{"seconds": 60, "hidden": [2, 50], "made_s": 0.3, "restarted": 55}'
 //
 // Prints what a reader would have seen and heard. As in a real one, a hidden tab repaints nothing, the clock of the
@@ -11,7 +13,7 @@ const { restarted = Infinity, shut_down = Infinity, silent = Infinity } = ends; 
 const end = Math.min(restarted, shut_down, silent);
 const [FPS, RATE, TICK] = [24, 1600, 0.01]; // few samples: a page looks at all of them at each repaint
 let time = 0;
-const found = { open: 0, most_open: 0, asked: 0, sounds: [], painted: [], painted_closed: 0 };
+const found = { open: 0, most_open: 0, asked: 0, latency_s: 0.08, sounds: [], painted: [], painted_closed: 0 };
 const [elements, playing, due, answers] = [[], new Set(), [], []];
 
 class Element {
@@ -22,7 +24,7 @@ class Element {
   setAttribute() {}
   addEventListener() {}
   getContext() {
-    const drawImage = (picture) => (found.painted.push([time, picture.number]), (found.painted_closed += picture.closed));
+    const drawImage = (picture) => (found.painted.push([found.context.currentTime, picture.number]), (found.painted_closed += picture.closed));
     return new Proxy({}, { get: (_, name) => (name === "drawImage" ? drawImage : () => {}), set: () => true });
   }
 }
@@ -47,7 +49,7 @@ class Source {
 class AudioContext {
   state = "suspended";
   currentTime = 0;
-  outputLatency = 0.02;
+  outputLatency = found.latency_s;
   destination = {};
   constructor() {
     found.context = this;

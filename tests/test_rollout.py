@@ -13,6 +13,7 @@ from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
 from omniforcing_lib.rollout import (
     CONTEXT_PASSES,
     Causal,
+    denoise_block,
     join,
     new_cache,
     next_block,
@@ -51,6 +52,41 @@ def test_merged_equals_a_pass_of_its_own_on_a_true_past():
     history = inputs(PAPER, 16)[0]
     own = rolled(causal, 6, history=history)
     assert distance(rolled(replace(causal, context_pass="merged"), 6, history=history), own) <= 1e-12
+
+
+def test_each_step_sees_the_last_prediction_under_fresh_noise_at_its_own_level():
+    """A model that halves what it sees, so that every state can be computed by hand."""
+    sigmas, seen, shape = (1.0, 0.75, 0.5, 0.0), [], (1, 2, 3)
+    noises = [
+        AV(*(torch.randn(shape, generator=torch.Generator().manual_seed(2 * i + j)) for j in (0, 1))) for i in range(3)
+    ]
+
+    def model(x: AV, sigma: AV, text: None, cache: None) -> AV:
+        seen.append((x, sigma))
+        return x.map(lambda part: part / 2)
+
+    made, x = denoise_block(model, None, None, sigmas, noises.__getitem__), noises[0]
+    for i, (given, level) in enumerate(seen):
+        assert level == AV(sigmas[i], sigmas[i]) and distance(given, x) <= 1e-6
+        x0 = x.map(lambda part, s=sigmas[i]: part - s * part / 2)
+        if i < 2:
+            x = x0.map(lambda data, eps, s=sigmas[i + 1]: (1 - s) * data + s * eps, noises[i + 1])
+    assert len(seen) == 3 and distance(made, x0) <= 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["own", "merged"])
+def test_no_noise_serves_twice(way):
+    """Start, steps and context of every block draw noise of their own."""
+    model, text, drawn = tiny(TINY.with_sinks(16)), inputs(PAPER, 1)[2], []
+    causal = Causal(PAPER, steps=(1000, 500, 0), window=1, context_noise=0.1, context_pass=way)
+
+    def noise(block: int, shapes: AV, draw: int) -> AV:
+        drawn.append((block, draw))
+        return seeded_noise([0], text.video)(block, shapes, draw)
+
+    assert len(list(rollout(model, causal, text, noise, GRID, 7))) == 3
+    assert len(drawn) == len({*drawn}) == 3 * 2 + 2
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from test_transformer import TINY
 
-from omniforcing_lib.flow import Guidance
+from omniforcing_lib import losses, masks
+from omniforcing_lib.flow import DMD_GUIDANCE, Guidance, both, guided_denoiser, noised
 from omniforcing_lib.lab import distill
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.rollout import Causal, fresh_noise, rollout
@@ -44,22 +45,21 @@ def pairs(count: int = 3) -> Pairs:
     return Pairs(states, CAUSAL.sigmas.float(), torch.arange(count) % 2)
 
 
-def flow_stage() -> tuple[dict[str, Player], train.Step]:
-    learner = player(sinks=0)
-    return {"teacher": learner}, stages.flow_stage(
-        learner, Clips(distill.ends(pairs()), pairs().prompt), prompts(), batch=4
-    )
+def flow_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
+    learner, clips = player(sinks=0), Clips(distill.ends(pairs()), pairs().prompt)
+    return {"teacher": learner}, stages.flow_stage(learner, clips, prompts(), batch=4, **how)
 
 
-def ode_stage() -> tuple[dict[str, Player], train.Step]:
+def ode_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
     learner = player()
-    return {"student": learner}, stages.ode_stage(learner, pairs(), prompts(), CAUSAL, batch=4)
+    return {"student": learner}, stages.ode_stage(learner, pairs(), prompts(), CAUSAL, batch=4, **how)
 
 
-def self_forcing_stage() -> tuple[dict[str, Player], train.Step]:
+def self_forcing_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
     student, critic = player(seed=1), player(replace(QUICK, ema=0.0), sinks=0)
     teacher = player(sinks=0).model.requires_grad_(False).eval()
-    step = stages.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=2, ratio=2)
+    how = {"batch": 2, "ratio": 2} | how
+    step = stages.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, **how)
     return {"student": student, "critic": critic}, step
 
 
@@ -143,11 +143,12 @@ def test_stage_2_regresses_states_whose_latents_all_have_the_level_of_their_bloc
     The blocks are written out: neither the block table nor a ratio of lengths says what is right here.
     """
     blocks, known, learner, calls = AV([0, 1, 1, 2, 2], [0] + [1] * 5 + [2] * 5), pairs(1), player(), []
-    learner.model.register_forward_hook(lambda _, args, how, out: calls.append((*args[:2], out)), with_kwargs=True)
-    step = stages.ode_stage(learner, known, prompts(), CAUSAL, batch=6)
+    learner.model.register_forward_hook(lambda _, args, how, out: calls.append((*args[:2], how, out)), with_kwargs=True)
+    step = stages.ode_stage(learner, known, prompts(), replace(CAUSAL, window=0), batch=6)
     for i in range(6):
         numbers = step(i, torch.Generator().manual_seed(i))
-        x, sigma, velocity = calls[-1]
+        x, sigma, how, velocity = calls[-1]
+        assert how["masks"] == masks.build(CAUSAL.layout, FRAMES, 4, window=0)
         number = sigma.map(lambda s: (s[..., None] == known.sigmas).int().argmax(-1))
         drawn = torch.stack([number.video[:, blocks.video.index(k)] for k in range(3)], dim=1)
         for stream, name in enumerate(AV._fields):
@@ -180,6 +181,48 @@ def test_every_exit_step_is_drawn_for_the_student_and_for_the_critic():
     for drawn in left.values():
         assert len(drawn) == 30 and all(drawn.count(exit_step) >= 4 for exit_step in range(3))
     assert left[True] != left[False]
+
+
+def test_stage_3_pulls_from_what_the_critic_says_to_what_the_guided_teacher_says(monkeypatch):
+    """Which of the two scores is which decides the direction, and nothing in the numbers of a run would show it."""
+    calls, dmd = [], losses.dmd
+    monkeypatch.setattr(losses, "dmd", lambda *args: calls.append(args) or dmd(*args))
+    text, clips = prompts().take(torch.tensor([1])), SIZES.map(lambda size: draw(1, *size, seed=9))
+
+    def sampler(model: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV, AV]:
+        return text, clips.map(lambda clip: clip * model.proj_out.weight.mean())
+
+    students, critic, teacher = player(seed=1), player(sinks=0, seed=2), player(sinks=0, seed=3).model
+    rest = {"batch": 1, "sampler": sampler}
+    stages.self_forcing_stage(students, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, **rest)(0, torch.Generator())
+    ((x_hat, fake, real, sigma, eps),) = calls
+    x = x_hat.map(noised, eps, both(sigma))
+    with torch.no_grad():
+        wanted = guided_denoiser(critic.model, text), guided_denoiser(teacher, text, prompts().negative, DMD_GUIDANCE)
+        for found, score in zip((fake, real), wanted, strict=True):
+            assert all(map(torch.equal, found(x, sigma), score(x, sigma)))
+    assert not torch.equal(fake(x, sigma).video, real(x, sigma).video)
+
+
+@each_stage
+def test_a_stream_of_weight_zero_teaches_nothing(stage):
+    for weights, moves in ((AV(0.0, 0.0), False), (AV(1.0, 0.0), True), (AV(0.0, 1.0), True)):
+        numbers = stage(weights=weights)[1](0, torch.Generator().manual_seed(0))
+        assert [float(n) > 0 for name, n in numbers.items() if name in ("norm", "critic_norm")] in (
+            [moves],
+            [moves] * 2,
+        )
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0])
+def test_the_teacher_learns_its_negative_prompt_where_prompts_are_dropped(drop):
+    players, step = flow_stage(drop=drop)
+    heard = []
+    players["teacher"].model.register_forward_hook(lambda _, args, out: heard.extend(args[2].video))
+    step(0, torch.Generator().manual_seed(0))
+    known = prompts().context.video
+    numbers = [next(n for n in range(3) if torch.equal(text, known[n])) for text in heard]
+    assert len(numbers) == 4 and {n == 2 for n in numbers} == {bool(drop)}
 
 
 def test_every_clip_is_drawn_and_none_that_is_not_there():

@@ -189,7 +189,7 @@ def energy(real: np.ndarray, other: np.ndarray, draws: int = 500) -> Estimate:
 
     def drawn() -> float:
         times = np.bincount(rng.integers(count, size=count), minlength=count)
-        pairs = count**2 - np.square(times).sum()
+        pairs = max(count**2 - np.square(times).sum(), 1)
         return float(2 * (across.mean(0) @ times) / count - times @ inside @ times / pairs + fixed)
 
     low, high = np.quantile([drawn() for _ in range(draws)], (0.025, 0.975))

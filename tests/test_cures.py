@@ -1,0 +1,46 @@
+"""Laws of the remedies: every one does what its name says, runs are kept by seed, and budgets do not mix."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from omniforcing_lib.lab import cures
+from omniforcing_lib.lab.cures import Budget, Remedy
+from omniforcing_lib.pages import origins
+
+TINY = Budget(steps=1, batch=1, seconds=1, clips=4)
+
+
+def test_every_remedy_differs_from_dmd_in_what_its_name_says():
+    plain = vars(Remedy())
+    changed = {
+        name: {field: value for field, value in vars(remedy).items() if value != plain[field] and field != "work"}
+        for name, remedy in cures.REMEDIES.items()
+    }
+    assert changed.pop("DMD") == {} and all(changed.values())
+    assert len({json.dumps(change, sort_keys=True) for change in changed.values()}) == len(changed)
+
+
+def test_runs_are_kept_and_say_what_they_judged(tmp_path):
+    names = ("Stage 2", "on policy", "DMD and regression")
+    cures.run(tmp_path, names=names, seeds=1, budget=TINY)
+    made = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    cures.run(tmp_path, names=names, seeds=1, budget=TINY)
+    assert made == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(made) == 3
+    table = cures.table(tmp_path)
+    assert list(table) == [name for name in cures.REMEDIES if name in names]
+    assert all(0 <= row["recall"][0] <= 1 and row["sync_f1"][1] is None for row in table.values())
+    assert table["Stage 2"]["angle_sd"] != table["on policy"]["angle_sd"]
+    record = cures.records(tmp_path)[0]
+    assert record["files"] == origins.of("teacher", "stage2", "codec", "ode_pairs")["files"]
+    with pytest.raises(ValueError, match="another folder"):
+        cures.run(tmp_path, names=names, seeds=2, budget=Budget(steps=2))
+
+
+def test_unknown_remedies_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown remedies prayer; choose from Stage 2"):
+        cures.run(tmp_path, names=("prayer",))
+    with pytest.raises(ValueError, match="holds no runs"):
+        cures.table(tmp_path)

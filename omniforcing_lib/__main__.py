@@ -109,7 +109,7 @@ def _parser() -> Parser:
     score.add_argument("--long", action="store_true", help="students alone, in spans of 10 s of one long roll-out each")
     score.add_argument("--out", type=Path, default=Path("reports/scores"))
 
-    ablate = command("ablate", _ablate, "train Stage 3 with one part changed at a time, from one start, and measure")
+    ablate = command("ablate", _ablate, "train Stage 3 with one part changed at a time, seed by seed, and measure")
     ablate.add_argument("--arms", nargs="+", default=[], help="names of arms (default: all)")
     ablate.add_argument("--seeds", type=int, default=2)
     ablate.add_argument("--out", type=Path, default=Path("reports/ablations"), help="finished runs there are kept")
@@ -280,11 +280,17 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _ablate(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.bounce import evaluate
     from omniforcing_lib.lab import ablations
+    from omniforcing_lib.pages import claims
 
     folder = ablations.run(arguments.out, arms=arguments.arms or tuple(ablations.ARMS), seeds=arguments.seeds)
-    print(evaluate.Table(ablations.table(folder)))
+    for found in (ablations.table(folder), ablations.gains(folder)):
+        rows = {
+            arm: {name: claims.quote({"value": mean, "interval": interval}) for name, (mean, interval) in row.items()}
+            for arm, row in found.items()
+        }
+        if rows:
+            print(claims.plain_table([{"arm": arm} | row for arm, row in rows.items()]), end="\n\n")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from omniforcing_lib.pages.charts import (
     error_by_block,
     roofline,
     sigma_schedule,
+    velocities,
 )
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "rulers",
     "sigma_schedule",
     "strip",
+    "velocities",
 ]
 
 CLOCK = Clock()

@@ -128,7 +128,7 @@ def _parser() -> Parser:
     kept = "folder; finished runs there are kept (default reports/cures)"
     cure.add_argument("--out", type=_folder, default="reports/cures", help=kept)
 
-    ablate = command("ablate", _ablate, "train Stage 3 with one part changed at a time, from one start, and measure")
+    ablate = command("ablate", _ablate, "train Stage 3 with one part changed at a time, seed by seed, and measure")
     ablate.add_argument("--arms", nargs="+", default=[], help="names of arms (default: all)")
     _takes_number(ablate, "--seeds", 2, (1, None), "training seeds of each arm")
     kept = "folder; finished runs there are kept (default reports/ablations)"
@@ -352,11 +352,17 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _ablate(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.bounce import evaluate
     from omniforcing_lib.lab import ablations
+    from omniforcing_lib.pages import claims
 
     folder = ablations.run(arguments.out, arms=arguments.arms or tuple(ablations.ARMS), seeds=arguments.seeds)
-    print(evaluate.Table(ablations.table(folder)))
+    for found in (ablations.table(folder), ablations.gains(folder)):
+        rows = {
+            arm: {name: claims.quote({"value": mean, "interval": interval}) for name, (mean, interval) in row.items()}
+            for arm, row in found.items()
+        }
+        if rows:
+            print(claims.plain_table([{"arm": arm} | row for arm, row in rows.items()]), end="\n\n")
 
 
 def _cures(arguments: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from omniforcing_lib.lab.ablations import ARMS, Budget
 from omniforcing_lib.lab.anatomy import encoded
 from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.live import stream
+from omniforcing_lib.pages import verdicts
 from omniforcing_lib.rollout import Causal
 from omniforcing_lib.training.dataset import Prompts
 from omniforcing_lib.weights import checkpoints
@@ -131,7 +133,7 @@ class FakeBench:
     def trial(self, arm: ablations.Arm, seed: int) -> dict[str, object]:
         FakeBench.trials += 1
         rng = np.random.default_rng(seed)
-        hits = rng.integers(5, 9, self.budget.clips) - 4 * (arm is ARMS["true past"])
+        hits = rng.integers(5, 9, self.budget.clips) - (4 + seed) * (arm is ARMS["true past"])
         counts = {name: [[int(hit), 10] for hit in hits] for name in ablations.MEASURES}
         return {"counts": counts, "frechet": {"video": 10.0 + seed, "audio": 1.0}}
 
@@ -144,9 +146,64 @@ def test_runs_go_on_where_they_stopped_and_tables_pool_them(tmp_path, monkeypatc
     assert FakeBench.trials == 6 == len([*tmp_path.glob("*.json")])
     table, gains = ablations.table(tmp_path), ablations.gains(tmp_path)
     assert [*table] == [*arms] and [*gains] == ["Stage 2", "true past"]
-    assert table["Stage 3"]["frechet, video"] == (10.5, 10.0, 11.0)
-    assert gains["Stage 2"]["sync_f1"] == (0, 0, 0)
-    assert gains["true past"]["sync_f1"] == pytest.approx((-0.4, -0.4, -0.4))
+    assert table["Stage 3"]["frechet, video"] == verdicts.over_seeds([10.0, 11.0])
+    assert gains["Stage 2"]["sync_f1"] == (0, (0, 0)) and gains["Stage 2"]["frechet, video"] == (0, (0, 0))
+
+
+def test_the_training_seed_is_the_unit_and_arms_are_compared_at_once(tmp_path, monkeypatch):
+    """A hundred clips of one training are one number; two arms beside the recipe make intervals wider."""
+    monkeypatch.setattr(ablations, "_Bench", FakeBench)
+    ablations.run(tmp_path, arms=("Stage 2", "Stage 3", "true past"), seeds=3, budget=Budget(clips=100))
+    mean, (low, high) = ablations.gains(tmp_path)["true past"]["sync_f1"]
+    apart = [-0.4, -0.5, -0.6]
+    wanted = verdicts.over_seeds(apart, comparisons=2)
+    assert (mean, low, high) == pytest.approx((wanted[0], *wanted[1]))
+    assert high - low > np.subtract(*reversed(verdicts.over_seeds(apart)[1])) + 0.1
+
+
+def test_one_training_seed_has_no_interval_and_no_verdict(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "_Bench", FakeBench)
+    ablations.run(tmp_path, arms=("Stage 3", "true past"), seeds=1, budget=Budget(clips=12))
+    mean, interval = ablations.gains(tmp_path)["true past"]["sync_f1"]
+    assert mean == pytest.approx(-0.4) and interval is None
+    assert verdicts.verdict(mean, interval, verdicts.at_most(0)) == verdicts.NO_POWER
+    assert all(interval is None for row in ablations.table(tmp_path).values() for _, interval in row.values())
+
+
+def test_seeds_and_arms_without_a_partner_do_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "_Bench", FakeBench)
+    ablations.run(tmp_path, arms=("Stage 3",), seeds=1, budget=Budget(clips=12))
+    ablations.run(tmp_path, arms=("true past",), seeds=2, budget=Budget(clips=12))
+    assert ablations.gains(tmp_path)["true past"]["sync_f1"] == (pytest.approx(-0.4), None)
+    (tmp_path / "Stage_3-0.json").unlink()
+    assert ablations.gains(tmp_path) == {}
+
+
+def test_every_seed_begins_with_a_stage_2_of_its_own(monkeypatch):
+    """The same start for all seeds would be one training seed under many names."""
+    bench = object.__new__(ablations._Bench)
+    bench.teacher, bench.budget, bench.pairs, bench.prompts, bench.causal = "teacher", Budget(), "pairs", None, CAUSAL
+    bench._starts, trained = {}, []
+
+    def stage2(source, pairs, prompts, causal, *, steps, batch, seed):
+        trained.append((pairs, steps, seed))
+        return distill.Lesson(trained[-1], None, [])
+
+    monkeypatch.setattr(ablations.distill, "stage2", stage2)
+    monkeypatch.setattr(ablations, "noised_pairs", lambda pairs, seed: f"noise {seed}")
+    arms = [ARMS[name] for name in ("Stage 2", "Stage 3", "noised start")]
+    starts = [[bench._start(arm, seed) for arm in arms] for seed in (0, 1)]
+    assert starts == [[("pairs", 100, s), ("pairs", 100, s), (f"noise {s}", 100, s)] for s in (0, 1)]
+    assert len(trained) == 4
+
+
+def test_a_run_says_what_it_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "_Bench", FakeBench)
+    ablations.run(tmp_path, arms=("Stage 3",), seeds=1, budget=Budget(clips=2))
+    record = json.loads((tmp_path / "Stage_3-0.json").read_text())
+    assert {*record["files"]} == {f"{n}.safetensors" for n in ("teacher", "codec", "ode_pairs")} and "commit" in record[
+        "git"
+    ]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):

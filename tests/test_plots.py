@@ -38,6 +38,11 @@ def leaky():
     return matrix
 
 
+def some_motions(count):
+    angle = RNG.uniform(0, 2 * np.pi, count)
+    return np.stack([*RNG.uniform(8, 56, (2, count)), 60 * np.cos(angle), 60 * np.sin(angle)], axis=1)
+
+
 FIGURES = {
     "rulers": lambda: plots.rulers(LAYOUTS, 4),
     "strip": lambda: plots.strip(a_clip(), [Event(0.4)], [Event(0.41), Event(1.2)], title="a red ball, bell"),
@@ -59,6 +64,9 @@ FIGURES = {
     ),
     "error_by_block": lambda: plots.error_by_block({"free-running": AV(RNG.random((8, 5)), RNG.random(5))}),
     "block_times": lambda: plots.block_times({"student": RNG.random(60) * 99 + 300, "teacher": [9000, 9100]}),
+    "velocities": lambda: plots.velocities(
+        {name: some_motions(192) for name in ("real", "teacher", "Stage 2", "b", "a")}
+    ),
     "roofline": lambda: plots.roofline({"decode": (2, 8)}, peak_gflops=60, bandwidth_gb_s=12),
 }
 
@@ -146,6 +154,25 @@ def test_a_map_crosses_out_broken_runs_and_leaves_what_was_not_run_white():
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[1, 0]]]
     assert [t.get_text() for t in axes.texts] == ["2\n0.9", "inf\nnan", "30\n1.1", ""]
     assert np.ma.getmaskarray(axes.images[0].get_array()).tolist() == [[False, True], [False, True]]
+
+
+def test_velocities_show_every_clip_where_it_goes_on_the_screen():
+    """Corners count the directions; down is down: a ball that falls to the right is a dot at the lower right."""
+    moves = np.array([[9, 9, 40, 45], [9, 9, 41, 44], [9, 9, -40, 45], [9, 9, -30, -50]], float)
+    (axes,) = plots.velocities({"student": moves}).axes
+    assert axes.lines[-1].get_xydata().tolist() == moves[:, 2:].tolist()
+    middle = axes.transData.transform((0, 0))
+    sides = [(t.get_text(), *(axes.transData.transform(t.get_position()) > middle).tolist()) for t in axes.texts]
+    assert sides == [("2", True, False), ("0", True, True), ("1", False, False), ("1", False, True)]
+    allowed = axes.patches[0]
+    assert allowed.get_radii() == (65, 65) and allowed.get_width() == 10 and axes.get_title(loc="left") == "student, 4"
+
+
+def test_a_bar_without_an_interval_has_its_number_and_no_whisker():
+    axes = plots.bars_with_ci({"F1": {"one seed": (0.8,), "many": (0.7, 0.6, 0.8)}}).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["0.8", "0.7"] and [t.xy[0] for t in axes.texts] == [0.8, 0.8]
+    whiskers = [np.isfinite(np.array(s)).all() for s in axes.collections[0].get_segments()]
+    assert whiskers in ([False, True], [True])
 
 
 def test_clips_and_titles_must_match():

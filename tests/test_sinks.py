@@ -18,6 +18,7 @@ from omniforcing_lib.lab import rows, sink_runs, sinks, variants
 from omniforcing_lib.lab.sinks import Trace
 from omniforcing_lib.lab.variants import Variant
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
+from omniforcing_lib.pages import verdicts
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.transformer import Transformer
 from tests.test_transformer import GRID, TINY, inputs, tiny
@@ -287,7 +288,7 @@ def test_training_seeds_are_the_unit_and_more_comparisons_widen_every_interval()
     assert (mean, low, high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), rel=1e-3)
     mean, wider = sink_runs.differences(traces | {"2 sinks": traces["0 sinks"]})["0 sinks"]
     assert wider[0] < low and high < wider[1]
-    assert sink_runs.over_seeds([0.3]) == (0.3, None) and sink_runs.over_seeds([0.3, math.nan])[1] is None
+    assert verdicts.over_seeds([0.3]) == (0.3, None) and verdicts.over_seeds([0.3, math.nan])[1] is None
     with pytest.raises(ValueError, match="share no training seed"):
         sink_runs.differences({"16 sinks": {0: trace(1.0)}, "0 sinks": {1: trace(1.0)}})
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 
 import numpy as np
 import pytest
 
 from omniforcing_lib.bounce import evaluate, variety, world
+from omniforcing_lib.lab import protocol
 
 COUNT = 48
 FIRST = 60_000
@@ -67,6 +69,32 @@ def test_a_collapsed_set_shows(keep, drops):
     assert fallen["energy_motion"] > real["energy_motion"] + 0.02
 
 
+@cache
+def drawn(count: int) -> np.ndarray:
+    """Draw motions straight from the world's scenes."""
+    scenes = (world.scene(FIRST + 50_000 + i) for i in range(count))
+    return np.array([[*scene.position, *scene.velocity] for scene in scenes])
+
+
+def test_a_ratio_of_variety_tells_collapse_from_chance():
+    real, base, found = drawn(192 * 3).reshape(3, 192, 4)
+    fair = variety.ratios(real, found, base)
+    assert [*fair] == [*variety.RATIOS] and all(r.low < 1 < r.high for r in fair.values())
+    assert all(r.low > 0.75 for r in fair.values())
+    one_way = np.concatenate([found[:, :2], np.abs(found[:, 2:])], axis=1)
+    fallen = variety.ratios(real, one_way, base)
+    assert max(fallen["recall"].high, fallen["direction_entropy"].high) < 0.9 and fallen["angle_sd"].high > 1
+    steep = found[np.argsort(np.abs(found[:, 2]))[:64]]
+    assert variety.ratios(real, steep, base)["angle_sd"].high < 0.85
+
+
+def test_the_interval_of_a_ratio_holds_the_truth():
+    """Sets of one law have the ratio 1: 95 % intervals that hold it in half of all draws would lean."""
+    sets = drawn(48 * 60).reshape(20, 3, 48, 4)
+    held = [[low <= 1 <= high for _, low, high in variety.ratios(*three, draws=80).values()] for three in sets]
+    assert (np.mean(held, axis=0) >= 0.85).all()
+
+
 def test_a_broken_motion_costs_precision_and_no_recall_hides_it():
     """Balls that stand still or race are no clips of the world, however varied they are."""
     moves = variety.motions(readings(FIRST))
@@ -96,3 +124,12 @@ def test_clips_without_a_ball_are_no_variety():
         for clip in (world.render(world.scene(i), seconds=1) for i in range(6))
     )
     assert variety.spread(variety.motions(blank))["angle_sd"].mean == 0
+
+
+def test_stored_motions_have_the_names_of_the_report_and_no_file_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match=r"motions\.json is not there; `python -m omniforcing_lib score`"):
+        protocol.stored_motions(tmp_path)
+    stored = {"teacher, 40 steps": [[1, 2, 3, 4]], "stage2": [[0, 0, 1, 1]] * 2, "another": [[0, 0, 0, 0]]}
+    (tmp_path / "motions.json").write_text(json.dumps(stored))
+    found = protocol.stored_motions(tmp_path)
+    assert {name: moves.shape for name, moves in found.items()} == {"teacher": (1, 4), "Stage 2": (2, 4)}

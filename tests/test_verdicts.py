@@ -77,6 +77,12 @@ def test_seeds_give_students_interval_and_one_seed_gives_none():
     assert verdicts.over_seeds([0.3]) == (0.3, None)
 
 
+def test_more_comparisons_make_every_interval_wider():
+    values = [1.0, 2.0, 4.0, 3.0]
+    mean, (low, high) = verdicts.over_seeds(values, comparisons=9)
+    assert mean == 2.5 and high - mean == pytest.approx(mean - low) == pytest.approx(7.18487 * 0.645497, rel=1e-4)
+
+
 @pytest.fixture
 def run(tmp_path):
     return report.Run("04", profiles.SMOKE, seed=0, device="cpu", teacher="", folder=tmp_path)

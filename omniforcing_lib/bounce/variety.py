@@ -26,6 +26,8 @@ APART_S = 3
 QUADRANTS = 4
 SPREADS = ("start_right", "angle_sd", "start_x", "start_x_sd", "start_y_sd", "speed", "speed_sd", "direction_entropy")
 """Names of what `spread` measures: degrees for angles, pixels for starts, pixels per second for speeds."""
+RATIOS = ("recall", "angle_sd", "speed_sd", "direction_entropy")
+"""Names of what `ratios` divides."""
 
 
 def fit(seen: np.ndarray) -> tuple[float, float]:
@@ -105,11 +107,10 @@ def neighbours(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS) -> dict
     """
     scale = np.maximum(real.std(0), 1e-9)
     real, other = real / scale, other / scale
-    apart, around_real, around_other = cdist(real, other), _radius(real, k), _radius(other, k)
-    inside = apart <= around_real[:, None]
+    inside = cdist(real, other) <= _radius(real, k)[:, None]
     counted = {
         "precision": inside.any(0),
-        "recall": (apart <= around_other[None]).any(1),
+        "recall": _reached(real, other, k),
         "density": inside.sum(0) / k,
         "coverage": inside.any(1),
     }
@@ -216,6 +217,35 @@ def in_span(real: Sequence[Reading], other: Sequence[Reading], start_s: int, wid
     starts = range(start_s, start_s + width_s, APART_S)
     moves = [np.concatenate([motions(readings, start) for start in starts]) for readings in (real, other)]
     return neighbours(*moves) | spread(moves[1])
+
+
+def ratios(real: np.ndarray, found: np.ndarray, base: np.ndarray, *, draws: int = 300) -> dict[str, Estimate]:
+    """Divide a set's variety by another's: `recall`, `angle_sd`, `speed_sd`, `direction_entropy`, 95 % intervals.
+
+    Intervals come from halves of all three sets, drawn without replacement: a half varies about the whole as the
+    whole does about the truth, and no clip stands beside itself, which would shrink neighbourhoods. Drawing the real
+    clips alone, beside neighbourhoods as they are, gives intervals that miss the truth half of the time.
+
+    Shapes: [n, 4], [m, 4], [l, 4], see `motions`; 2 `NEIGHBOURS` + 2 clips or more in each.
+    """
+    whole = _ratio(real, found, base)
+    rng = np.random.default_rng(0)
+    halves = ([rng.permutation(x)[: len(x) // 2] for x in (real, found, base)] for _ in range(draws))
+    drawn = np.array([[*_ratio(*half).values()] for half in halves])
+    low, high = np.quantile(drawn - drawn.mean(0), (0.025, 0.975), axis=0)
+    return {n: Estimate(v, float(v + a), float(v + b)) for (n, v), a, b in zip(whole.items(), low, high, strict=True)}
+
+
+def _ratio(real: np.ndarray, found: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    recalls = [_reached(real, moves).mean() for moves in (found, base)]
+    spreads = ([of(moves) for moves in (found, base)] for of in map(_SPREADS.get, RATIOS[1:]))
+    return {n: float(a / b) if b else math.nan for n, (a, b) in zip(RATIOS, (recalls, *spreads), strict=True)}
+
+
+def _reached(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS) -> np.ndarray:
+    """Tell which real clips lie within the k-th neighbour of some clip. Shapes: [n, d], [m, d] to bool [n]."""
+    scale = np.maximum(real.std(0), 1e-9)
+    return (cdist(real / scale, other / scale) <= _radius(other / scale, k)).any(1)
 
 
 def _estimated(values: np.ndarray, measure: Callable[[np.ndarray], float], draws: int = 500) -> Estimate:

@@ -1,8 +1,9 @@
-"""What each part of Stage 3 is worth: short runs with one thing changed, from the same start, with the same seeds.
+"""What each part of Stage 3 is worth: short runs with one thing changed, each seed from a start of its own.
 
 An `Arm` says what is changed; `run` trains and measures every arm and seed, one JSON file each, so that it goes on
 where it stopped; `table` and `gains` read such files. The start is a short Stage 2, far enough from the teacher for
-differences to show; seeds are those of Stage 3 and of the roll-outs that are measured.
+differences to show; a seed is that of both stages and of the roll-outs that are measured, and it is the unit of every
+interval: clips of one training tell nothing of the next.
 
 Shapes: B batch, F video and T audio latents, n clips.
 """
@@ -10,6 +11,7 @@ Shapes: B batch, F video and T audio latents, n clips.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +24,12 @@ from torch import Tensor
 from omniforcing_lib import files
 from omniforcing_lib.bounce import distributions, evaluate, world
 from omniforcing_lib.bounce.codecs import DecodeState, TinyCodec
-from omniforcing_lib.bounce.evaluate import Estimate
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.flow import ONES, RELEASED_STEPS, noise_like, noised
 from omniforcing_lib.lab import distill, exposure
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.live import stream
+from omniforcing_lib.pages import origins, verdicts
 from omniforcing_lib.rollout import Causal, fresh_noise, join, rollout
 from omniforcing_lib.training import stages
 from omniforcing_lib.training.dataset import Pairs, Prompts
@@ -40,6 +42,8 @@ CLIP_SECONDS = 5
 ODE_STEPS = 11
 """Steps of Stage 2 that take as long as one step of the student in Stage 3, with five of its critic."""
 MEASURES = ("sync_f1", "speed_cv", "one_ball", "wall_pitch", "colour", "timbre")
+OverSeeds = tuple[float, tuple[float, float] | None]
+"""A mean over training seeds and its interval, see `verdicts.over_seeds`."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +173,13 @@ def run(
     folder, budget = Path(folder), budget or Budget()
     start = checkpoints.read(teacher).fingerprint[:16]
     _check(_records(folder), budget, start)
-    bench = _Bench(teacher, budget)
+    bench, judged = _Bench(teacher, budget), origins.of(teacher, "codec", "ode_pairs")
     for seed in range(seeds):
         for name in arms:
             path = folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
             if not path.exists():
-                record = {"arm": name, "seed": seed, "teacher": start} | vars(budget) | bench.trial(ARMS[name], seed)
+                record = judged | {"arm": name, "seed": seed, "teacher": start} | vars(budget)
+                record |= bench.trial(ARMS[name], seed)
                 # on one line: a thousand small numbers that nobody reads one by one
                 files.write_text(path, json.dumps(record, allow_nan=False) + "\n")
                 print(f"{time.strftime('%H:%M:%S')} {path.name}", flush=True)
@@ -182,7 +187,7 @@ def run(
 
 
 class _Bench:
-    """Hold what all runs share: codec, prompts, trajectories, real clips, and each Stage 2 once it is trained."""
+    """Hold what all runs share: codec, prompts, trajectories, real clips, and a seed's Stage 2 once it is trained."""
 
     def __init__(self, teacher: str, budget: Budget) -> None:
         self.teacher, self.budget = teacher, budget
@@ -193,20 +198,20 @@ class _Bench:
         first = world.HELD_OUT + 700_000
         real = exposure.true_clips(self.names, range(first, first + budget.clips), budget.seconds)
         self.reference = distributions.feature_sets([cut for clip in real for cut in cuts(clip)])
-        self._starts: dict[tuple[str, int], Transformer] = {}
+        self._starts: dict[tuple[str, int, int], Transformer] = {}
 
     def trial(self, arm: Arm, seed: int) -> dict[str, object]:
         """Train and measure one arm with one seed."""
-        start = self._start(arm)
+        start = self._start(arm, seed)
         causal = replace(self.causal, **arm.causal)
         return self._judge(self._distil(arm, start, causal, seed) if arm.share else start, causal, seed)
 
-    def _start(self, arm: Arm) -> Transformer:
+    def _start(self, arm: Arm, seed: int) -> Transformer:
         steps = self.budget.start + arm.regression * ODE_STEPS * self.budget.steps
-        key = (arm.start, steps)
+        key = (arm.start, steps, seed)
         if key not in self._starts:
-            pairs = self.pairs if arm.start == "trajectories" else noised_pairs(self.pairs)
-            way = {"steps": steps, "batch": self.budget.batch}
+            pairs = self.pairs if arm.start == "trajectories" else noised_pairs(self.pairs, seed)
+            way = {"steps": steps, "batch": self.budget.batch, "seed": seed}
             self._starts[key] = distill.stage2(self.teacher, pairs, self.prompts, self.causal, **way).student
         return self._starts[key]
 
@@ -272,37 +277,41 @@ def runs(folder: str | Path = STORED) -> dict[str, list[dict]]:
     return {name: trials for name, trials in found.items() if trials}
 
 
-def _counts(trials: Sequence[Mapping], measure: str) -> np.ndarray:
-    return np.concatenate([trial["counts"][measure] for trial in trials])
+def table(folder: str | Path = STORED) -> dict[str, dict[str, OverSeeds]]:
+    """Average the runs of every arm over training seeds: arm -> measure -> mean, 95 % interval (none for one seed)."""
+    return {
+        name: {m: verdicts.over_seeds([_value(trial, m) for trial in trials]) for m in _measures(trials[0])}
+        for name, trials in runs(folder).items()
+    }
 
 
-def table(folder: str | Path = STORED) -> dict[str, dict[str, Estimate]]:
-    """Pool the runs of every arm over clips and seeds: arm -> measure -> mean with its 95 % interval.
+def gains(folder: str | Path = STORED, base: str = BASE) -> dict[str, dict[str, OverSeeds]]:
+    """Subtract the paper's recipe from every other arm, seed by seed: arm -> measure -> mean difference, interval.
 
-    The interval of a Fréchet distance is its range over seeds.
-    """
-    found = {}
-    for name, trials in runs(folder).items():
-        counts = {measure: _counts(trials, measure) for measure in trials[0]["counts"]}
-        clips = range(len(counts["sync_f1"]))
-        found[name] = evaluate.estimates([{m: tuple(pairs[i]) for m, pairs in counts.items()} for i in clips])
-        for s in AV._fields:
-            apart = [trial["frechet"][s] for trial in trials]
-            found[name][f"frechet, {s}"] = Estimate(float(np.mean(apart)), min(apart), max(apart))
-    return found
-
-
-def gains(folder: str | Path = STORED, base: str = BASE) -> dict[str, dict[str, Estimate]]:
-    """Subtract the paper's recipe from every other arm: arm -> measure -> difference with its 95 % interval.
-
-    Clips of one seed, prompt and noise are compared with each other; seeds that only one of the two has do not count.
+    A seed is one pair: both arms begin with the same Stage 2 and roll out the same prompts and noise. Seeds that only
+    one of the two has do not count, arms without a common seed are left out, and one seed has no interval. Intervals
+    are corrected for the number of arms by Bonferroni: of all differences of one measure together, 95 % hold.
     """
     found = runs(folder)
-    of_base, result = {trial["seed"]: trial for trial in found.pop(base)}, {}
-    for name, trials in found.items():
-        both = [(trial, of_base[trial["seed"]]) for trial in trials if trial["seed"] in of_base]
-        result[name] = {
-            m: exposure.gap(*(_counts(side, m) for side in zip(*both, strict=True)), paired=True)
-            for m in trials[0]["counts"]
+    of_base = {trial["seed"]: trial for trial in found.pop(base, [])}
+    pairs = {n: [(t, of_base[t["seed"]]) for t in trials if t["seed"] in of_base] for n, trials in found.items()}
+    pairs = {name: both for name, both in pairs.items() if both}
+    return {
+        name: {
+            m: verdicts.over_seeds([_value(a, m) - _value(b, m) for a, b in both], comparisons=len(pairs))
+            for m in _measures(both[0][0])
         }
-    return result
+        for name, both in pairs.items()
+    }
+
+
+def _measures(trial: Mapping) -> list[str]:
+    return [*trial["counts"], *(f"frechet, {s}" for s in AV._fields)]
+
+
+def _value(trial: Mapping, measure: str) -> float:
+    """Pool the clips of one training."""
+    if measure.startswith("frechet, "):
+        return trial["frechet"][measure.removeprefix("frechet, ")]
+    part, whole = np.sum(trial["counts"][measure], axis=0)
+    return float(part / whole) if whole else math.nan

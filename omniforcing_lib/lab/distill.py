@@ -319,8 +319,3 @@ def frechet_ratio(
         return Estimate(ratio(*sets), float(low), float(high))
 
     return real.map(estimate, found, base)
-
-
-def within(estimate: Estimate, limit: float) -> bool | None:
-    """Tell whether a number is at most `limit`; None where it is above but its interval reaches below."""
-    return True if estimate.mean <= limit else None if estimate.low <= limit else False

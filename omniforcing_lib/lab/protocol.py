@@ -33,6 +33,7 @@ from omniforcing_lib.weights import checkpoints
 
 Clip = AV[np.ndarray]
 OTHER_SEEDS = 5_000
+STORED = checkpoints.DATA.parent / "reports" / "scores"
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,18 @@ def run(
     shown = {name: np.round(moves, 2).tolist() for name, moves in motions.items()}
     files.write_text(out / "motions.json", json.dumps(shown) + "\n")
     return table
+
+
+def stored_motions(folder: str | Path = STORED) -> dict[str, np.ndarray]:
+    """Read the motions that `run` stored, by the names that the report's columns have (`claims.SYSTEMS`).
+
+    Shapes: each [n, 4], see `variety.motions`. Raises ValueError where none are stored.
+    """
+    path = Path(folder) / "motions.json"
+    if not path.exists():
+        raise ValueError(f"{path} is not there; `python -m omniforcing_lib score` writes it beside scores.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {column: np.array(found[name]) for name, column in claims.SYSTEMS.items() if name in found}
 
 
 def _teacher(systems: dict[str, System]) -> str:

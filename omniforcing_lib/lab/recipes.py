@@ -454,7 +454,7 @@ def on_policy(
         final: share of the rate that a cosine decay leaves at the end; 1 is none.
         stride: the teacher takes every so many-th of the 40 levels of its schedule, from the student's level on.
         regression: weight of the loss on the pairs.
-        cfg: guidance scales of video and audio, of the teacher.
+        cfg: guidance scales of video and audio, of the teacher and of the pairs.
         rescale: shares of the guided result, of video and audio, that take the spread of the unguided one.
         job: how the run runs.
     """

@@ -16,15 +16,12 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from scipy.special import stdtrit
-
 from omniforcing_lib import files
 from omniforcing_lib.lab import companions, sinks
 from omniforcing_lib.lab.sinks import Trace
 from omniforcing_lib.lab.variants import Variant
 from omniforcing_lib.layout import AV
-from omniforcing_lib.pages import origins
+from omniforcing_lib.pages import origins, verdicts
 from omniforcing_lib.weights import checkpoints
 
 STORED = checkpoints.DATA.parent / "reports" / "sinks"
@@ -188,18 +185,6 @@ OverSeeds = tuple[float, tuple[float, float] | None]
 """A mean over training runs and its 95 % interval: none for one run, nor where one broke."""
 
 
-def over_seeds(values: Sequence[float], comparisons: int = 1) -> OverSeeds:
-    """Average a number that each training run has once, with a t interval.
-
-    With several `comparisons` it is Bonferroni's: all of their intervals hold together with 95 %.
-    """
-    n, mean = len(values), float(np.mean(values))
-    if n < 2 or not math.isfinite(mean):
-        return mean, None
-    half = float(stdtrit(n - 1, 1 - 0.025 / comparisons) * np.std(values, ddof=1)) / math.sqrt(n)
-    return mean, (mean - half, mean + half)
-
-
 def differences(traces: Mapping[str, Mapping[int, Trace]], base: str = BASE) -> dict[str, OverSeeds]:
     """Subtract the base's final loss from every other arm's, seed by seed; intervals hold for all arms together.
 
@@ -210,7 +195,9 @@ def differences(traces: Mapping[str, Mapping[int, Trace]], base: str = BASE) -> 
         shared = sorted(traces[arm].keys() & traces[base].keys())
         if not shared:
             raise ValueError(f"{arm!r} and {base!r} share no training seed: run both with the same --seeds")
-        result[arm] = over_seeds([traces[arm][seed].final - traces[base][seed].final for seed in shared], len(others))
+        result[arm] = verdicts.over_seeds(
+            [traces[arm][seed].final - traces[base][seed].final for seed in shared], comparisons=len(others)
+        )
     return result
 
 
@@ -223,9 +210,9 @@ def table(traces: Mapping[str, Mapping[int, Trace]], base: str = BASE) -> list[d
         lines.append(
             {
                 "arm": arm,
-                "loss after": _shown(over_seeds([trace.final for trace in runs.values()])),
+                "loss after": _shown(verdicts.over_seeds([trace.final for trace in runs.values()])),
                 f"minus {base}": _shown(apart[arm]) if arm in apart else "—",
-                "audio latent 0": _shown(over_seeds(ends)),
+                "audio latent 0": _shown(verdicts.over_seeds(ends)),
                 "largest gradient norm": summary.norm,
                 "without the sinks' own": summary.rest_norm,
                 "broke": f"{summary.broken} of {len(runs)}",

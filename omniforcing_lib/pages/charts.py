@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -14,18 +15,20 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Annulus
 from matplotlib.ticker import LogLocator
 
+from omniforcing_lib.bounce.world import SPEED
 from omniforcing_lib.layout import AV
-from omniforcing_lib.pages.canvas import GREY, INK, OTHERS, STREAM, bare, colours, figure, styled
+from omniforcing_lib.pages.canvas import GREY, INK, OTHERS, PALE, STREAM, bare, colours, figure, styled
 
 
 class Estimate(NamedTuple):
-    """A number and its 95 % interval."""
+    """A number and its 95 % interval, NaN where there is none."""
 
     value: float
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
 
 
 @styled
@@ -87,7 +90,7 @@ def _line(axes: Axes, line: tuple, colour: str, name: str, **look: object) -> No
 
 @styled
 def bars_with_ci(measures: Mapping[str, Mapping[str, Estimate]]) -> Figure:
-    """Draw each measure as a panel of horizontal bars, one a model, with 95 % intervals (value, low, high).
+    """Draw each measure as a panel of horizontal bars, one a model, with 95 % intervals (value, low, high) or alone.
 
     More models than there are colours are all grey: a colour that comes twice says nothing.
     """
@@ -106,7 +109,7 @@ def _bars(axes: Axes, estimates: Mapping[str, Estimate], colour: Mapping[str, st
     value, low, high = np.array(list(estimates.values()), float).T
     bars = {"height": 0.66, "alpha": 0.8, "error_kw": {"ecolor": INK, "elinewidth": 1.1, "capsize": 2.5}}
     axes.barh(list(estimates), value, xerr=(value - low, high - value), color=[colour[m] for m in estimates], **bars)
-    for row, (number, end) in enumerate(zip(value, high, strict=True)):
+    for row, (number, end) in enumerate(zip(value, np.fmax(value, high), strict=True)):
         axes.annotate(f"{number:.3g}", (end, row), (5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.margins(x=0.3)
     axes.grid(True, axis="x")
@@ -244,4 +247,32 @@ def roofline(points: Mapping[str, tuple[float, float]], *, peak_gflops: float, b
     _plain(axes.xaxis)
     _plain(axes.yaxis)
     axes.grid(True)
+    return fig
+
+
+@styled
+def velocities(motions: Mapping[str, np.ndarray]) -> Figure:
+    """Draw where the clips of each system start to go, a dot a clip, down is down as on the screen.
+
+    The pale ring holds the speeds that the world allows; corners say how many clips go that way. A set that has
+    collapsed leaves most of the ring empty.
+
+    Shapes: each [n, 4], start x and y, velocity x and y in pixels a second.
+    """
+    fig, reach = figure(2.15), 1.28 * SPEED[1]
+    panels = fig.subplots(1, len(motions), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, colour) in zip(panels, colours(motions).items(), strict=True):
+        right, down = np.asarray(motions[name], float)[:, 2:].T
+        axes.add_patch(Annulus((0, 0), SPEED[1], SPEED[1] - SPEED[0], facecolor=PALE, edgecolor="none"))
+        axes.axhline(0, color=PALE, linewidth=0.8)
+        axes.axvline(0, color=PALE, linewidth=0.8)
+        axes.plot(right, down, ".", color=colour, markersize=4, alpha=0.6, markeredgewidth=0)
+        for x, y in product((1, -1), (1, -1)):
+            count = int((((right > 0) == (x > 0)) & ((down > 0) == (y > 0))).sum())
+            place = {"ha": "right" if x > 0 else "left", "va": "bottom" if y > 0 else "top"}
+            axes.text(0.97 * x * reach, 0.97 * y * reach, str(count), color=colour, weight="bold", **place)
+        axes.set(title=f"{name}, {len(right)}", xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
+        axes.set(xticks=(-60, 0, 60), yticks=(-60, 0, 60), xlabel="to the right, px/s")
+        bare(axes)
+    panels[0].set_ylabel("down, px/s")
     return fig

@@ -27,6 +27,7 @@ from omniforcing_lib.pages.charts import (
     phase,
     roofline,
     sigma_schedule,
+    velocities,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "rulers",
     "sigma_schedule",
     "strip",
+    "velocities",
 ]
 
 CLOCK = Clock()

@@ -24,6 +24,8 @@ class Profile:
         stage3_steps: generator steps of self-forcing DMD.
         stage3_batch: clips of each of those steps, and of each step of the critic.
         stage3_lr: learning rates of its student and of its critic.
+        policy_steps: steps of the regression on the student's own states.
+        policy_batch: clips of each of those steps.
         sink_counts: sink numbers that notebook 03 compares.
         sink_steps: training steps of each of those variants.
         sink_clips: clips of each of those steps; six times as many judge.
@@ -54,6 +56,8 @@ class Profile:
     stage3_steps: int
     stage3_batch: int
     stage3_lr: tuple[float, float]
+    policy_steps: int
+    policy_batch: int
     sink_counts: tuple[int, ...]
     sink_steps: int
     sink_clips: int
@@ -95,6 +99,8 @@ SMOKE = Profile(
     stage3_steps=2,
     stage3_batch=2,
     stage3_lr=(1e-4, 2e-4),
+    policy_steps=2,
+    policy_batch=2,
     sink_counts=(0, 16),
     sink_steps=3,
     sink_clips=2,
@@ -123,6 +129,8 @@ CPU = replace(
     stage2_batch=4,
     stage3_steps=40,
     stage3_batch=4,
+    policy_steps=20,
+    policy_batch=4,
     sink_counts=(0, 1, 2, 4, 8, 16, 24),
     sink_steps=25,
     sink_clips=4,
@@ -149,6 +157,8 @@ FULL = replace(
     stage3_steps=290,
     stage3_batch=16,
     stage3_lr=(6e-5, 1.5e-4),
+    policy_steps=100,
+    policy_batch=8,
     sink_steps=300,
     long_seconds=180,
     bench_seconds=180,

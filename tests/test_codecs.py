@@ -61,6 +61,16 @@ def test_streamed_decode_equals_whole_decode(codec: TinyCodec, latents: AV[torch
     assert state.latents == AV(10, 76)
 
 
+def test_the_first_latent_is_the_last_of_its_frames_and_of_its_hops(codec, latents) -> None:
+    """What stands before the clip is left out: seven frames of eight, three hops of four."""
+    made = codec.decode(latents)
+    pictures = torch.cat([codec.frames(latents.video[:, i : i + 1]) for i in range(2)], 1).clamp(-1, 1)
+    assert torch.equal(made.video[:, :9], pictures[:, 7:]) and not torch.equal(pictures[:, 0], pictures[:, 7])
+    knots = codec.knots(latents.audio[:, :2])[:, 3:]
+    sound = codec.bank(torch.cat([knots[:, :1], knots], 1), 0)
+    assert torch.allclose(made.audio[:, :800], sound.clamp(-1, 1), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_streamed_encode_equals_whole_encode(
     codec: TinyCodec, clip: AV[torch.Tensor], latents: AV[torch.Tensor], seed: int

@@ -66,6 +66,15 @@ def test_spans_of_neighbours_touch(start, length):
         assert {len(part) for part in parts[1:]} <= {stride}
 
 
+@given(st.integers(1, 10**6), st.sampled_from([Clock(), Clock(sample_rate=24_000), Clock(fps=8, sample_rate=44_100)]))
+def test_frames_and_samples_of_one_time_go_together(frames, clock):
+    """A whole second ends with both streams of its latents; a frame is there once its last sample is."""
+    ends = clock.latents(frames)
+    assert clock.samples_of(clock.frames(range(ends.video)).stop) == clock.samples(range(ends.audio)).stop
+    assert clock.frames_of(clock.samples_of(frames)) == frames
+    assert clock.frames_of(clock.samples_of(frames) - 1) == frames - 1
+
+
 def test_midpoints_are_those_of_the_reference():
     """Middle of cells in seconds (spec 1.8): 1/48, 0.2083, 0.5417 for video; 0.005, 0.03, 0.07 for audio."""
     video, audio = CLOCK.midpoints(AV(range(3), range(3)))

@@ -140,7 +140,7 @@ def quadrants(moves: np.ndarray) -> np.ndarray:
 def _entropy(moves: np.ndarray) -> float:
     """Entropy of the quadrants, 1 where all are as many."""
     share = quadrants(moves) / len(moves)
-    return float(-(share * np.log(np.where(share > 0, share, 1.0))).sum() / math.log(QUADRANTS))
+    return float((share * np.log(1 / np.where(share > 0, share, 1.0))).sum() / math.log(QUADRANTS))
 
 
 def _angles(moves: np.ndarray) -> np.ndarray:

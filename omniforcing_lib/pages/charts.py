@@ -271,7 +271,7 @@ def velocities(motions: Mapping[str, np.ndarray]) -> Figure:
             count = int((((right > 0) == (x > 0)) & ((down > 0) == (y > 0))).sum())
             place = {"ha": "right" if x > 0 else "left", "va": "bottom" if y > 0 else "top"}
             axes.text(0.97 * x * reach, 0.97 * y * reach, str(count), color=colour, weight="bold", **place)
-        axes.set(title=f"{name}, {len(right)}", xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
+        axes.set(title=name, xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")
         axes.set(xticks=(-60, 0, 60), yticks=(-60, 0, 60), xlabel="to the right, px/s")
         bare(axes)
     panels[0].set_ylabel("down, px/s")

@@ -161,7 +161,7 @@ def test_what_is_kept_is_a_ratio_and_for_levels_a_difference():
 
 
 def test_true_clips_lose_nothing_in_a_long_roll_out(tmp_path, monkeypatch):
-    trial = protocol.Trial(clips=2, seeds=1, seconds=6)
+    trial = protocol.Trial(clips=4, seeds=1, seconds=6)
     monkeypatch.setattr(protocol, "sample", lambda system, trial, batch: trial.real())
     text = protocol.run_long({"student": protocol.System("student")}, trial, tmp_path, width=2)
     record = json.loads((tmp_path / "long.json").read_text())["spans"]

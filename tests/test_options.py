@@ -92,7 +92,7 @@ def refused(words: list[str], capfd) -> str:
         (["score", "--clips", "0"], r"--clips: expected a whole number, 1 or more, found '0'"),
         (["score", "--seeds", "0"], r"--seeds: expected a whole number, 1 or more, found '0'"),
         (["score", "--steps", "40", "0"], r"--steps: expected a whole number, 1 to 1000, found '0'"),
-        (["score", "--clips", "1", "--seeds", "1"], r"need 2 clips or more, found 1"),
+        (["score", "--clips", "1", "--seeds", "1"], r"need 4 clips or more, found 1"),
         (["score", "--clips", "5001"], r"up to 5000 clips, then they are those of the reference; found 5001"),
         (["score", "--models", "student", "student"], r"two columns would be called student"),
         (["score", "--models", "teacher", "--long", "--seconds", "20"], r"teacher is no causal student"),

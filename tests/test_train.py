@@ -63,9 +63,10 @@ def self_forcing_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
     return {"student": student, "critic": critic}, step
 
 
-def on_policy_stage() -> tuple[dict[str, Player], train.Step]:
+def on_policy_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
     student, teacher = player(seed=1), player(sinks=0).model.requires_grad_(False).eval()
-    step = stages.on_policy_stage(student, teacher, pairs(), prompts(), CAUSAL, GRID, FRAMES, batch=2, stride=4)
+    how = {"batch": 2, "stride": 4} | how
+    step = stages.on_policy_stage(student, teacher, pairs(), prompts(), CAUSAL, GRID, FRAMES, **how)
     return {"student": student}, step
 
 

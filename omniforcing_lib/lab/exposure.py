@@ -164,13 +164,16 @@ def pooled(errors: np.ndarray, *, draws: int = 1000, seed: int = 0) -> Estimate:
     return evaluate.estimates(tallies, draws=draws, seed=seed)["error"]
 
 
-def gap(a: np.ndarray, b: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Estimate:
+def gap(a: np.ndarray, b: np.ndarray, *, paired: bool = False, draws: int = 2000, seed: int = 0) -> Estimate:
     """Subtract the pooled ratio of b from that of a, with a 95 % bootstrap interval over the clips of both.
+
+    Clips that are `paired`, of one prompt and noise, are drawn together.
 
     Shapes: [n, 2] and [m, 2], part and whole of each clip, as `sums` or one measure of `evaluate.tally` gives them.
     """
     rng = np.random.default_rng(seed)
-    drawn = [_ratio(x[rng.integers(len(x), size=(draws, len(x)))]) for x in (a, b)]
+    picks = [rng.integers(len(x), size=(draws, len(x))) for x in (a, b)]
+    drawn = [_ratio(x[pick]) for x, pick in zip((a, b), [picks[0]] * 2 if paired else picks, strict=True)]
     low, high = np.nanquantile(drawn[0] - drawn[1], (0.025, 0.975))
     return Estimate(float(_ratio(a) - _ratio(b)), float(low), float(high))
 

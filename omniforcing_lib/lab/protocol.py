@@ -191,8 +191,7 @@ def run(
     Returns the table.
     """
     out, judged = Path(out), origins.of(*dict.fromkeys(system.model for system in systems.values()), "codec")
-    if len(trial.numbers) <= variety.NEIGHBOURS:
-        raise ValueError(f"neighbours need {variety.NEIGHBOURS + 1} clips or more, found {len(trial.numbers)}")
+    _check_size(trial)
     reference = Reference.of(trial)
     made = {"real clips": trial.real, "codec round trip": lambda: through_codec(trial.real(), stream.shipped_codec())}
     made |= {"shuffled sound": lambda: evaluate.shuffled(trial.real())} if floor else {}
@@ -231,6 +230,11 @@ def stored_motions(folder: str | Path = STORED) -> dict[str, np.ndarray]:
         raise ValueError(f"{path} is not there; `python -m omniforcing_lib score` writes it beside scores.json")
     found = json.loads(path.read_text(encoding="utf-8"))
     return {column: np.array(found[name]) for name, column in claims.SYSTEMS.items() if name in found}
+
+
+def _check_size(trial: Trial) -> None:
+    if len(trial.numbers) <= variety.NEIGHBOURS:
+        raise ValueError(f"neighbours need {variety.NEIGHBOURS + 1} clips or more, found {len(trial.numbers)}")
 
 
 def _teacher(systems: dict[str, System]) -> str:
@@ -341,6 +345,7 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
     layouts = {"real clips": PAPER}
     for name, system in systems.items():
         layouts[name] = checkpoints.student(system.model).layout
+    _check_size(trial)
     size = f"{trial.clips * trial.seeds} roll-outs of {trial.seconds} s"
     parts, record = [f"{size}, held-out seeds, through an mp4; mean and 95 % interval."], {}
     judged = origins.of(*dict.fromkeys(system.model for system in systems.values()), "codec")

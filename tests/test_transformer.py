@@ -195,12 +195,13 @@ def test_a_rolling_cache_equals_a_windowed_mask(layout, window, more):
 @torch.no_grad()
 @pytest.mark.parametrize("rope_type", ["split", "interleaved"])
 @pytest.mark.parametrize("skip", [Skip(cross_modal=True), Skip(frozenset({0}))], ids=["own keys", "cross keys"])
-def test_a_reanchored_stream_is_a_short_clip_for_ever(rope_type, skip):
+@pytest.mark.parametrize("k", [4, 9], ids=["first past the window", "later"])
+def test_a_reanchored_stream_is_a_short_clip_for_ever(rope_type, skip, k):
     """Past the window, block k is what the last block of a clip [block 0, last window, k] would be.
 
     One layer and one attention at a time, so that a block's keys depend on nothing but the block.
     """
-    layout, window, k = BlockLayout(AV(1, 1), AV(3, 25), sinks=4), 2, 9
+    layout, window = BlockLayout(AV(1, 1), AV(3, 25), sinks=4), 2
     model = tiny(replace(TINY, num_layers=1, rope_type=rope_type).with_sinks(4))
     x, sigma, text = inputs(layout, 1 + 3 * k)
     kept = AV(*zip(*(layout.block(i) for i in (0, *range(k - window, k + 1))), strict=True))

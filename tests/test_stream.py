@@ -70,7 +70,8 @@ def test_streamed_equals_offline(stream, codec, layout, level):
     """What comes out block by block is the offline decode of the offline roll-out, past the window too."""
     streamer = stream(layout, context_noise=level)
     clip = joined(take(streamer, 6))
-    with torch.inference_mode():
+    # on one thread, as a stream of so small blocks: on two, sums are cut elsewhere and a pixel may round otherwise
+    with torch.inference_mode(), threads(1):
         text = streamer.text.encode([PROMPT])
         noise = seeded_noise([streamer.seed], text.video)
         latents = layout.block(5).video.stop

@@ -96,6 +96,10 @@ class System(NamedTuple):
     steps: int = 40
     prompted: bool = True
 
+    def named(self) -> dict[str, object]:
+        """Say what is measured in a record: the file by its name, wherever it lies."""
+        return self._asdict() | {"model": Path(self.model).name}
+
 
 def systems_of(models: Sequence[str], steps: Sequence[int], *, unprompted: bool = False) -> dict[str, System]:
     """Name what is measured: students by their files, teachers by their steps too, and without a prompt if asked.
@@ -315,7 +319,7 @@ def _store(
     judged: dict[str, dict],
 ) -> None:
     record = judged | {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds}
-    record["systems"] = {name: system._asdict() for name, system in systems.items()}
+    record["systems"] = {name: system.named() for name, system in systems.items()}
     files.write_json(out / "scores.json", record | {"measures": _plain(table), "more": extra})
     size = f"{trial.seeds} seeds × {trial.clips} clips of {trial.seconds} s"
     title = f"{size}, held-out seeds, through an mp4; mean and 95 % interval."
@@ -358,7 +362,7 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
         parts += [f"## {name}", str(table), _columns(seams)]
         record[name] = {"measures": _plain(table), "seams": seams}
     settings = judged | {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds, "width": width}
-    settings["systems"] = {name: system._asdict() for name, system in systems.items()}
+    settings["systems"] = {name: system.named() for name, system in systems.items()}
     files.write_json(Path(out) / "long.json", settings | {"spans": record})
     files.write_text(Path(out) / "long.md", "\n\n".join(parts) + "\n")
     return "\n\n".join(parts)

@@ -125,14 +125,12 @@ def _parser() -> Parser:
     )
     cure.add_argument("--names", nargs="+", default=[], help="names of remedies (default: all)")
     _takes_number(cure, "--seeds", 3, (1, None), "training seeds of each remedy")
-    kept = "folder; finished runs there are kept (default reports/cures)"
-    cure.add_argument("--out", type=_folder, default="reports/cures", help=kept)
+    _takes_runs(cure, "reports/cures")
 
     ablate = command("ablate", _ablate, "train Stage 3 with one part changed at a time, seed by seed, and measure")
     ablate.add_argument("--arms", nargs="+", default=[], help="names of arms (default: all)")
     _takes_number(ablate, "--seeds", 2, (1, None), "training seeds of each arm")
-    kept = "folder; finished runs there are kept (default reports/ablations)"
-    ablate.add_argument("--out", type=_folder, default="reports/ablations", help=kept)
+    _takes_runs(ablate, "reports/ablations")
 
     sinks = command("sinks", _sinks, "train the stored runs of notebook 03: the study over seeds, the phase diagram")
     sinks.add_argument(
@@ -141,8 +139,7 @@ def _parser() -> Parser:
     sinks.add_argument("--arms", nargs="+", default=[], help="names of arms (default: all of the plan)")
     _takes_number(sinks, "--seeds", 0, (0, None), "training seeds; 0 takes the plan's")
     _takes_number(sinks, "--steps", 0, (0, None), "steps of each run; 0 takes the plan's")
-    kept = "folder; finished runs there are kept (default reports/sinks)"
-    sinks.add_argument("--out", type=_folder, default="reports/sinks", help=kept)
+    _takes_runs(sinks, "reports/sinks")
 
     inspect = command("inspect", _inspect, "print a checkpoint's configuration, size and keys")
     inspect.add_argument("checkpoint", help=CHECKPOINT)
@@ -192,6 +189,12 @@ def _folder(text: str) -> Path:
     path = files.given(text)
     files.check_folder(path)
     return path
+
+
+def _takes_runs(parser: Parser, usual: str) -> None:
+    """Add the folder of a comparison that goes on where it stopped."""
+    help_line = f"folder; finished runs there are kept (default {usual})"
+    parser.add_argument("--out", type=_folder, default=usual, help=help_line)
 
 
 def _takes_number(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from omniforcing_lib.lab import cures
+from omniforcing_lib.lab import cures, stored_runs
 from omniforcing_lib.lab.cures import Budget, Remedy
 from omniforcing_lib.pages import origins
 
@@ -33,7 +33,7 @@ def test_runs_are_kept_and_say_what_they_judged(tmp_path):
     assert list(table) == [name for name in cures.REMEDIES if name in names]
     assert all(0 <= row["recall"][0] <= 1 and row["sync_f1"][1] is None for row in table.values())
     assert table["Stage 2"]["angle_sd"] != table["on policy"]["angle_sd"]
-    record = cures.records(tmp_path)[0]
+    record, *_ = stored_runs.read(tmp_path).values()
     assert record["files"] == origins.of("teacher", "stage2", "codec", "ode_pairs")["files"]
     with pytest.raises(ValueError, match="another folder"):
         cures.run(tmp_path, names=names, seeds=2, budget=Budget(steps=2))

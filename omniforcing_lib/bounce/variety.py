@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.spatial.distance import cdist
@@ -24,8 +25,6 @@ FASTEST = 1.25 * world.SPEED[1]
 NEIGHBOURS = 3
 APART_S = 3
 QUADRANTS = 4
-SPREADS = ("start_right", "angle_sd", "start_x", "start_x_sd", "start_y_sd", "speed", "speed_sd", "direction_entropy")
-"""Names of what `spread` measures: degrees for angles, pixels for starts, pixels per second for speeds."""
 RATIOS = ("recall", "angle_sd", "speed_sd", "direction_entropy")
 """Names of what `ratios` divides."""
 
@@ -128,7 +127,7 @@ def spread(moves: np.ndarray) -> dict[str, Estimate]:
 
     Shapes: [n, 4], see `motions`.
     """
-    return {name: _estimated(moves, measure) for name, measure in _SPREADS.items()}
+    return {name: _estimated(moves, measure) for name, measure in SPREADS.items()}
 
 
 def quadrants(moves: np.ndarray) -> np.ndarray:
@@ -152,7 +151,7 @@ def _speeds(moves: np.ndarray) -> np.ndarray:
     return np.linalg.norm(moves[:, 2:], axis=1)
 
 
-_SPREADS: dict[str, Callable[[np.ndarray], float]] = {
+SPREADS: dict[str, Callable[[np.ndarray], float]] = {
     "start_right": lambda moves: float((moves[:, 2] > 0).mean()),
     "angle_sd": lambda moves: float(_angles(moves).std()),
     "start_x": lambda moves: float(moves[:, 0].mean()),
@@ -162,6 +161,7 @@ _SPREADS: dict[str, Callable[[np.ndarray], float]] = {
     "speed_sd": lambda moves: float(_speeds(moves).std()),
     "direction_entropy": _entropy,
 }
+"""What `spread` measures: degrees for angles, pixels for starts, pixels per second for speeds."""
 
 
 def nearest(readings: Sequence[Reading]) -> Estimate:
@@ -197,16 +197,35 @@ def energy(real: np.ndarray, other: np.ndarray, draws: int = 500) -> Estimate:
     return Estimate(whole, float(low), float(high))
 
 
-def measures(real: Sequence[Reading], other: Sequence[Reading], start_s: float = 0.0) -> dict[str, Estimate]:
+class Described(NamedTuple):
+    """Motions [n, 4] and patterns [n, 8] of the clips of a set."""
+
+    moves: np.ndarray
+    sounds: np.ndarray
+
+
+def described(readings: Sequence[Reading]) -> Described:
+    """Describe a set once, to be compared with many."""
+    return Described(motions(readings), patterns(readings))
+
+
+def compared(real: Described, other: Described) -> dict[str, Estimate]:
     """Give every measure of variety of clips beside real ones: neighbours, spread, energy distance; motion and sound.
 
-    Those of the sound have names that begin with `sound_`; they describe whole clips, whatever `start_s`.
+    Those of the sound have names that begin with `sound_`.
     """
-    moves, sounds = ((of(real), of(other)) for of in (lambda readings: motions(readings, start_s), patterns))
-    heard = {
-        f"sound_{name}": estimate for name, estimate in neighbours(*sounds).items() if name in ("precision", "recall")
-    }
-    return neighbours(*moves) | spread(moves[1]) | {"energy_motion": energy(*moves)} | heard
+    heard = neighbours(real.sounds, other.sounds)
+    return (
+        neighbours(real.moves, other.moves)
+        | spread(other.moves)
+        | {"energy_motion": energy(real.moves, other.moves)}
+        | {f"sound_{name}": heard[name] for name in ("precision", "recall")}
+    )
+
+
+def measures(real: Sequence[Reading], other: Sequence[Reading]) -> dict[str, Estimate]:
+    """Describe two sets and compare them, see `compared`."""
+    return compared(described(real), described(other))
 
 
 def in_span(real: Sequence[Reading], other: Sequence[Reading], start_s: int, width_s: int) -> dict[str, Estimate]:
@@ -238,7 +257,7 @@ def ratios(real: np.ndarray, found: np.ndarray, base: np.ndarray, *, draws: int 
 
 def _ratio(real: np.ndarray, found: np.ndarray, base: np.ndarray) -> dict[str, float]:
     recalls = [_reached(real, moves).mean() for moves in (found, base)]
-    spreads = ([of(moves) for moves in (found, base)] for of in map(_SPREADS.get, RATIOS[1:]))
+    spreads = ([of(moves) for moves in (found, base)] for of in map(SPREADS.get, RATIOS[1:]))
     return {n: float(a / b) if b else math.nan for n, (a, b) in zip(RATIOS, (recalls, *spreads), strict=True)}
 
 

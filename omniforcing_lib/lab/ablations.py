@@ -10,9 +10,7 @@ Shapes: B batch, F video and T audio latents, n clips.
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniforcing_lib import files
 from omniforcing_lib.bounce import distributions, evaluate, world
 from omniforcing_lib.bounce.codecs import DecodeState, TinyCodec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.flow import ONES, RELEASED_STEPS, noise_like, noised
-from omniforcing_lib.lab import distill, exposure
+from omniforcing_lib.lab import distill, exposure, stored_runs
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.live import stream
 from omniforcing_lib.pages import origins, verdicts
@@ -42,8 +39,6 @@ CLIP_SECONDS = 5
 ODE_STEPS = 11
 """Steps of Stage 2 that take as long as one step of the student in Stage 3, with five of its critic."""
 MEASURES = ("sync_f1", "speed_cv", "one_ball", "wall_pitch", "colour", "timbre")
-OverSeeds = tuple[float, tuple[float, float] | None]
-"""A mean over training seeds and its interval, see `verdicts.over_seeds`."""
 
 
 @dataclass(frozen=True)
@@ -172,17 +167,14 @@ def run(
         raise ValueError(f"unknown arms {', '.join(unknown)}; choose from {', '.join(ARMS)}")
     folder, budget = Path(folder), budget or Budget()
     start = checkpoints.read(teacher).fingerprint[:16]
-    _check(_records(folder), budget, start)
+    _check([*stored_runs.read(folder).values()], budget, start)
     bench, judged = _Bench(teacher, budget), origins.of(teacher, "codec", "ode_pairs")
     for seed in range(seeds):
         for name in arms:
-            path = folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
+            path = stored_runs.path_of(folder, name, seed)
             if not path.exists():
                 record = judged | {"arm": name, "seed": seed, "teacher": start} | vars(budget)
-                record |= bench.trial(ARMS[name], seed)
-                # on one line: a thousand small numbers that nobody reads one by one
-                files.write_text(path, json.dumps(record, allow_nan=False) + "\n")
-                print(f"{time.strftime('%H:%M:%S')} {path.name}", flush=True)
+                stored_runs.write(path, record | bench.trial(ARMS[name], seed))
     return folder
 
 
@@ -254,10 +246,6 @@ def cuts(clip: AV[np.ndarray]) -> Iterator[AV[np.ndarray]]:
         yield clip.map(lambda stream_, step, i=i: stream_[i * step : (i + 1) * step], steps)
 
 
-def _records(folder: Path) -> list[dict]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-
-
 def _check(records: Sequence[Mapping], budget: Budget, teacher: str = "") -> None:
     for record in records:
         if teacher and (kept := record.get("teacher", teacher)) != teacher:
@@ -269,7 +257,7 @@ def _check(records: Sequence[Mapping], budget: Budget, teacher: str = "") -> Non
 
 def runs(folder: str | Path = STORED) -> dict[str, list[dict]]:
     """Read the runs of every arm, one a seed; ValueError where there is none, or where budgets differ."""
-    records = _records(Path(folder))
+    records = [*stored_runs.read(folder).values()]
     if not records:
         raise ValueError(f"{folder} holds no runs; `python -m omniforcing_lib ablate` makes them")
     _check(records, Budget(**{name: records[0][name] for name in vars(Budget())}))
@@ -277,7 +265,7 @@ def runs(folder: str | Path = STORED) -> dict[str, list[dict]]:
     return {name: trials for name, trials in found.items() if trials}
 
 
-def table(folder: str | Path = STORED) -> dict[str, dict[str, OverSeeds]]:
+def table(folder: str | Path = STORED) -> dict[str, dict[str, verdicts.OverSeeds]]:
     """Average the runs of every arm over training seeds: arm -> measure -> mean, 95 % interval (none for one seed)."""
     return {
         name: {m: verdicts.over_seeds([_value(trial, m) for trial in trials]) for m in _measures(trials[0])}
@@ -285,7 +273,7 @@ def table(folder: str | Path = STORED) -> dict[str, dict[str, OverSeeds]]:
     }
 
 
-def gains(folder: str | Path = STORED, base: str = BASE) -> dict[str, dict[str, OverSeeds]]:
+def gains(folder: str | Path = STORED, base: str = BASE) -> dict[str, dict[str, verdicts.OverSeeds]]:
     """Subtract the paper's recipe from every other arm, seed by seed: arm -> measure -> mean difference, interval.
 
     A seed is one pair: both arms begin with the same Stage 2 and roll out the same prompts and noise. Seeds that only

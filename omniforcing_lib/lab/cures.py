@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from omniforcing_lib import files
+from omniforcing_lib import losses
 from omniforcing_lib.bounce import distributions, evaluate, variety, world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.flow import Guidance
-from omniforcing_lib.lab import distill, exposure, protocol
+from omniforcing_lib.lab import distill, exposure, protocol, stored_runs
 from omniforcing_lib.layout import AV
 from omniforcing_lib.live import stream
 from omniforcing_lib.pages import origins, verdicts
@@ -31,7 +31,6 @@ from omniforcing_lib.weights import checkpoints
 
 STORED = checkpoints.DATA.parent / "reports" / "cures"
 START = "stage2"
-MEASURES = ("sync_f1", "wall_pitch", "timbre", "speed_cv")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Remedy:
 
     objective: str = "dmd"
     cfg: float = 3.0
-    most: int = 980
+    most: int = losses.MAX_TIMESTEP
     regression: float = 0.0
     ratio: int = 5
     work: float = 1.0
@@ -101,21 +100,19 @@ def run(
     if unknown := sorted({*names} - {*REMEDIES}):
         raise ValueError(f"unknown remedies {', '.join(unknown)}; choose from {', '.join(REMEDIES)}")
     folder, limits = Path(folder), json.loads(json.dumps(asdict(budget)))
-    for record in records(folder):
+    for record in stored_runs.read(folder).values():
         if record["budget"] != limits:
             raise ValueError(f"{folder} holds runs of {record['budget']}, asked for {limits}: use another folder")
     judged = origins.of("teacher", START, "codec", "ode_pairs")
     judge = _Judge(budget)
     for seed in range(seeds):
         for name in names:
-            path = folder / f"{name.replace(' ', '_').replace(',', '')}-{seed}.json"
+            path = stored_runs.path_of(folder, name, seed)
             if not path.exists():
                 begun = time.monotonic()
                 student = _treated(REMEDIES[name], budget, seed)
                 record = {"remedy": name, "seed": seed, "budget": limits, "minutes": (time.monotonic() - begun) / 60}
-                record |= judge.measures(student, seed)
-                files.write_text(path, json.dumps(judged | record, allow_nan=False) + "\n")
-                print(f"{time.strftime('%H:%M:%S')} {path.name}", flush=True)
+                stored_runs.write(path, judged | record | judge.measures(student, seed))
     return folder
 
 
@@ -134,9 +131,8 @@ def _treated(remedy: Remedy, budget: Budget, seed: int) -> Transformer:
         step = stages.ode_stage(player, pairs, prompts, causal, batch)
         train.fit(step, {"student": player}, steps, seed=seed, label="stage 2", leave=False)
         return player.best.eval()
-    how |= {"ratio": remedy.ratio, "lr": budget.lr, "most": remedy.most}
-    beside = {"pairs": pairs, "regression": remedy.regression} if remedy.regression else {}
-    return distill.stage3(start, "teacher", prompts, causal, codec, **how, **beside).student
+    how |= {"ratio": remedy.ratio, "lr": budget.lr, "most": remedy.most, "regression": remedy.regression}
+    return distill.stage3(start, "teacher", prompts, causal, codec, **how, pairs=pairs).student
 
 
 class _Judge:
@@ -155,27 +151,22 @@ class _Judge:
         clips = exposure.decoded(self.codec, latents)
         readings = evaluate.read_all(clips)
         tallies = [evaluate.tally(r, p) for r, p in zip(readings, trial.prompts, strict=True)]
-        row = evaluate.estimates(tallies, draws=1) | variety.measures(self.reference.readings, readings)
-        moves = variety.motions(readings)
+        found = variety.described(readings)
+        row = evaluate.estimates(tallies, draws=1) | variety.compared(self.reference.described, found)
         return {
             "measures": {name: round(estimate.mean, 4) for name, estimate in row.items()}
             | protocol.distances(self.reference, distributions.feature_sets(clips)),
-            "quadrants": variety.quadrants(moves).tolist(),
-            "motions": moves.round(1).tolist(),
+            "quadrants": variety.quadrants(found.moves).tolist(),
+            "motions": found.moves.round(1).tolist(),
         }
 
 
-def records(folder: str | Path = STORED) -> list[dict]:
-    """Read all runs of a folder."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))]
-
-
-def table(folder: str | Path = STORED) -> dict[str, dict[str, tuple[float, tuple[float, float] | None]]]:
+def table(folder: str | Path = STORED) -> dict[str, dict[str, verdicts.OverSeeds]]:
     """Average over training seeds: remedy -> measure -> mean and 95 % interval over seeds, none for one seed.
 
     Raises ValueError where there is no run.
     """
-    found = records(folder)
+    found = stored_runs.read(folder).values()
     if not found:
         raise ValueError(f"{folder} holds no runs; `python -m omniforcing_lib cures` makes them")
     by_name = {name: [r["measures"] for r in found if r["remedy"] == name] for name in REMEDIES}

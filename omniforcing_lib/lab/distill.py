@@ -156,13 +156,15 @@ def stage3(
     guidance: Guidance = MINIATURE_CFG,
     weights: AV[float] = ONES,
     sampler: Sampler | None = None,
+    most: int = losses.MAX_TIMESTEP,
+    pairs: Pairs | None = None,
+    regression: float = 0.0,
     seed: int = 0,
-    **tries: object,
 ) -> Lesson:
     """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic.
 
     They learn at the rates `lr`. Streams count by `weights`; a `sampler` makes the clips in another way (see
-    `stages.self_forcing_stage`, which takes `tries` too: `most`, `pairs`, `regression`).
+    `stages.self_forcing_stage`, also for `most`, `pairs` and `regression`).
     """
     device = prompts.context.video.device
     # it ends on a step of the student, which no critic step need follow
@@ -172,7 +174,8 @@ def stage3(
     player = Player(copy.deepcopy(student), Recipe(lr=lr[0], ema=max(0.0, 1 - 4 / steps), **recipe))
     critic = Player(checkpoints.load(teacher, device=device), Recipe(lr=lr[1], ema=0.0, **recipe))
     real, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
-    way = {"guidance": guidance, "ratio": ratio, "weights": weights, "sampler": sampler} | tries
+    way = {"guidance": guidance, "ratio": ratio, "weights": weights, "sampler": sampler}
+    way |= {"most": most, "pairs": pairs if regression else None, "regression": regression}
     step = stages.self_forcing_stage(player, critic, real, prompts, causal, codec.grid, frames, batch, **way)
     players = {"student": player, "critic": critic}
     history = train.fit(step, players, turns, seed=seed, label="stage 3", leave=False)

@@ -25,7 +25,7 @@ from omniforcing_lib.bounce import distributions, evaluate, variety, world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.lab import distill, exposure
+from omniforcing_lib.lab import distill, exposure, stored_runs
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
 from omniforcing_lib.live import stream
 from omniforcing_lib.pages import claims, media, origins, plots
@@ -170,7 +170,7 @@ def through_file(clips: Sequence[Clip]) -> list[Clip]:
 class Reference(NamedTuple):
     """Real clips of other seeds, which sets are compared with, and codec round trips of these."""
 
-    readings: list[evaluate.Reading]
+    described: variety.Described
     real: AV[np.ndarray]
     codec: AV[np.ndarray]
 
@@ -181,7 +181,7 @@ class Reference(NamedTuple):
         passed = through_codec(clips, stream.shipped_codec())
         clips, passed = (through_file(found) if mp4 else found for found in (clips, passed))
         sets = (distributions.feature_sets(found) for found in (clips, passed))
-        return cls(evaluate.read_all(clips, "real clips"), *sets)
+        return cls(variety.described(evaluate.read_all(clips, "real clips")), *sets)
 
 
 def run(
@@ -190,7 +190,8 @@ def run(
     """Measure systems by name; write `scores.json`, `scores.md`, `motions.json` and a contact sheet of each.
 
     Distances and neighbours are to real clips of other seeds, equal in number. The first system without blocks is the
-    teacher that the others' distances are divided by.
+    teacher that the others' distances are divided by; without one there are no such ratios. Clips of one prompt are
+    judged as they are made, through no file.
 
     Returns the table.
     """
@@ -207,16 +208,18 @@ def run(
         readings = evaluate.read_all(clips, name)
         tallies = [evaluate.tally(reading, prompt) for reading, prompt in zip(readings, wanted, strict=True)]
         if name in systems:
-            _sheet(out / f"{name.replace(' ', '_').replace(',', '')}.png", readings[:8], wanted[:8])
-        rows[name] = evaluate.estimates(tallies) | variety.measures(reference.readings, readings)
+            _sheet(out / f"{stored_runs.slug(name)}.png", readings[:8], wanted[:8])
+        found = variety.described(readings)
+        rows[name] = evaluate.estimates(tallies) | variety.compared(reference.described, found)
         rows[name] |= _one_prompt(name, systems.get(name), one_prompt)
-        features[name], motions[name] = distributions.feature_sets(clips), variety.motions(readings)
+        features[name], motions[name] = distributions.feature_sets(clips), found.moves
         extra[name] = distances(reference, features[name]) | {"sync_f1_by_seed": by_seed(tallies, trial)}
         extra[name]["quadrants"] = variety.quadrants(motions[name]).tolist()
         if all(wanted):
             extra[name]["lowest_of_prompts"] = worst(tallies, trial.prompts)
-    for name in systems:
-        rows[name] |= _ratios(reference, features[name], features[_teacher(systems)])
+    if teacher := _teacher(systems):
+        for name in systems:
+            rows[name] |= _ratios(reference, features[name], features[teacher])
     table = evaluate.Table(rows)
     _store(out, trial, systems, table, extra, judged)
     shown = {name: np.round(moves, 2).tolist() for name, moves in motions.items()}
@@ -242,16 +245,13 @@ def _check_size(trial: Trial) -> None:
 
 
 def _teacher(systems: dict[str, System]) -> str:
-    return next(
-        (n for n, system in systems.items() if checkpoints.read(system.model).causal is None), next(iter(systems))
-    )
+    """Name the first system without blocks; nothing where there is none."""
+    return next((name for name, system in systems.items() if checkpoints.read(system.model).causal is None), "")
 
 
 def _one_prompt(name: str, system: System | None, trial: Trial) -> dict[str, evaluate.Estimate]:
     """Measure how far apart clips of one prompt are, and how evenly their directions are spread."""
-    if system and not system.prompted:
-        return {}
-    if system is None and name != "real clips":
+    if not (system.prompted if system else name == "real clips"):
         return {}
     readings = evaluate.read_all(sample(system, trial) if system else trial.real(), name)
     spread = variety.spread(variety.motions(readings))

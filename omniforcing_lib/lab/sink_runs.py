@@ -7,7 +7,6 @@ with short runs of which nothing is clipped. `run` goes on where it stopped; `st
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,8 +15,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from omniforcing_lib import files
-from omniforcing_lib.lab import companions, sinks
+from omniforcing_lib.lab import companions, sinks, stored_runs
 from omniforcing_lib.lab.sinks import Trace
 from omniforcing_lib.lab.variants import Variant
 from omniforcing_lib.layout import AV
@@ -92,7 +90,7 @@ def run(name: str, folder: str | Path = STORED, *, arms: Sequence[str] = (), see
         raise ValueError(f"seeds and steps are 1 or more, or 0 for the plan's own; found {seeds} and {steps}")
     budget = replace(plan.budget, steps=steps or plan.budget.steps)
     jobs = [(seed, arm) for seed in range(seeds or plan.seeds) for arm in arms or plan.arms]
-    paths = {job: folder / f"{_slug(job[1])}-{job[0]}.json" for job in jobs}
+    paths = {(seed, arm): stored_runs.path_of(folder, arm, seed) for seed, arm in jobs}
     origin = origins.of("teacher", "ode_pairs")
     for record in _records(folder, plan, budget):
         if record["files"] != origin["files"]:
@@ -104,14 +102,8 @@ def run(name: str, folder: str | Path = STORED, *, arms: Sequence[str] = (), see
         trace = sinks.train(plan.arms[arm], study, steps=budget.steps, batch=budget.batch, seed=seed, every=100)
         record = {"arm": arm, "seed": seed, **_settings(plan.arms[arm], budget), **origin}
         record |= {"cpu_s": round(time.process_time() - started, 1), "trace": packed(trace)}
-        # on one line: hundreds of small numbers that nobody reads one by one
-        files.write_text(path, json.dumps(record, allow_nan=False) + "\n")
-        print(f"{time.strftime('%H:%M:%S')} {path.name}, {done} of {len(missing)}", flush=True)
+        stored_runs.write(path, record, f", {done} of {len(missing)}")
     return folder
-
-
-def _slug(arm: str) -> str:
-    return arm.replace(",", "").replace(" ", "_")
 
 
 def _settings(variant: Variant | None, budget: Budget) -> dict[str, object]:
@@ -121,16 +113,14 @@ def _settings(variant: Variant | None, budget: Budget) -> dict[str, object]:
 
 def _records(folder: Path, plan: Plan, budget: Budget | None = None) -> list[dict]:
     """Read a folder's runs; ValueError unless all are arms of the plan as they are now, of one budget."""
-    records = []
-    for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    runs = stored_runs.read(folder)
+    for path, record in runs.items():
         budget = budget or Budget(**record["budget"])
         for name, wanted in _settings(plan.arms.get(record["arm"]), budget).items():
             if record[name] != wanted:
                 found = f"{path} was run with {name} {record[name]}, wanted {wanted}"
                 raise ValueError(f"{found}: use another folder, or remove the file")
-        records.append(record)
-    return records
+    return [*runs.values()]
 
 
 def packed(trace: Trace) -> dict[str, object]:
@@ -181,11 +171,7 @@ def stored(name: str, folder: str | Path = STORED) -> Stored:
     return Stored({arm: runs for arm, runs in found.items() if runs}, Budget(**records[0]["budget"]), outdated)
 
 
-OverSeeds = tuple[float, tuple[float, float] | None]
-"""A mean over training runs and its 95 % interval: none for one run, nor where one broke."""
-
-
-def differences(traces: Mapping[str, Mapping[int, Trace]], base: str = BASE) -> dict[str, OverSeeds]:
+def differences(traces: Mapping[str, Mapping[int, Trace]], base: str = BASE) -> dict[str, verdicts.OverSeeds]:
     """Subtract the base's final loss from every other arm's, seed by seed; intervals hold for all arms together.
 
     Seeds that only one of the two has do not count; ValueError where they share none.
@@ -221,7 +207,7 @@ def table(traces: Mapping[str, Mapping[int, Trace]], base: str = BASE) -> list[d
     return lines
 
 
-def _shown(found: OverSeeds) -> str:
+def _shown(found: verdicts.OverSeeds) -> str:
     mean, interval = found
     edges = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
     return f"{mean:.4f}{edges}" if math.isfinite(mean) else "—"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Annulus
 from matplotlib.ticker import LogLocator
 
+from omniforcing_lib.bounce.variety import quadrants
 from omniforcing_lib.bounce.world import SPEED
 from omniforcing_lib.layout import AV
 from omniforcing_lib.pages.canvas import GREY, INK, OTHERS, PALE, STREAM, bare, colours, figure, styled
@@ -262,13 +262,13 @@ def velocities(motions: Mapping[str, np.ndarray]) -> Figure:
     fig, reach = figure(2.15), 1.28 * SPEED[1]
     panels = fig.subplots(1, len(motions), sharex=True, sharey=True, squeeze=False)[0]
     for axes, (name, colour) in zip(panels, colours(motions).items(), strict=True):
-        right, down = np.asarray(motions[name], float)[:, 2:].T
+        moves = np.asarray(motions[name], float)
         axes.add_patch(Annulus((0, 0), SPEED[1], SPEED[1] - SPEED[0], facecolor=PALE, edgecolor="none"))
         axes.axhline(0, color=PALE, linewidth=0.8)
         axes.axvline(0, color=PALE, linewidth=0.8)
-        axes.plot(right, down, ".", color=colour, markersize=4, alpha=0.6, markeredgewidth=0)
-        for x, y in product((1, -1), (1, -1)):
-            count = int((((right > 0) == (x > 0)) & ((down > 0) == (y > 0))).sum())
+        axes.plot(*moves[:, 2:].T, ".", color=colour, markersize=4, alpha=0.6, markeredgewidth=0)
+        corners = zip(((1, 1), (-1, 1), (-1, -1), (1, -1)), quadrants(moves), strict=True)
+        for (x, y), count in sorted(corners, reverse=True):
             place = {"ha": "right" if x > 0 else "left", "va": "bottom" if y > 0 else "top"}
             axes.text(0.97 * x * reach, 0.97 * y * reach, str(count), color=colour, weight="bold", **place)
         axes.set(title=name, xlim=(-reach, reach), ylim=(reach, -reach), aspect="equal")

@@ -109,7 +109,11 @@ def whole(parts: Mapping[str, str]) -> str:
     return first if first == REPRODUCED else f"partly: {first}"
 
 
-def over_seeds(values: Sequence[float], *, comparisons: int = 1) -> tuple[float, tuple[float, float] | None]:
+OverSeeds = tuple[float, tuple[float, float] | None]
+"""A mean over training seeds and its 95 % interval: none for one seed, nor where a run broke."""
+
+
+def over_seeds(values: Sequence[float], *, comparisons: int = 1) -> OverSeeds:
     """Give the mean of a number that each seed has once, and its 95 % interval by Student's t; none for one seed.
 
     With several `comparisons` the intervals of all hold together in 95 % of cases (Bonferroni): each gets wider.

@@ -259,6 +259,17 @@ def test_on_policy_block_0_is_left_to_the_trajectories():
         assert moved == expected
 
 
+def test_what_has_left_the_window_is_not_recomputed():
+    student, other, causal = player(replace(QUICK, recompute=True)), player(sinks=0), replace(CAUSAL, window=0)
+    rest = (prompts(), causal, GRID, FRAMES, 1)
+    for begin in (
+        lambda: stages.self_forcing_stage(student, other, other.model, *rest),
+        lambda: stages.on_policy_stage(student, other.model, pairs(), *rest),
+    ):
+        with pytest.raises(ValueError, match="3 blocks, a window of 0; train clips of 2 blocks"):
+            begin()
+
+
 def test_states_on_policy_need_a_level_between_noise_and_data():
     with pytest.raises(ValueError, match="three steps or more"):
         stages.on_policy_stage(None, None, None, prompts(), replace(CAUSAL, steps=(1000, 0)), GRID, FRAMES, batch=1)

@@ -181,15 +181,11 @@ def self_forcing_stage(
     Raises:
         ValueError: the batch cannot be cut as asked, or blocks leave the window, so that they can't be recomputed.
     """
-    levels, blocks = len(causal.steps) - 1, causal.layout.count(video_latents)
+    levels = len(causal.steps) - 1
     whole = all(len(p.team.parts(batch, p.recipe.accumulate)) == 1 and p.team.size == 1 for p in (student, critic))
     if sampler and not whole:
         raise ValueError("a sampler makes whole batches: use it with one process, and accumulate 1")
-    if student.recipe.recompute and blocks > causal.window + 2:
-        raise ValueError(
-            f"recomputing needs a window that keeps the whole clip: {blocks} blocks, a window of {causal.window}; "
-            f"train clips of {causal.window + 2} blocks, or without recomputing"
-        )
+    _check_window(student, causal, video_latents)
     clips = own_clips(prompts, causal, grid, video_latents, batch)
     regress = _regression(student, pairs, prompts, causal, batch) if pairs else None
 
@@ -240,6 +236,16 @@ def self_forcing_stage(
     return step
 
 
+def _check_window(student: Player, causal: Causal, video_latents: int) -> None:
+    """Refuse to recompute blocks of a roll-out whose past has left the cache by then."""
+    blocks = causal.layout.count(video_latents)
+    if student.recipe.recompute and blocks > causal.window + 2:
+        raise ValueError(
+            f"recomputing needs a window that keeps the whole clip: {blocks} blocks, a window of {causal.window}; "
+            f"train clips of {causal.window + 2} blocks, or without recomputing"
+        )
+
+
 def on_policy_stage(
     student: Player,
     teacher: Transformer,
@@ -281,11 +287,13 @@ def on_policy_stage(
         weights: of the streams' losses.
 
     Raises:
-        ValueError: the student has one step only, so that all its states are pure noise.
+        ValueError: the student has one step only, so that all its states are pure noise; or blocks leave the window,
+            so that they can't be recomputed.
     """
     entries, schedule = snap_indices(causal.steps), ltx2_sigmas(40)
     if len(entries) < 3:
         raise ValueError(f"steps {causal.steps} have no noise level between noise and data; use three steps or more")
+    _check_window(student, causal, video_latents)
     clips = own_clips(prompts, causal, grid, video_latents, batch)
     regress = _regression(student, pairs, prompts, causal, batch)
     later = causal.layout.block_index(video_latents).map(

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from omniforcing_lib.pages.origins import SCORES
+
 README_MARKS = ("<!-- results: written by make report -->", "<!-- end of results -->")
 Metrics = dict[str, dict[str, dict]]
 MEASURES = {
@@ -200,7 +202,7 @@ def _claim_row(number: int, claim: Claim, answer: tuple[dict, dict] | None, shor
 
 def read_scores(folder: Path) -> dict[str, dict]:
     """Read what the protocol stored, `scores.json` and `long.json`; empty where there is none."""
-    found = (folder / f"{name}.json" for name in ("scores", "long"))
+    found = (folder / f"{name}.json" for name in SCORES)
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found if path.exists()}
 
 
@@ -210,7 +212,8 @@ def quality(stored: Mapping[str, dict]) -> str:
     size = f"{scores['seeds']} seeds × {scores['clips']} clips of {scores['seconds']} s"
     if long:
         size += f"; last column {long['seeds'] * long['clips']} roll-outs of {long['seconds']} s"
-    how = "held-out seeds (every prompt is trained on), through an mp4, judged from pixels and samples"
+    how = "held-out seeds (every prompt is trained on), through an mp4 (those of one prompt as they are made)"
+    how += ", judged from pixels and samples"
     return f"{size}; {how}.\n\n{markdown_table(quality_rows(stored))}"
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from omniforcing_lib.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
+SCORES = ("scores", "long")
+"""Records of the protocol in `reports/scores`; what lies beside them was written by the same runs."""
 SHIPPED = ("teacher", "stage2", "student", "codec", "ode_pairs")
 
 
@@ -81,7 +83,8 @@ def rows(names: Iterable[str], profile: str, root: Path = ROOT) -> list[dict[str
     """Table the origin of all that a report quotes: a profile's notebooks `names`, scores, and ablations by commit."""
     stored = root / "reports"
     records = {name: _read(stored / "run" / profile / f"{name}.json") for name in names}
-    records |= {f"scores/{path.stem}": _read(path) for path in sorted((stored / "scores").glob("*.json"))}
+    scores = {name: stored / "scores" / f"{name}.json" for name in SCORES}
+    records |= {f"scores/{name}": _read(path) for name, path in scores.items() if path.exists()}
     ablations = [_read(path) for path in sorted((stored / "ablations").glob("*.json"))]
     told = [{"numbers": name, **_row(record, root)} for name, record in records.items()]
     seen = {tuple({"numbers": "ablations", **_row(record, root)}.items()) for record in ablations}

@@ -15,7 +15,7 @@ def pytest_collectstart(collector):
 
 def pytest_runtest_setup(item):
     if compare := getattr(item, "compare_outputs", None):
-        from omniforcing_lib.pages.runner import WIDGET
+        from series.runner import WIDGET
 
         def without_widgets(*sides):
             return compare(*([o for o in outputs if WIDGET not in o.get("data", {})] for outputs in sides))

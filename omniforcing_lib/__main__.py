@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except RuntimeError as error:
         # Imported here: the runner is not needed to answer `--help` or to render a clip.
-        from omniforcing_lib.pages.runner import NotebookFailed
+        from series.runner import NotebookFailed
 
         if not isinstance(error, NotebookFailed):
             raise
@@ -221,7 +221,7 @@ def _takes_number(
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.pages import runner
+    from series import runner
 
     runner.reproduce(
         arguments.profile,
@@ -233,25 +233,25 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 
 
 def _refresh(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.pages import runner
+    from series import runner
 
     runner.refresh(only=arguments.only)
 
 
 def _publish(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.pages import runner
+    from series import runner
 
     print(f"published {', '.join(runner.publish_run(arguments.folder))}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.pages import runner
+    from series import runner
 
     runner.rebuild()
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from omniforcing_lib.pages import claims
+    from series import claims
 
     committed, fresh = claims.read_metrics(arguments.committed), claims.read_metrics(arguments.fresh)
     for folder, metrics in ((arguments.committed, committed), (arguments.fresh, fresh)):
@@ -286,13 +286,12 @@ def _beside(arguments: argparse.Namespace, prompts: Sequence[str]):
     """Find codec and text encoder of the model, encode all prompts, and say how its weights are loaded."""
     import torch
 
-    from omniforcing_lib import backends
-    from omniforcing_lib.lab import companions
+    from omniforcing_lib import backends, model_bundle
 
     backends.use(arguments.attention)
     near = {name: getattr(arguments, name) for name in ("parts", "gemma", "horizon", "contexts")}
     place = {"device": arguments.device, "dtype": arguments.dtype, "grid": tuple(arguments.grid)}
-    beside = companions.of(arguments.model, **place, **near)
+    beside = model_bundle.of(arguments.model, **place, **near)
     beside.choose_attention()
     for prompt in prompts:  # one outside the grammar is refused before any work
         beside.text.encode([prompt], beside.device)
@@ -302,9 +301,8 @@ def _beside(arguments: argparse.Namespace, prompts: Sequence[str]):
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.live import stream
-    from omniforcing_lib.pages import media
-    from omniforcing_lib.weights import checkpoints
+    from omniforcing_lib import media, stream
+    from omniforcing_lib.ltx2 import checkpoints
 
     beside, load = _beside(arguments, [arguments.prompt])
     causal, model = checkpoints.read(arguments.model).causal, checkpoints.load(arguments.model, **load)
@@ -314,13 +312,13 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _export_clips(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.lab import submission
-    from omniforcing_lib.live import stream
-    from omniforcing_lib.weights import checkpoints
+    from omniforcing_lib import stream
+    from omniforcing_lib.ltx2 import checkpoints
+    from studies import benchmark_export
 
-    tool = submission.tool_of(arguments.tool, arguments.pattern, arguments.samples)
-    prompts = submission.read_prompts(arguments.prompts)
-    submission.clips_of(tool, prompts, arguments.seed)
+    tool = benchmark_export.tool_of(arguments.tool, arguments.pattern, arguments.samples)
+    prompts = benchmark_export.read_prompts(arguments.prompts)
+    benchmark_export.clips_of(tool, prompts, arguments.seed)
     beside, load = _beside(arguments, [*prompts.values(), ""])
     checkpoint = checkpoints.read(arguments.model)
     model = functools.cache(lambda: checkpoints.load(arguments.model, **load))  # not before the folder is known to fit
@@ -332,21 +330,24 @@ def _export_clips(arguments: argparse.Namespace) -> None:
     made = {"steps": arguments.steps, "guidance": str(beside.guidance)}
     made = made if checkpoint.causal is None else {"causal": checkpoint.causal.to_metadata()}
     said = {name: getattr(arguments, name) for name in ("seconds", "dtype", "weights", "horizon")}
-    said |= {"model": Path(arguments.model).name, "resolution": submission.resolution(beside.codec, checkpoint.config)}
+    said |= {
+        "model": Path(arguments.model).name,
+        "resolution": benchmark_export.resolution(beside.codec, checkpoint.config),
+    }
     how = {"clock": beside.codec.clock, "seed": arguments.seed, "protocol": said | made}
-    print(submission.write(make, prompts, tool, arguments.out, **how))
+    print(benchmark_export.write(make, prompts, tool, arguments.out, **how))
 
 
 def _render(arguments: argparse.Namespace) -> None:
+    from omniforcing_lib import media
     from omniforcing_lib.bounce import world
-    from omniforcing_lib.pages import media
 
     scene = world.scene(arguments.seed, arguments.prompt)
     print(media.write_clip(arguments.out, world.render(scene, seconds=arguments.seconds), world.CLOCK))
 
 
 def _score(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.lab import protocol
+    from studies import protocol
 
     systems = protocol.systems_of(arguments.models, arguments.steps, unprompted=arguments.unprompted)
     first = {"first": protocol.SELECTION} if arguments.selection else {}
@@ -355,8 +356,8 @@ def _score(arguments: argparse.Namespace) -> None:
 
 
 def _ablate(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.lab import ablations
-    from omniforcing_lib.pages import claims
+    from series import claims
+    from studies import ablations
 
     folder = ablations.run(arguments.out, arms=arguments.arms or tuple(ablations.ARMS), seeds=arguments.seeds)
     for found in (ablations.table(folder), ablations.gains(folder)):
@@ -369,14 +370,14 @@ def _ablate(arguments: argparse.Namespace) -> None:
 
 
 def _cures(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.lab import cures
+    from studies import cures
 
     print(cures.run(arguments.out, names=arguments.names or tuple(cures.REMEDIES), seeds=arguments.seeds))
 
 
 def _sinks(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.lab import sink_runs
-    from omniforcing_lib.pages import claims
+    from series import claims
+    from studies import sink_runs
 
     if arguments.arms and len(arguments.plans) > 1:
         raise ValueError(f"--arms are of one plan, found {' and '.join(arguments.plans)}: give --plans with one name")
@@ -387,25 +388,24 @@ def _sinks(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.weights import checkpoints
+    from omniforcing_lib.ltx2 import checkpoints
 
     print(checkpoints.inspect(arguments.checkpoint))
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from omniforcing_lib.weights import checkpoints
+    from omniforcing_lib.ltx2 import checkpoints
 
     written = checkpoints.export(arguments.checkpoint, arguments.out, to=arguments.to)
     print("\n".join([str(written), *checkpoints.left_out(checkpoints.read(arguments.checkpoint), arguments.to)]))
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from omniforcing_lib.lab import recipes
-    from omniforcing_lib.training import journal
+    from omniforcing_lib.training import recipes, run_folder
 
     try:
         recipes.main([arguments.stage, *arguments.rest], Parser)
-    except journal.Diverged as error:
+    except run_folder.Diverged as error:
         return _fail(error, 1)
     return 0
 

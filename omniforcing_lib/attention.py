@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from omniforcing_lib import backends
-from omniforcing_lib.masks import Visibility
+from omniforcing_lib.masks import AttentionMask
 from omniforcing_lib.rope import Rotation, rotate
 
 
@@ -24,7 +24,7 @@ class Slot(Protocol):
         """Store what `project` gives, or reuse what is stored; yield rows with the keys and values that they see."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask | None = None) -> Tensor:
     """Attend over all keys, or over the visible ones, by the backend chosen for these tensors (see `backends`).
 
     Shapes: q [B, H, T, D], k and v [B, H, L, D] to [B, H, T, D].
@@ -46,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility | None = None
     return _sliced(q, k, v, visibility, plain)
 
 
-def _sliced(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, plain: Callable[..., Tensor]) -> Tensor:
+def _sliced(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask, plain: Callable[..., Tensor]) -> Tensor:
     """One call a block over its visible keys: no dense mask, the flash kernels stay usable."""
     outputs = []
     for rows, columns in visibility.runs:
@@ -101,7 +101,7 @@ class Attention(nn.Module):
         context: Tensor | None = None,
         *,
         rotations: tuple[Rotation, Rotation] | None = None,
-        visibility: Visibility | None = None,
+        visibility: AttentionMask | None = None,
         slot: Slot | None = None,
     ) -> Tensor:
         """Attend from `x` to `context` (to itself by default).

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, silu
 
 from omniforcing_lib.attention import Attention
-from omniforcing_lib.cache import ANY_LEVEL, Slots
+from omniforcing_lib.cache import ANY_LEVEL, LayerCache
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
-from omniforcing_lib.masks import Visibility
+from omniforcing_lib.masks import AttentionMask
 from omniforcing_lib.rope import Rotation
 
 
-class TimestepEmbedding(nn.Module):
+class TimestepEmbedder(nn.Module):
     """Embed sigma (times the scale multiplier) by a sinusoid of 256 and two linear layers (spec 1.4)."""
 
     def __init__(self, dim: int) -> None:
@@ -49,7 +49,7 @@ class AdaLN(nn.Module):
 
     def __init__(self, dim: int, rows: int) -> None:
         super().__init__()
-        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedding(dim)})
+        self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
         self.linear = nn.Linear(dim, rows * dim)
         self.rows = rows
 
@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
         return self.net[2](gelu(self.net[0]["proj"](x), approximate="tanh"))
 
 
-class Level(NamedTuple):
+class TimestepEmbedding(NamedTuple):
     """What one stream gets from sigma, the same for every layer; batch 1 where one number is given for sigma."""
 
     own: Tensor  # [B, G, 6 or 9, D]: shift, scale, gate of self-attention, of the MLP (LTX-2.3: of text attention)
@@ -101,16 +101,16 @@ class Level(NamedTuple):
 class Condition(NamedTuple):
     """What one stream gets from sigma, text, time and causality, the same for every layer."""
 
-    level: Level
+    level: TimestepEmbedding
     sigma: Hashable | None  # the key of what is held for these levels
     text: Tensor | None  # [B, L, D]; None where the cache already holds its keys
     rope: Rotation
     cross_rope: Rotation
-    sees_own: Visibility | None
-    sees_other: Visibility | None
+    sees_own: AttentionMask | None
+    sees_other: AttentionMask | None
 
 
-class Rows(NamedTuple):
+class LayerModulation(NamedTuple):
     """Modulation of one stream in one layer, each row [B, G, D]; every scale has its 1 added."""
 
     own: tuple[Tensor, ...]
@@ -211,7 +211,7 @@ class Block(nn.Module):
         x: AV[Tensor],
         condition: AV[Condition],
         *,
-        slots: AV[Slots] | None = None,
+        slots: AV[LayerCache] | None = None,
         skip_self: bool = False,
         skip_cross: bool = False,
     ) -> AV[Tensor]:
@@ -228,12 +228,12 @@ class Block(nn.Module):
             x = self._exchange(x, streams, condition, rows, slots)
         return x.map(self._widen, streams, rows)
 
-    def _rows(self, s: Stream, c: Condition, slots: Slots | None) -> Rows:
+    def _rows(self, s: Stream, c: Condition, slots: LayerCache | None) -> LayerModulation:
         """Add this layer's tables to what sigma says, or take what the cache holds for that sigma."""
 
-        def make() -> Rows:
+        def make() -> LayerModulation:
             own, cross = (s.table + c.level.own).unbind(2), (s.cross_table[:4] + c.level.cross).unbind(2)
-            return Rows(
+            return LayerModulation(
                 tuple(1 + row if i % 3 == 1 else row for i, row in enumerate(own)),
                 tuple(1 + row if i % 2 == 0 else row for i, row in enumerate(cross)),
                 (s.cross_table[4:] + c.level.gate).squeeze(2),
@@ -244,12 +244,12 @@ class Block(nn.Module):
     def _norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, x.shape[-1:], eps=self.eps)
 
-    def _widen(self, x: Tensor, s: Stream, rows: Rows) -> Tensor:
+    def _widen(self, x: Tensor, s: Stream, rows: LayerModulation) -> Tensor:
         """Run the MLP (steps 6 and 7)."""
         _, _, _, shift, gain, gate, *_ = rows.own
         return gated(x, gate, s.feed_forward(modulate(self._norm(x), gain, shift)))
 
-    def _attend(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
+    def _attend(self, x: Tensor, s: Stream, c: Condition, rows: LayerModulation, slots: LayerCache | None) -> Tensor:
         """Attend within the stream (steps 1 and 3)."""
         shift, gain, gate, *_ = rows.own
         update = s.attention(
@@ -260,14 +260,14 @@ class Block(nn.Module):
         )
         return gated(x, gate, update)
 
-    def _perturbed(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
+    def _perturbed(self, x: Tensor, s: Stream, c: Condition, rows: LayerModulation, slots: LayerCache | None) -> Tensor:
         """Drop the self-attention branch (LTX-2.0) or pass its values through (2.3): STG (spec 1.11)."""
         if s.attention.to_gate_logits is None:
             return x
         shift, gain, gate, *_ = rows.own
         return gated(x, gate, s.attention.pass_values(modulate(self._norm(x), gain, shift)))
 
-    def _read(self, x: Tensor, s: Stream, c: Condition, rows: Rows, slots: Slots | None) -> Tensor:
+    def _read(self, x: Tensor, s: Stream, c: Condition, rows: LayerModulation, slots: LayerCache | None) -> Tensor:
         """Attend to the text (steps 2 and 4); modulated and gated in LTX-2.3 only."""
         slot = slots and slots.prompt(ANY_LEVEL if c.level.prompt is None else c.sigma)
         if s.prompt_table is None:
@@ -287,8 +287,8 @@ class Block(nn.Module):
         x: AV[Tensor],
         streams: AV[Stream],
         condition: AV[Condition],
-        rows: AV[Rows],
-        slots: AV[Slots | None],
+        rows: AV[LayerModulation],
+        slots: AV[LayerCache | None],
     ) -> AV[Tensor]:
         """Let each stream attend to the other, both from one snapshot (step 5); cross rows 0-1 are A2V, 2-3 V2A."""
         normed = x.map(self._norm)

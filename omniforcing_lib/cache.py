@@ -116,7 +116,7 @@ class Ring:
         return torch.cat([*(store[:, :, s] for s in span.history), x], dim=2)
 
 
-class Memo:
+class PerSigmaCache:
     """What follows from the noise level alone, made once a level; again at every call where gradients flow."""
 
     def __init__(self) -> None:
@@ -134,7 +134,7 @@ class Memo:
 class Prompt(NamedTuple):
     """Keys and values of the prompt, projected once a level, or at every call where no level is known."""
 
-    held: Memo
+    held: PerSigmaCache
     level: Hashable | None
 
     def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -142,13 +142,13 @@ class Prompt(NamedTuple):
         yield slice(None), *self.held.get(self.level, project)
 
 
-class Slots(NamedTuple):
+class LayerCache(NamedTuple):
     """What one stream caches in one layer: its own keys, the prompt's, its keys for the other stream, modulation."""
 
     own: Ring
-    text: Memo
+    text: PerSigmaCache
     cross: Ring
-    rows: Memo
+    rows: PerSigmaCache
 
     def prompt(self, level: Hashable | None) -> Prompt:
         """Give the prompt's keys at a level: at the noise level in LTX-2.3, at `ANY_LEVEL` before."""
@@ -197,17 +197,17 @@ class KVCache:
         dims = AV(self.config.attention_head_dim, self.config.audio_attention_head_dim)
         kind = {"device": self.device, "dtype": self.dtype}
 
-        def slots(stream: int) -> Slots:
+        def slots(stream: int) -> LayerCache:
             shape = (self.batch, heads, places[stream])
             own = Ring((*shape, dims[stream]), self, stream, "own", **kind)
             cross = Ring((*shape, dims.audio), self, stream, "cross", **kind)
-            return Slots(own, Memo(), cross, Memo())
+            return LayerCache(own, PerSigmaCache(), cross, PerSigmaCache())
 
-        self.levels = Memo()
+        self.levels = PerSigmaCache()
         self._layers = [AV(slots(0), slots(1)) for _ in range(self.config.num_layers)]
 
-    def layer(self, index: int) -> AV[Slots]:
-        """Slots of one layer, for each stream."""
+    def layer(self, index: int) -> AV[LayerCache]:
+        """LayerCache of one layer, for each stream."""
         return self._layers[index]
 
     def open(self, k: int, block: AV[range] | None = None) -> None:

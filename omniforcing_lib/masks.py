@@ -38,7 +38,7 @@ class Run(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Visibility:
+class AttentionMask:
     """One attention mask as runs of rows.
 
     Attributes:
@@ -107,10 +107,10 @@ RENDERINGS = ("sliced", "dense", "flex")
 class Masks(NamedTuple):
     """The four masks of a clip, named rows from columns, and the sinks in front of the audio."""
 
-    video_self: Visibility
-    audio_self: Visibility
-    a2v: Visibility
-    v2a: Visibility
+    video_self: AttentionMask
+    audio_self: AttentionMask
+    a2v: AttentionMask
+    v2a: AttentionMask
     sinks: int
 
 
@@ -130,12 +130,12 @@ def build(
     """
     video, audio = layout.tokens(video_latents, tokens_per_frame)
 
-    def mask(rows: tuple[range, ...], columns: tuple[range, ...]) -> Visibility:
+    def mask(rows: tuple[range, ...], columns: tuple[range, ...]) -> AttentionMask:
         runs = tuple(
             Run(span, _merge([c for k, c in enumerate(columns) if visible(q, k, window)]))
             for q, span in enumerate(rows)
         )
-        return Visibility(runs, columns[-1].stop, rendering)
+        return AttentionMask(runs, columns[-1].stop, rendering)
 
     return Masks(mask(video, video), mask(audio, audio), mask(video, audio), mask(audio, video), layout.sinks)
 

@@ -1,4 +1,4 @@
-"""Roll a causal student out: denoise one block, remember it clean, go on (paper Sec. 3.3; spec 5.7, 6.3).
+"""Roll a causal student out: denoise one block, cache it clean, go on (paper Sec. 3.3; spec 5.7, 6.3).
 
 One function, `next_block`, serves streaming, evaluation and training. Where gradients flow is one argument,
 `exit_step`: every block stops at that step, which alone is run with gradients; all earlier steps and the history are
@@ -25,11 +25,13 @@ Noise = Callable[[int, AV[tuple[int, ...]], int], AV[Tensor]]
 """noise(block, shapes [F, ...] of each stream, draw) -> AV [B, F, ...]; draw i is added before step i."""
 
 
-CONTEXT_PASSES = ("own", "merged", "none")
+CONTEXT_PASSES = ("separate", "fused", "skip")
+OLDER_NAMES = {"own": "separate", "merged": "fused", "none": "skip"}
+"""What files written before 2026-11-28 call the context passes."""
 
 
 @dataclass(frozen=True)
-class Causal:
+class RolloutConfig:
     """Say how a student generates; stored in its checkpoint.
 
     Attributes:
@@ -38,8 +40,8 @@ class Causal:
         window: past blocks that a block sees besides block 0; 4 is all of a 5-second clip.
         reanchor: past the window, let sinks and block 0 follow it (see `KVCache`).
         context_noise: sigma at which a finished block is remembered; 0 is clean.
-        context_pass: how a finished block gets into the cache: in a pass of its `own`; `merged` into the pass of the
-            next block's first step, which is the same to rounding; or `none`, as its last step left it, still noisy.
+        context_pass: how a finished block gets into the cache: in a `separate` pass; `fused` into the pass of the
+            next block's first step, which is the same to rounding; or `skip`, as its last step left it, still noisy.
         later_steps: noise levels of the blocks from 2 on, where they are others than `steps`.
     """
 
@@ -48,7 +50,7 @@ class Causal:
     window: int = 4
     reanchor: bool = True
     context_noise: float = 0.0
-    context_pass: str = "own"
+    context_pass: str = "separate"
     later_steps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class Causal:
     @property
     def trainable(self) -> bool:
         """Tell whether self-forcing can train what this generates: clean history, one list of steps."""
-        return self.context_pass != "none" and not self.later_steps
+        return self.context_pass != "skip" and not self.later_steps
 
     def to_metadata(self) -> dict[str, object]:
         """Give the `omniforcing` part of a checkpoint's `config`."""
@@ -83,15 +85,17 @@ class Causal:
         }
 
     @classmethod
-    def from_metadata(cls, config: dict) -> Causal:
+    def from_metadata(cls, config: dict) -> RolloutConfig:
         """Read the `omniforcing` part of a checkpoint's `config`."""
         layout = config["layout"]
         shape = BlockLayout(AV(*layout["first"]), AV(*layout["step"]), layout["sinks"])
         rest = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "layout"}
+        if "context_pass" in rest:
+            rest["context_pass"] = OLDER_NAMES.get(rest["context_pass"], rest["context_pass"])
         return cls(shape, **rest)
 
     @classmethod
-    def from_layout(cls, name: str, sinks: int | None = None, **changes: object) -> Causal:
+    def from_layout(cls, name: str, sinks: int | None = None, **changes: object) -> RolloutConfig:
         """Take one of the two named layouts, with its own or another number of sinks."""
         if name not in LAYOUTS:
             raise ValueError(f"unknown layout {name!r}; choose one of {', '.join(LAYOUTS)}")
@@ -169,7 +173,7 @@ def renoised(x0: Tensor, eps: Tensor, sigma: float) -> Tensor:
     return torch.lerp(x0, eps.to(x0), sigma)
 
 
-def as_context(causal: Causal, noise: Noise, k: int, block: AV[Tensor]) -> AV[Tensor]:
+def as_context(causal: RolloutConfig, noise: Noise, k: int, block: AV[Tensor]) -> AV[Tensor]:
     """Give block `k` as it is remembered: without gradients, clean or at the context noise."""
     block, level = block.map(Tensor.detach), causal.context_noise
     if not level:
@@ -179,14 +183,14 @@ def as_context(causal: Causal, noise: Noise, k: int, block: AV[Tensor]) -> AV[Te
 
 
 @torch.no_grad()
-def remember(model: Transformer, cache: KVCache, text: AV[Tensor], context: AV[Tensor], sigma: float) -> None:
+def update_cache(model: Transformer, cache: KVCache, text: AV[Tensor], context: AV[Tensor], sigma: float) -> None:
     """Write the keys and values of the open block to the cache, at the sigma that `as_context` gave it."""
     predict(model, context, sigma, text, cache)
 
 
-def remember_again(
+def recache(
     model: Transformer,
-    causal: Causal,
+    causal: RolloutConfig,
     cache: KVCache,
     text: AV[Tensor],
     noise: Noise,
@@ -197,18 +201,18 @@ def remember_again(
 
     `kept` holds the latents of block 0 and of the window, by block. Raises ValueError where no pass remembers.
     """
-    if causal.context_pass == "none":
-        raise ValueError("context_pass is 'none': no pass remembers a block, so none can be remembered again")
+    if causal.context_pass == "skip":
+        raise ValueError("context_pass is 'skip': no pass remembers a block, so none can be remembered again")
     for i in cache.restart(k):
         if i < k - 1:
             cache.open(i)
-            remember(model, cache, text, as_context(causal, noise, i, kept[i]), causal.context_noise)
+            update_cache(model, cache, text, as_context(causal, noise, i, kept[i]), causal.context_noise)
     cache.open(k - 1)
 
 
 def next_block(
     model: Transformer,
-    causal: Causal,
+    causal: RolloutConfig,
     cache: KVCache,
     text: AV[Tensor],
     noise: Noise,
@@ -238,19 +242,19 @@ def next_block(
     block, level, config = block or causal.layout.block(k), causal.context_noise, model.config
     sigmas, first = _levels(causal.steps_of(k)), None
     shapes = AV((len(block.video), *cache.grid, config.in_channels), (len(block.audio), config.audio_in_channels))
-    if before is not None and causal.context_pass != "none":
+    if before is not None and causal.context_pass != "skip":
         context = as_context(causal, noise, k - 1, before)
         # LTX-2.3 modulates the text, and one stream for the other, by one sigma a sample
-        if causal.context_pass == "merged" and exit_step is None and not config.cross_attention_adaln:
+        if causal.context_pass == "fused" and exit_step is None and not config.cross_attention_adaln:
             first = partial(predict_behind, model, sigma=sigmas[0], before=context, level=level, text=text, cache=cache)
         else:
-            remember(model, cache, text, context, level)
+            update_cache(model, cache, text, context, level)
     cache.open(k, block)
     return denoise_block(model, cache, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first, watch)
 
 
 def new_cache(
-    model: Transformer, causal: Causal, grid: tuple[int, int], batch: int, blocks: int | None = None
+    model: Transformer, causal: RolloutConfig, grid: tuple[int, int], batch: int, blocks: int | None = None
 ) -> KVCache:
     """Allocate a cache for `causal`, no larger than a clip of `blocks` needs."""
     weight = model.proj_out.weight
@@ -273,7 +277,7 @@ def new_cache(
 
 def rollout(
     model: Transformer,
-    causal: Causal,
+    causal: RolloutConfig,
     text: AV[Tensor],
     noise: Noise,
     grid: tuple[int, int],
@@ -298,11 +302,11 @@ def rollout(
     """
     if not causal.trainable and exit_step is not None:
         raise ValueError(
-            "self-forcing remembers blocks clean and leaves all of them at one step; train with context_pass 'own' or "
-            f"'merged' and without later_steps, found {causal.context_pass!r} and {causal.later_steps}"
+            "self-forcing caches blocks clean and leaves all of them at one step; train with context_pass 'separate' "
+            f"or 'fused' and without later_steps, found {causal.context_pass!r} and {causal.later_steps}"
         )
-    if causal.context_pass == "none" and history is not None:
-        raise ValueError("a history is remembered by a pass of its own, and context_pass is 'none'; use 'own'")
+    if causal.context_pass == "skip" and history is not None:
+        raise ValueError("a history is remembered by a pass of its own, and context_pass is 'skip'; use 'separate'")
     blocks, before = causal.layout.blocks(video_latents), None
     cache = new_cache(model, causal, grid, len(text.video), len(blocks))
     for k, block in enumerate(blocks):

@@ -17,12 +17,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from omniforcing_lib.blocks import AdaLN, Block, CaptionProjection, Condition, Level, modulate
+from omniforcing_lib.blocks import AdaLN, Block, CaptionProjection, Condition, TimestepEmbedding, modulate
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Skip
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.masks import Masks, Visibility
+from omniforcing_lib.masks import AttentionMask, Masks
 from omniforcing_lib.rope import Ropes, tables
 
 Sigma = AV[Tensor] | AV[float] | AV[tuple[float, ...]]
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
             sees,
         )
 
-    def _levels(self, sigma: Sigma, sinks: int, masks: Masks | None) -> AV[Level]:
+    def _levels(self, sigma: Sigma, sinks: int, masks: Masks | None) -> AV[TimestepEmbedding]:
         """Make what every layer needs of sigma."""
         sigma = sigma.map(partial(_rows, device=self.proj_out.weight.device))
         steps = sigma.map(lambda s: s * self.config.timestep_scale_multiplier)
@@ -156,10 +156,14 @@ class Transformer(nn.Module):
         across = AV(level.audio, level.video).map(_spread, blocks) if self.config.cross_attention_adaln else steps
         ratio = self.config.av_ca_timestep_scale_multiplier / self.config.timestep_scale_multiplier
 
-        def make(stream: dict[str, nn.Module | None], steps: Tensor, level: Tensor, across: Tensor) -> Level:
+        def make(
+            stream: dict[str, nn.Module | None], steps: Tensor, level: Tensor, across: Tensor
+        ) -> TimestepEmbedding:
             own, embedded = stream["own"](steps)
             prompt = stream["prompt"](level)[0] if stream["prompt"] else None
-            return Level(own, stream["cross"](across)[0], stream["gate"](across * ratio)[0], embedded, prompt)
+            return TimestepEmbedding(
+                own, stream["cross"](across)[0], stream["gate"](across * ratio)[0], embedded, prompt
+            )
 
         return self._modulators.map(make, steps, level, across)
 
@@ -196,7 +200,7 @@ class Transformer(nn.Module):
         return out(modulate(layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), 1 + scale, shift))
 
 
-def _block_sizes(steps: Tensor, sees: Visibility | None) -> tuple[int, ...]:
+def _block_sizes(steps: Tensor, sees: AttentionMask | None) -> tuple[int, ...]:
     """Count the groups of sigma in each block; all are of one without masks. Shapes: steps [B, G]."""
     groups = steps.shape[1]
     if sees is None or groups == 1:

@@ -18,8 +18,8 @@ from test_transformer import TINY
 
 from omniforcing_lib.files import write_json, write_tensors
 from omniforcing_lib.training import distributed, stages, train
-from omniforcing_lib.training.distributed import Team
-from omniforcing_lib.training.train import Player, Recipe
+from omniforcing_lib.training.distributed import DistributedContext
+from omniforcing_lib.training.train import Learner, OptimConfig
 from omniforcing_lib.transformer import Transformer
 
 
@@ -32,12 +32,12 @@ def model(sinks: int, seed: int = 0) -> Transformer:
     return made
 
 
-def stage(name: str, team: Team, **changes: object) -> tuple[dict[str, Player], train.Step]:
+def stage(name: str, team: DistributedContext, **changes: object) -> tuple[dict[str, Learner], train.Step]:
     """Build Stage 2 (`ode`) or Stage 3 (`forcing`) for a team."""
     recipe = replace(QUICK, **changes)
 
-    def learner(recipe: Recipe, sinks: int, seed: int = 0) -> Player:
-        return Player(model(sinks, seed), recipe, team)
+    def learner(recipe: OptimConfig, sinks: int, seed: int = 0) -> Learner:
+        return Learner(model(sinks, seed), recipe, team)
 
     if name == "ode":
         student = learner(recipe, 2)
@@ -48,7 +48,9 @@ def stage(name: str, team: Team, **changes: object) -> tuple[dict[str, Player], 
     return {"student": student, "critic": critic}, step
 
 
-def run(name: str, team: Team, steps: int, folder: str | None = None, **changes: object) -> dict[str, list[float]]:
+def run(
+    name: str, team: DistributedContext, steps: int, folder: str | None = None, **changes: object
+) -> dict[str, list[float]]:
     """Train; give the numbers of the steps that ran."""
     players, step = stage(name, team, **changes)
     return train.fit(step, players, steps, folder=folder, every=7, progress=False).numbers
@@ -64,7 +66,7 @@ def work(rank: int, size: int, port: int, out: str, jobs: list[tuple[str, int, s
         for number, (name, steps, folder, changes) in enumerate(jobs):
             changes.pop("replicas", None)
             numbers = run(name, team, steps, folder, **changes)
-            if team.leads:
+            if team.is_main:
                 write_json(Path(out) / f"{number}.json", numbers)
 
 
@@ -75,7 +77,7 @@ def main(name: str, steps: str, folder: str, *faults: str) -> None:
     with distributed.joined() as team:
         players, plain = stage(name, team)
 
-        def step(i: int, generator: torch.Generator) -> train.Numbers:
+        def step(i: int, generator: torch.Generator) -> train.Metrics:
             time.sleep(float(fault.get("nap", 0)))
             if fault.get("die") == f"{rank}:{i}":
                 os.kill(os.getpid(), signal.SIGKILL)

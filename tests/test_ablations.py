@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from omniforcing_lib import stream
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.lab import ablations, distill
-from omniforcing_lib.lab.ablations import ARMS, Budget
-from omniforcing_lib.lab.anatomy import encoded
 from omniforcing_lib.layout import AV, PAPER
-from omniforcing_lib.live import stream
-from omniforcing_lib.pages import verdicts
-from omniforcing_lib.rollout import Causal
+from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.training.dataset import Prompts
-from omniforcing_lib.weights import checkpoints
+from series import verdicts
+from studies import ablations, distill
+from studies.ablations import ARMS, Budget
+from studies.anatomy import encoded
 
-CAUSAL = Causal(PAPER)
+CAUSAL = RolloutConfig(PAPER)
 
 
 @pytest.fixture(scope="module")
@@ -224,4 +224,4 @@ def test_every_arm_differs_from_the_papers_recipe_in_one_field():
     for name, arm in ARMS.items():
         changed = [field for field, value in vars(arm).items() if value != plain[field]]
         assert len(changed) == {"Stage 3": 0, "Stage 2, as long": 2}.get(name, 1), name
-        Causal(**arm.causal)
+        RolloutConfig(**arm.causal)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from omniforcing_lib import stream
 from omniforcing_lib.bounce import world
 from omniforcing_lib.config import MINIATURE, ModelConfig
-from omniforcing_lib.lab import anatomy
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.live import stream
-from omniforcing_lib.weights import checkpoints
+from omniforcing_lib.ltx2 import checkpoints
+from studies import anatomy
 
 CLOCK = Clock()
 

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from omniforcing_lib import attention, backends, masks
 from omniforcing_lib.backends import Choice, Kind
 from omniforcing_lib.layout import AV, BlockLayout
-from omniforcing_lib.masks import Visibility
+from omniforcing_lib.masks import AttentionMask
 
 HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -139,7 +139,7 @@ def test_sliced_training_through_flash_attn_is_masked_training(monkeypatch, wind
     mask = masks.build(layout, 8, 4, window=window).a2v
     q, k, v = draw((1, 2, mask.rows, 16), *[(1, 2, mask.columns, 16)] * 2, requires_grad=True)
     grads = []
-    for visibility in (mask, Visibility(mask.runs, mask.columns, "dense")):
+    for visibility in (mask, AttentionMask(mask.runs, mask.columns, "dense")):
         out = attention.attend(q, k, v, visibility)
         grads.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
     for ours, reference in zip(*grads, strict=True):

@@ -18,10 +18,9 @@ import pytest
 import torch
 from test_stream import codec, stream  # noqa: F401  fixtures
 
-from omniforcing_lib import files
+from omniforcing_lib import files, media
 from omniforcing_lib.layout import AV
-from omniforcing_lib.pages import media
-from omniforcing_lib.training import journal
+from omniforcing_lib.training import run_folder
 from omniforcing_lib.training.distributed import ALONE
 
 sys.path.append(str(Path(__file__).parent / "reliability"))
@@ -127,11 +126,11 @@ def no_locks(monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(journal.fcntl, "flock", flock)
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
 
 
 def opened(folder):
-    with journal.opened(folder, {}, 0, ALONE):
+    with run_folder.opened(folder, {}, 0, ALONE):
         return (folder / "lock").read_text()
 
 
@@ -153,7 +152,7 @@ def test_only_would_block_means_that_another_run_has_the_folder(tmp_path, monkey
     def flock(*_):
         raise OSError(found, os.strerror(found))
 
-    monkeypatch.setattr(journal.fcntl, "flock", flock)
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
     with pytest.raises(ValueError, match="in use by a run that has just begun"):
         opened(tmp_path)
 
@@ -180,9 +179,9 @@ def test_eight_streams_in_one_process_give_the_bits_of_each_alone(stream):  # no
 SHIPPED = """import hashlib, sys
 import torch
 from itertools import islice
-from omniforcing_lib.live import stream
+from omniforcing_lib import stream
 from omniforcing_lib.bounce import text
-from omniforcing_lib.weights import checkpoints
+from omniforcing_lib.ltx2 import checkpoints
 torch.set_num_threads(1)
 causal = checkpoints.read("student").causal
 student, codec = checkpoints.load("student"), stream.shipped_codec()

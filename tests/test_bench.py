@@ -20,11 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from omniforcing_lib.bounce import world
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Skip
-from omniforcing_lib.lab import bench, cost, roofs, switching
-from omniforcing_lib.lab.cost import Rates, Work
 from omniforcing_lib.layout import AV, PAPER, RELEASED
-from omniforcing_lib.live.stream import Chunk
-from omniforcing_lib.rollout import Causal, new_cache, next_block, seeded_noise
+from omniforcing_lib.rollout import RolloutConfig, new_cache, next_block, seeded_noise
+from omniforcing_lib.stream import Chunk
+from studies import bench, cost, roofline, switching
+from studies.cost import Rates, Work
 
 COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
@@ -47,7 +47,7 @@ def test_counted_work_is_what_the_network_does(layout, way):
 
     The work of remembering a block is counted with the block, and done with the next one: equal once both are alike.
     """
-    causal = Causal(layout, steps=(1000, 500, 0), window=1, **WAYS[way])
+    causal = RolloutConfig(layout, steps=(1000, 500, 0), window=1, **WAYS[way])
     model = tiny(TINY.with_sinks(layout.sinks))
     text = inputs(layout, layout.first.video)[2]
     cache, noise, before = new_cache(model, causal, GRID, 1), seeded_noise([0], text.video), None
@@ -63,7 +63,7 @@ def test_counted_work_is_what_the_network_does(layout, way):
 
 
 def test_without_a_window_work_grows_and_with_one_it_does_not():
-    rolling, growing = Causal(window=2), Causal(window=10_000)
+    rolling, growing = RolloutConfig(window=2), RolloutConfig(window=10_000)
     works = [[cost.block_work(TINY, c, 4, k, 6).flops for k in range(1, 30)] for c in (rolling, growing)]
     assert len(set(works[0][2:])) == 1 and len(set(works[1])) == 29
     assert works[0][:3] == works[1][:3] and max(works[0]) < works[1][3]
@@ -112,16 +112,21 @@ def test_the_decoders_of_ltx2_are_counted_to_the_last_product():
 def test_the_speed_up_is_counted_at_the_19bs_own_widths():
     """A narrow model with the 19B's tokens flatters: attention, which the student's past spares, weighs too much."""
     giant, clip, size = ModelConfig(), AV(16, 126), (16, 24)
-    two, four = (cost.gain(giant, Causal(), clip, size, 1024, 40 * passes) for passes in (2, 4))
+    two, four = (cost.gain(giant, RolloutConfig(), clip, size, 1024, 40 * passes) for passes in (2, 4))
     assert two == pytest.approx((21.35, 91.15), rel=1e-3) and four == pytest.approx((42.69, 182.29), rel=1e-3)
-    narrow = cost.gain(bench.BENCH, Causal(), clip, size, bench.TEXT_TOKENS, 80)
+    narrow = cost.gain(bench.BENCH, RolloutConfig(), clip, size, bench.TEXT_TOKENS, 80)
     assert narrow.clip > 1.3 * two.clip and narrow.first_chunk > 1.3 * two.first_chunk
-    decoded = cost.gain(giant, Causal(), clip, size, 1024, 80, cost.decoding)
+    decoded = cost.gain(giant, RolloutConfig(), clip, size, 1024, 80, cost.decoding)
     assert decoded == pytest.approx((19.77, 84.92), rel=1e-3)
 
 
 def test_audio_is_the_smaller_part_and_predictions_come_with_their_errors():
-    assert cost.audio_share(ModelConfig(), Causal(), 384, 1024) < 0.02 < cost.audio_share(TINY, Causal(), 4, 6) < 1
+    assert (
+        cost.audio_share(ModelConfig(), RolloutConfig(), 384, 1024)
+        < 0.02
+        < cost.audio_share(TINY, RolloutConfig(), 4, 6)
+        < 1
+    )
     rows, errors = cost.predicted(Rates(1e9, 1e9, 0.0), [(Work(1e9, 1e9), 1.0), (Work(1e9, 0), 2.0)])
     assert errors == [1.0, -0.5] and rows[0]["predicted, ms"] == "2000.0"
 
@@ -133,7 +138,7 @@ def test_work_adds_up():
 
 def test_a_faster_machine_and_fewer_steps_make_more_frames():
     four, three = (
-        cost.carried(ModelConfig(), Causal(steps=steps), 384, 1024, 0.4)
+        cost.carried(ModelConfig(), RolloutConfig(steps=steps), 384, 1024, 0.4)
         for steps in ((1000, 909, 725, 421, 0), (1000, 757, 522, 0))
     )
     rate = [[float(row["frames a second at 40% of peak"]) for row in rows] for rows in (four, three)]
@@ -150,7 +155,7 @@ def test_calls_are_timed_in_turn():
 
 
 def test_the_machine_has_roofs():
-    found = roofs.machine(turns=1, size=64)
+    found = roofline.machine(turns=1, size=64)
     assert min(*found.gemm.values(), found.attention, found.bandwidth) > 0 and set(found.gemm) == {
         "float32",
         "bfloat16",
@@ -160,8 +165,8 @@ def test_the_machine_has_roofs():
 def test_a_pass_is_held_against_the_rates_around_it(monkeypatch):
     """A machine three times as slow after the pass as before counts as twice as slow: so does its floor."""
     ticks = iter([*[1.0] * 4, 8.0, *[3.0] * 4] * 3)
-    monkeypatch.setattr(roofs, "seconds_of", lambda call: next(ticks))
-    ratio, least, most = roofs.over_floor(lambda: None, Work(2 * 64**3, 0), turns=2, size=64)
+    monkeypatch.setattr(roofline, "seconds_of", lambda call: next(ticks))
+    ratio, least, most = roofline.over_floor(lambda: None, Work(2 * 64**3, 0), turns=2, size=64)
     assert ratio == least == most == pytest.approx(8 / 2)
 
 
@@ -172,8 +177,8 @@ def test_streams_meet_in_cross_modal_attention_and_nowhere_else():
 
 
 def test_every_timed_block_comes_with_its_work():
-    model, causal = tiny(TINY.with_sinks(16), dtype=torch.float32), Causal(window=1)
-    for way in (causal, replace(causal, context_pass="merged"), replace(causal, later_steps=(1000, 0))):
+    model, causal = tiny(TINY.with_sinks(16), dtype=torch.float32), RolloutConfig(window=1)
+    for way in (causal, replace(causal, context_pass="fused"), replace(causal, later_steps=(1000, 0))):
         timed = bench.block_times(model, way, [(1, 2), (2, 2)], turns=1)
         assert [work for work, _ in timed] == [
             cost.block_work(model.config, way, n, 100, bench.TEXT_TOKENS) for n in (2, 4)
@@ -184,7 +189,7 @@ def test_every_timed_block_comes_with_its_work():
         once = counter.get_total_flops()
         call()
     assert counter.get_total_flops() - once == cost.block_work(model.config, causal, 4, 100, bench.TEXT_TOKENS).flops
-    policies = {"rolling": causal, "growing": Causal(window=9)}
+    policies = {"rolling": causal, "growing": RolloutConfig(window=9)}
     seconds, held = bench.in_turn(model, policies, GRID, 4, turns=2)
     assert [len(s) for s in seconds.values()] == [4, 4] and min(map(min, seconds.values())) > 0
     assert len(set(held["rolling"])) == 1 and held["rolling"][0] < held["growing"][0]
@@ -206,9 +211,9 @@ def test_a_training_step_is_timed_both_ways_and_leaves_the_model_as_it_was():
         torch.manual_seed(0)
         own = copy.deepcopy(model).requires_grad_(True)
         own.zero_grad = lambda set_to_none, own=own, kind=kind: grads.update({kind: own.proj_out.weight.grad})
-        bench.training_step(own, Causal(), GRID, 2, kind)()
+        bench.training_step(own, RolloutConfig(), GRID, 2, kind)()
     assert torch.allclose(grads["sliced"], grads["dense"], atol=1e-5) and grads["dense"].abs().max() > 0
-    rows, faster, smaller = roofs.training_rows(model.requires_grad_(False), Causal(), GRID, 2, turns=1)
+    rows, faster, smaller = roofline.training_rows(model.requires_grad_(False), RolloutConfig(), GRID, 2, turns=1)
     assert [row["attention"] for row in rows] == ["sliced", "dense"] and faster > 0 and smaller > 0
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
@@ -222,7 +227,7 @@ def test_peak_memory_is_what_a_call_holds_at_a_time():
         together = torch.ones(500_000), torch.ones(750_000)
         assert len(together) == 2
 
-    assert roofs.peak_bytes(hold) == 5_000_000
+    assert roofline.peak_bytes(hold) == 5_000_000
 
 
 def test_a_jump_and_a_click_are_found_at_the_edge_where_they_are():
@@ -248,7 +253,7 @@ def cut(clip: AV) -> list[Chunk]:
 
 def test_prepared_passes_run_in_their_own_dtype_and_shape():
     model = tiny(dtype=torch.float32)
-    bench.open_block(tiny(TINY.with_sinks(16), dtype=torch.bfloat16), Causal(window=0), GRID, 3)()
+    bench.open_block(tiny(TINY.with_sinks(16), dtype=torch.bfloat16), RolloutConfig(window=0), GRID, 3)()
     x0 = bench.teacher_step(model, GRID, 2)()
     assert x0.map(lambda t: tuple(t.shape)) == ((1, 7, *GRID, 3), (1, 51, 5))
 
@@ -256,26 +261,26 @@ def test_prepared_passes_run_in_their_own_dtype_and_shape():
 def test_time_is_split_without_loss():
     layer = torch.nn.Linear(64, 64)
     x = torch.randn(512, 64)
-    split, again = roofs.where_time_goes(lambda: layer(x).relu(), turns=2)
-    assert set(split) == set(again) == {*roofs.KINDS, roofs.OTHER_KERNELS, "Python and dispatch"}
-    assert split["linear layers"] > 0 and split[roofs.OTHER_KERNELS] > 0 and split["convolutions"] == 0
+    split, again = roofline.where_time_goes(lambda: layer(x).relu(), turns=2)
+    assert set(split) == set(again) == {*roofline.KINDS, roofline.OTHER_KERNELS, "Python and dispatch"}
+    assert split["linear layers"] > 0 and split[roofline.OTHER_KERNELS] > 0 and split["convolutions"] == 0
 
 
 def test_shares_add_up_and_rates_stand_under_their_roofs():
     x = torch.randn(512, 64)
-    found = roofs.shares(roofs.where_time_goes(lambda: x @ x.T, turns=2))
+    found = roofline.shares(roofline.where_time_goes(lambda: x @ x.T, turns=2))
     assert sum(mean for mean, _, _ in found.values()) == pytest.approx(100)
     assert all(low <= mean <= high for mean, low, high in found.values())
-    splits = [{"linear layers": s, "attention": 1.0, roofs.OTHER_KERNELS: 1.0} for s in (1.0, 2.0, 3.0)]
-    top = roofs.Machine({"float32": 10.0}, 6.0, 1.0)
-    rates = roofs.reached(Work(4e9, 3e9), splits, 4.0, top)
-    assert roofs.floor_s(Work(4e9, 3e9), top) == pytest.approx(0.4 + 0.5)
+    splits = [{"linear layers": s, "attention": 1.0, roofline.OTHER_KERNELS: 1.0} for s in (1.0, 2.0, 3.0)]
+    top = roofline.Machine({"float32": 10.0}, 6.0, 1.0)
+    rates = roofline.reached(Work(4e9, 3e9), splits, 4.0, top)
+    assert roofline.floor_s(Work(4e9, 3e9), top) == pytest.approx(0.4 + 0.5)
     assert rates["linear layers"] == (2, 0.2) and rates["attention"] == (3, 0.5)
     assert rates["the whole pass"] == pytest.approx((1.75, 0.9 / 4))
 
 
 def test_what_the_profiler_says_does_not_show(capfd):
-    with roofs.silent():
+    with roofline.silent():
         os.write(2, b"not shown")
     os.write(2, b"shown")
     assert capfd.readouterr().err == "shown"

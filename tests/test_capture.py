@@ -9,17 +9,15 @@ import pytest
 import torch
 from test_transformer import TINY, inputs, tiny
 
-from omniforcing_lib import masks
+from omniforcing_lib import capture, masks, model_bundle
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.lab import companions
+from omniforcing_lib.capture import Captured
 from omniforcing_lib.layout import AV, BlockLayout
-from omniforcing_lib.live import capture
-from omniforcing_lib.live.capture import Captured
-from omniforcing_lib.live.stream import Streamer
-from omniforcing_lib.rollout import Causal
+from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.stream import Streamer
 
 LAYOUT = BlockLayout(AV(1, 1), AV(3, 25), sinks=3)
-CAUSAL = Causal(LAYOUT, window=2)
+CAUSAL = RolloutConfig(LAYOUT, window=2)
 PROMPTS = ("a red ball, bell", "a blue ball, wood")
 WORDS = {"channels": 8, "length": 4}
 
@@ -61,7 +59,7 @@ def model():
 
 
 def stream(model, blocks, switch=None):
-    codec = companions.StandInCodec(model.config, (2, 2))
+    codec = model_bundle.StandInCodec(model.config, (2, 2))
     live, chunks = Streamer(model, CAUSAL, codec, TinyText(**WORDS), PROMPTS[0], seed=3), []
     for k in range(blocks):
         if k == switch:

@@ -13,13 +13,12 @@ from safetensors.torch import load_file, save_file
 from synthetic import PREFIX, STUBS
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import files
+from omniforcing_lib import files, model_bundle
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.lab import companions
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
-from omniforcing_lib.pages import runner
-from omniforcing_lib.rollout import Causal
-from omniforcing_lib.weights import checkpoints, formats
+from omniforcing_lib.ltx2 import checkpoints, formats
+from omniforcing_lib.rollout import RolloutConfig
+from series import runner
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def test_a_round_trip_is_bit_identical(path, tmp_path):
 
 
 def test_a_student_keeps_its_layout_and_steps(tmp_path):
-    causal = Causal(BlockLayout(AV(2, 9), AV(3, 25), 5), (1000, 500, 0), 3, False, 0.1)
+    causal = RolloutConfig(BlockLayout(AV(2, 9), AV(3, 25), 5), (1000, 500, 0), 3, False, 0.1)
     model = tiny(TINY.with_sinks(5), dtype=torch.float32)
     checkpoint = checkpoints.read(checkpoints.save(model, tmp_path / "s.safetensors", causal=causal))
     assert checkpoint.causal == causal and checkpoint.config.num_audio_sink_tokens == 5
@@ -103,10 +102,10 @@ def test_a_link_is_read_by_its_own_name_and_what_is_beside_it_is_beside_the_link
     gemma.write_text("{}")
     assert checkpoints.read(link).path == link and "ltx-2-19b-dev" in checkpoints.inspect(link)
     assert runner._given([f"teacher={link}"], "smoke") == {"teacher": str(link)}
-    assert companions._beside(link, "gemma*/config.json") == [gemma]
+    assert model_bundle._beside(link, "gemma*/config.json") == [gemma]
     for folder, given in ((link.parent, link.name), (gemma.parent, f"../{link.name}")):
         monkeypatch.chdir(folder)
-        assert companions._beside(checkpoints.read(given).path, "gemma*/config.json") == [gemma]
+        assert model_bundle._beside(checkpoints.read(given).path, "gemma*/config.json") == [gemma]
         assert runner._given([f"teacher={given}"], "smoke") == {"teacher": str(Path(folder, given))}
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.codecs import DecodeState, EncodeState, TinyCodec, load_codec, save_codec
+from omniforcing_lib.bounce.train_codec import measure, train_codec, true_knots
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.training.train_codec import measure, train_codec, true_knots
 
 FILE = Path(__file__).parents[1] / "data" / "codec.safetensors"
 CLOCK = Clock()

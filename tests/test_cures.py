@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from omniforcing_lib.lab import cures, stored_runs
-from omniforcing_lib.lab.cures import Budget, Remedy
-from omniforcing_lib.pages import origins
+from series import origins
+from studies import cures, stored_runs
+from studies.cures import Budget, Remedy
 
 TINY = Budget(steps=1, batch=1, seconds=1, clips=4)
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from omniforcing_lib import stream
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.lab import distill
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
-from omniforcing_lib.live import stream
+from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.training.train import History
-from omniforcing_lib.weights import checkpoints
+from studies import distill
 
 SMALL = BlockLayout(AV(1, 1), AV(3, 10), sinks=3)
 

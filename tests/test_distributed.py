@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from test_train import same
 
 from omniforcing_lib.layout import AV
+from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.training import distributed
-from omniforcing_lib.training.distributed import ALONE, Part
-from omniforcing_lib.weights import checkpoints
+from omniforcing_lib.training.distributed import ALONE, MicroBatch
 
 HERE = Path(__file__).parent
 JOBS = [("ode", 20, None, {}), ("forcing", 20, None, {})]
-Numbers = dict[str, list[float]]
+Metrics = dict[str, list[float]]
 
 
 def port() -> int:
@@ -36,22 +36,22 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-def together(size: int, out: Path, jobs: list[tuple]) -> list[Numbers]:
+def together(size: int, out: Path, jobs: list[tuple]) -> list[Metrics]:
     """Let `size` processes do the jobs; give the numbers of each."""
     out.mkdir(exist_ok=True)
     torch.multiprocessing.start_processes(team.work, (size, port(), str(out), jobs), nprocs=size, start_method="spawn")
     return [json.loads((out / f"{number}.json").read_text()) for number in range(len(jobs))]
 
 
-def apart(a: Numbers, b: Numbers) -> float:
+def apart(a: Metrics, b: Metrics) -> float:
     """Largest difference of two histories, as a share of numbers above 1."""
     assert a.keys() == b.keys() and all(len(a[name]) == len(b[name]) for name in a)
     return max(abs(x - y) / max(1.0, abs(y)) for name in a for x, y in zip(a[name], b[name], strict=True))
 
 
-def logged(folder: Path) -> Numbers:
+def logged(folder: Path) -> Metrics:
     """Read a run's history by name."""
-    numbers: Numbers = {}
+    numbers: Metrics = {}
     for i, line in enumerate((folder / "history.jsonl").read_text().splitlines()):
         entry = json.loads(line)
         assert entry.pop("step") == i
@@ -61,7 +61,7 @@ def logged(folder: Path) -> Numbers:
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Numbers]:
+def alone() -> dict[str, Metrics]:
     return {name: team.run(name, ALONE, 20) for name in ("ode", "forcing")}
 
 
@@ -88,7 +88,7 @@ def test_parts_of_a_batch_add_up_and_blocks_run_again_to_the_same(alone, stage, 
 
 
 def test_parts_of_all_processes_are_the_batch():
-    teams = [distributed.Team(rank, 3) for rank in range(3)]
+    teams = [distributed.DistributedContext(rank, 3) for rank in range(3)]
     rows = [i for t in teams for part in t.parts(12, 2) for i in range(12)[part.rows]]
     assert rows == [*range(12)] and all(part.share == 1 / 6 for t in teams for part in t.parts(12, 2))
     with pytest.raises(ValueError, match="multiple of 6"):
@@ -97,8 +97,8 @@ def test_parts_of_all_processes_are_the_batch():
 
 def test_noise_of_a_part_is_its_rows_of_the_noise_of_the_batch():
     like = AV(torch.empty(2, 3, 4), torch.empty(2, 5))
-    whole = Part(6, slice(0, 6)).noise(like, torch.Generator().manual_seed(1))
-    part = Part(6, slice(2, 4)).noise(like, torch.Generator().manual_seed(1))
+    whole = MicroBatch(6, slice(0, 6)).noise(like, torch.Generator().manual_seed(1))
+    part = MicroBatch(6, slice(2, 4)).noise(like, torch.Generator().manual_seed(1))
     assert all(torch.equal(p, w[2:4]) for p, w in zip(part, whole, strict=True))
 
 

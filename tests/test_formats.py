@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_transformer import distance
 
+from omniforcing_lib import stream
 from omniforcing_lib.__main__ import main
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_json
 from omniforcing_lib.flow import RELEASED_STEPS
-from omniforcing_lib.lab import anatomy
 from omniforcing_lib.layout import AV, PAPER, RELEASED
-from omniforcing_lib.live import stream
-from omniforcing_lib.rollout import Causal
-from omniforcing_lib.weights import checkpoints, exports, formats
+from omniforcing_lib.ltx2 import checkpoints, exports, formats
+from omniforcing_lib.rollout import RolloutConfig
+from studies import anatomy
 
 LEVEL = torch.tensor([0.6])
 RELEASED_WIDTHS = replace(
@@ -168,8 +168,8 @@ def test_a_student_survives_every_export(tmp_path):
 
 
 RELEASES = {
-    "model.": (Causal(RELEASED, RELEASED_STEPS), ("interleaved", "float32", 1)),
-    "": (Causal(RELEASED, RELEASED_STEPS), ("interleaved", "float32", 1)),
+    "model.": (RolloutConfig(RELEASED, RELEASED_STEPS), ("interleaved", "float32", 1)),
+    "": (RolloutConfig(RELEASED, RELEASED_STEPS), ("interleaved", "float32", 1)),
     "model.velocity_model.": (None, ("split", "float64", 1000)),
 }
 
@@ -202,7 +202,7 @@ def test_a_release_streams(tmp_path):
 
 def test_a_release_with_sinks_has_the_papers_layout(tmp_path):
     checkpoint = checkpoints.read(released(tmp_path, "model.", sinks=16))
-    assert checkpoint.causal == Causal(PAPER) and checkpoint.config.num_audio_sink_tokens == 16
+    assert checkpoint.causal == RolloutConfig(PAPER) and checkpoint.config.num_audio_sink_tokens == 16
     assert checkpoint.report().ok
 
 

@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from omniforcing_lib.__main__ import main
-from omniforcing_lib.pages import profiles
+from series import profiles
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -26,7 +26,19 @@ PINS = dict(
 )
 LIBRARY = ROOT / "omniforcing_lib"
 ROOMS = sorted(".".join(path.relative_to(LIBRARY).with_suffix("").parts) for path in LIBRARY.rglob("[a-z]*.py"))
-FOLDERS = ("", "weights", "bounce", "training", "live", "ltx2", "pages", "lab")
+NOTEBOOKS = ROOT / "notebooks"
+SOURCES = {".".join(("omniforcing_lib", *room.split("."))): LIBRARY / f"{room.replace('.', '/')}.py" for room in ROOMS}
+SOURCES |= {f"{path.parent.name}.{path.stem}": path for path in NOTEBOOKS.glob("s*/[a-z]*.py")}
+# What puts the parts together: these alone know the method, both adapters and the world.
+COMPOSED = ("omniforcing_lib.__main__", "omniforcing_lib.model_bundle", "omniforcing_lib.training.recipes")
+METHOD = ("omniforcing_lib", "omniforcing_lib.training")
+ALLOWED = {
+    **dict.fromkeys(METHOD, METHOD),
+    "omniforcing_lib.ltx2": METHOD,
+    "omniforcing_lib.bounce": METHOD,
+    "studies": (*METHOD, "omniforcing_lib.ltx2", "omniforcing_lib.bounce"),
+    "series": (*METHOD, "omniforcing_lib.ltx2", "omniforcing_lib.bounce", "studies"),
+}
 
 
 def python(code: str) -> str:
@@ -80,27 +92,34 @@ def test_import_is_quick_and_loads_no_torch():
 def test_every_room_imports_without_the_optional_packages():
     blocked = ("triton", "flash_attn", "diffusers", "transformers", "accelerate")
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); from importlib import import_module\n"
-    code += f"for room in {ROOMS}: import_module('omniforcing_lib.' + room)\n"
+    code += f"for room in {sorted(SOURCES)}: import_module(room)\n"
     code += "import torch; print(torch.cuda.is_initialized())"
     assert len(ROOMS) >= 10 and python(code).strip() == "False"
 
 
 def test_global_seeds_are_set_in_one_place():
     seeding = re.compile(r"(torch\.manual_seed|torch\.cuda\.manual_seed|np\.random\.seed)\(")
-    found = [room for room in ROOMS if seeding.search((LIBRARY / f"{room.replace('.', '/')}.py").read_text())]
-    assert found == ["pages.report"]
+    assert [room for room, path in SOURCES.items() if seeding.search(path.read_text())] == ["series.report"]
 
 
-def test_folders_import_only_from_those_before_them():
-    """The method needs nothing of what is built on it; nested imports count too."""
-    assert {path.parent.name for path in LIBRARY.rglob("__init__.py")} == {"omniforcing_lib", *FOLDERS[1:]}
-    for room in ROOMS:
+def test_folders_import_only_what_they_are_built_on():
+    """The method needs no adapter and no world; the library needs no notebook. Nested imports count too."""
+    for room, path in SOURCES.items():
         own = room.rpartition(".")[0]
-        for node in ast.walk(ast.parse((LIBRARY / f"{room.replace('.', '/')}.py").read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("omniforcing_lib"):
-                asked = node.module.split(".")[1:2] or [alias.name for alias in node.names]
-                for folder in {name for name in asked if name in FOLDERS}:
-                    assert FOLDERS.index(folder) <= FOLDERS.index(own), f"{room} imports {node.module}"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] not in (
+                "omniforcing_lib",
+                "studies",
+                "series",
+            ):
+                continue
+            for asked in (f"{node.module}.{alias.name}" for alias in node.names):
+                module = asked if asked in SOURCES else node.module
+                if room not in COMPOSED and module != "omniforcing_lib":
+                    assert module.rpartition(".")[0] in (own, *ALLOWED[own]), f"{room} imports {module}"
+                    assert module not in COMPOSED or own in ("studies", "series"), f"{room} imports {module}"
+                if room.startswith("omniforcing_lib") and room != "omniforcing_lib.__main__":
+                    assert module.startswith("omniforcing_lib"), f"{room} imports {module}"
 
 
 def test_profile_errors_list_what_there_is():
@@ -141,10 +160,9 @@ def test_bad_input_ends_in_one_line_and_code_2(line, says, capfd):
 
 def test_generate_writes_each_block_before_the_one_after_the_next_is_made(tmp_path, monkeypatch):
     """The file is that of the whole clip; where a block fails, nothing is left of it."""
+    from omniforcing_lib import media, stream
     from omniforcing_lib.bounce import text
-    from omniforcing_lib.live import stream
-    from omniforcing_lib.pages import media
-    from omniforcing_lib.weights import checkpoints
+    from omniforcing_lib.ltx2 import checkpoints
 
     make, write, seen = stream.Streamer._make, media.ClipWriter.write, []
     monkeypatch.setattr(stream.Streamer, "_make", lambda self: (make(self), seen.append("made"))[0])
@@ -170,7 +188,7 @@ def test_generate_writes_each_block_before_the_one_after_the_next_is_made(tmp_pa
 
 
 def test_render_writes_a_clip_of_the_world(tmp_path, capsys):
-    from omniforcing_lib.pages import media
+    from omniforcing_lib import media
 
     assert main(["render", "--seed", "3", "--seconds", "1", "--out", str(tmp_path / "real.mp4")]) == 0
     clip = media.read_clip(tmp_path / "real.mp4")

@@ -9,7 +9,7 @@ import torch
 from diffusers import LTX2Pipeline
 from tiny_ltx2 import MODEL, diffusers_folder, gemma_folder, whole_file
 
-from omniforcing_lib.lab import companions
+from omniforcing_lib import model_bundle
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import gemma, parts
 from omniforcing_lib.ltx2.gemma import GemmaText
@@ -86,14 +86,14 @@ def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_context(files, tm
 
 
 def test_contexts_are_kept_for_the_user_and_not_in_the_models_folder(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(companions, "load_ltx2_codec", lambda *_, **__: SimpleNamespace(grid=(2, 3), clock=Clock()))
+    monkeypatch.setattr(model_bundle, "load_ltx2_codec", lambda *_, **__: SimpleNamespace(grid=(2, 3), clock=Clock()))
     monkeypatch.setenv("HOME", str(tmp_path))
     kept = {}
     for name, folder in (("", ".cache"), (str(tmp_path / "xdg"), "xdg")):
         monkeypatch.setenv("XDG_CACHE_HOME", name)
-        kept[folder] = companions.of(str(files / "ltx2.safetensors")).text.cache
+        kept[folder] = model_bundle.of(str(files / "ltx2.safetensors")).text.cache
     assert kept == {folder: tmp_path / folder / "omniforcing" / "contexts" for folder in kept}
-    assert companions.of(str(files / "ltx2.safetensors"), contexts="~/mine").text.cache == tmp_path / "mine"
+    assert model_bundle.of(str(files / "ltx2.safetensors"), contexts="~/mine").text.cache == tmp_path / "mine"
     assert not (files / "gemma" / "contexts").exists()
 
 

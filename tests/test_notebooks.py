@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from omniforcing_lib.pages import origins, runner
+from series import origins, runner
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"

@@ -21,9 +21,9 @@ import torch
 from omniforcing_lib import __main__ as cli
 from omniforcing_lib import backends, files
 from omniforcing_lib.bounce import evaluate, world
-from omniforcing_lib.lab import ablations, protocol
-from omniforcing_lib.pages import report, runner
-from omniforcing_lib.weights import checkpoints, shards
+from omniforcing_lib.ltx2 import checkpoints, safetensors_io
+from series import report, runner
+from studies import ablations, protocol
 
 GENERATE = ["generate", "--prompt", "a red ball, bell", "--out", "x.mp4"]
 EXPORT_CLIPS = ["export-clips", "--prompts", "prompts.txt", "--out", "clips"]
@@ -59,7 +59,7 @@ def idle(monkeypatch, tmp_path):
     def work(*_: object, **__: object) -> None:
         pytest.fail("work began")
 
-    for home, name in ((world, "render"), (shards.Reader, "get"), (ablations, "_Bench"), (runner, "execute")):
+    for home, name in ((world, "render"), (safetensors_io.Reader, "get"), (ablations, "_Bench"), (runner, "execute")):
         monkeypatch.setattr(home, name, work)
 
 

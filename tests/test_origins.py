@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from omniforcing_lib import files
-from omniforcing_lib.pages import claims, origins, report
-from omniforcing_lib.weights import checkpoints
+from omniforcing_lib.ltx2 import checkpoints
+from series import claims, origins, report
 
 HERE = dict(line.split()[::-1] for line in (origins.ROOT / "data" / "SHA256SUMS").read_text().splitlines())
 

@@ -10,10 +10,9 @@ from test_train import CAUSAL, GRID, player
 from test_transformer import TINY
 
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.lab import recipes
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import Causal, fresh_noise, new_cache, rollout
-from omniforcing_lib.training import plan
+from omniforcing_lib.rollout import RolloutConfig, fresh_noise, new_cache, rollout
+from omniforcing_lib.training import plan, recipes
 
 CLIP = plan.Clip(batch=2, seconds=1, grid=GRID, text=4)
 
@@ -50,7 +49,7 @@ def test_components_are_what_a_player_holds():
 
 def test_the_19b_needs_what_its_makers_used():
     """Its parameters are those of the spec; with blocks recomputed it trains on 8 GPUs of 141 GB, not of 80."""
-    counted = plan.count(ModelConfig(), Causal(), plan.Clip())
+    counted = plan.count(ModelConfig(), RolloutConfig(), plan.Clip())
     assert counted.parameters[1] == pytest.approx(18.88e9, rel=2e-3)
     total = {n: sum(plan.components(counted, n).values()) for n in (1, 8, 16)}
     assert total[16] < plan.BOARDS["80 GB"] < total[8] < plan.BOARDS["141 GB"] < total[1]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from omniforcing_lib.pages import widgets
+from series import widgets
 
 FPS, RATE = 24, 16_000
 
@@ -194,9 +194,9 @@ def test_a_kernel_that_says_nothing_is_told_of(watched):
 # Two players: the shipped student, and flashes of light that each come with a click.
 CELLS = (
     """from omniforcing_lib.bounce import text
-from omniforcing_lib.live import stream
-from omniforcing_lib.pages import widgets
-from omniforcing_lib.weights import checkpoints
+from omniforcing_lib import stream
+from series import widgets
+from omniforcing_lib.ltx2 import checkpoints
 
 codec, causal = stream.shipped_codec(), checkpoints.read("student").causal
 live = stream.Streamer(checkpoints.load("student"), causal, codec, text.TinyText(), "a red ball, bell")

@@ -14,8 +14,8 @@ from PIL import Image
 from omniforcing_lib import masks
 from omniforcing_lib.bounce import world
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER
-from omniforcing_lib.pages import canvas, plots, widgets
-from omniforcing_lib.pages.media import wav_bytes
+from omniforcing_lib.media import wav_bytes
+from series import canvas, plots, widgets
 
 RNG = np.random.default_rng(0)
 

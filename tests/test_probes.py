@@ -7,8 +7,8 @@ import torch
 from test_transformer import TINY, inputs, tiny
 
 from omniforcing_lib import masks
-from omniforcing_lib.lab import probes
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER, RELEASED, BlockLayout
+from studies import probes
 
 SMALL = BlockLayout(AV(1, 1), AV(2, 5), sinks=2)
 NAMES = ("video_self", "audio_self", "a2v", "v2a")

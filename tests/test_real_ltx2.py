@@ -18,14 +18,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LTX2VideoTransformer3DMod
 from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift, rescale_noise_cfg
 from tiny_ltx2 import SIZE, gemma_folder, whole_file
 
+from omniforcing_lib import media
 from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.layout import AV, PAPER, RELEASED
-from omniforcing_lib.live.stream import Streamer, make_clip, teacher_clips, to_arrays
+from omniforcing_lib.ltx2 import checkpoints, formats
 from omniforcing_lib.ltx2.codec import load_ltx2_codec
 from omniforcing_lib.ltx2.gemma import GemmaText
-from omniforcing_lib.pages import media
-from omniforcing_lib.rollout import Causal, join, rollout, seeded_noise
-from omniforcing_lib.weights import checkpoints, formats
+from omniforcing_lib.rollout import RolloutConfig, join, rollout, seeded_noise
+from omniforcing_lib.stream import Streamer, make_clip, teacher_clips, to_arrays
 
 GUIDANCE = Guidance(AV(3.0, 7.0), AV(1.0, 1.0), AV(3.0, 3.0), AV(0.7, 0.7), frozenset({1}))
 PROMPT, STEPS = "a red ball, bell", 8
@@ -160,7 +160,7 @@ def test_a_student_streams_through_the_real_codec(real, tmp_path):
     path, codec, encoder = real
     layout = PAPER if codec.clock.sample_rate == 24_000 else RELEASED
     taught = checkpoints.load(path, sinks=layout.sinks)
-    student = Causal(layout, steps=(1000, 500, 0), window=2)
+    student = RolloutConfig(layout, steps=(1000, 500, 0), window=2)
     stored = checkpoints.save(taught, tmp_path / "student.safetensors", causal=student, dtype=torch.float32)
     model, causal = checkpoints.load(stored), checkpoints.read(stored).causal
     with Streamer(model, causal, codec, encoder, PROMPT, seed=5) as stream:

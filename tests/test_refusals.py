@@ -19,9 +19,9 @@ from omniforcing_lib import __main__ as cli
 from omniforcing_lib import files
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.lab import recipes, submission
-from omniforcing_lib.training import dataset
-from omniforcing_lib.weights import checkpoints
+from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.training import dataset, recipes
+from studies import benchmark_export
 
 BIAS, INDEX = PREFIX + "proj_out.bias", "model.safetensors.index.json"
 CONFIG = replace(synthetic.CONFIGS["2.0"], num_layers=1)
@@ -337,7 +337,7 @@ def test_prompts_are_the_lines_of_their_file_and_no_other_sign_ends_one(idle, mo
     assert all(map(torch.equal, told.take(torch.arange(3)), plain.map(torch.Tensor.float)))
     assert capsys.readouterr().out.strip() == str(idle / "prompts")
     (idle / "lines.txt").write_text("a red ball, bell\ta longer one\n\fa blue ball, wood\n", encoding="utf-8-sig")
-    assert submission.read_prompts("~/lines.txt") == {
+    assert benchmark_export.read_prompts("~/lines.txt") == {
         "a red ball, bell": "a longer one",
         "a blue ball, wood": "a blue ball, wood",
     }
@@ -354,7 +354,7 @@ def test_contexts_that_only_stand_in_are_not_stored_to_train_on(good, idle):
 def test_clips_of_the_world_are_not_trained_under_prompts_in_another_order(idle):
     turned = dataset.Prompts.of(TinyText(), world.prompts()[::-1]).save(idle / "turned")
     with pytest.raises(ValueError, match="the world's own prompts, in its order"):
-        recipes.teacher(job=recipes.Job(prompts=str(turned)))
+        recipes.teacher(job=recipes.TrainConfig(prompts=str(turned)))
 
 
 @pytest.mark.parametrize("stage", recipes.STAGES)
@@ -364,6 +364,8 @@ def test_every_option_of_training_says_what_it_is_and_its_default(stage, capsys)
     said = " ".join(capsys.readouterr().out.split("show this help message and exit\n")[1].split())
     parts = re.split(r" (?=--)", said.replace(", --no-", "/--no-"))
     asked = inspect.signature(recipes.STAGES[stage]).parameters
-    names = {name for name in asked if name != "job"} | (recipes.Job.usual().keys() if "job" in asked else set())
+    names = {name for name in asked if name != "job"} | (
+        recipes.TrainConfig.usual().keys() if "job" in asked else set()
+    )
     assert {re.match(r"--([a-z0-9-]+)", part)[1].replace("-", "_") for part in parts} == names
     assert all(re.search(r"[a-z]{2} .*\(default: .+\)$", part) for part in parts), parts

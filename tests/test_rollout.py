@@ -12,22 +12,22 @@ from omniforcing_lib.cache import KVCache
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
 from omniforcing_lib.rollout import (
     CONTEXT_PASSES,
-    Causal,
+    RolloutConfig,
     denoise_block,
     join,
     new_cache,
     next_block,
-    remember,
-    remember_again,
+    recache,
     rollout,
     seeded_noise,
+    update_cache,
 )
 
 SHORT = BlockLayout(AV(2, 5), AV(2, 5), sinks=3)
 LAYOUTS = {"paper": PAPER, "released": RELEASED, "block 0 as long as the others": SHORT}
 
 
-def rolled(causal: Causal, blocks: int, dtype: torch.dtype = torch.float64, **rest) -> AV:
+def rolled(causal: RolloutConfig, blocks: int, dtype: torch.dtype = torch.float64, **rest) -> AV:
     """Roll the tiny model out."""
     model = tiny(TINY.with_sinks(causal.layout.sinks), dtype=dtype)
     text = inputs(causal.layout, causal.layout.first.video, dtype=dtype)[2]
@@ -41,17 +41,17 @@ def rolled(causal: Causal, blocks: int, dtype: torch.dtype = torch.float64, **re
 @pytest.mark.parametrize("window", [0, 2, 9])
 def test_merged_equals_a_pass_of_its_own(layout, kind, window):
     """Two blocks in one call, each at its own sigma: the same latents, past the window, the last block partial."""
-    causal = Causal(layout, steps=(1000, 500, 0), window=window, context_noise=0.1 if window else 0.0)
+    causal = RolloutConfig(layout, steps=(1000, 500, 0), window=window, context_noise=0.1 if window else 0.0)
     own = rolled(causal, 6, kind[0])
-    assert distance(rolled(replace(causal, context_pass="merged"), 6, kind[0]), own) <= kind[1]
+    assert distance(rolled(replace(causal, context_pass="fused"), 6, kind[0]), own) <= kind[1]
 
 
 @torch.no_grad()
 def test_merged_equals_a_pass_of_its_own_on_a_true_past():
-    causal = Causal(PAPER, steps=(1000, 500, 0), window=2)
+    causal = RolloutConfig(PAPER, steps=(1000, 500, 0), window=2)
     history = inputs(PAPER, 16)[0]
     own = rolled(causal, 6, history=history)
-    assert distance(rolled(replace(causal, context_pass="merged"), 6, history=history), own) <= 1e-12
+    assert distance(rolled(replace(causal, context_pass="fused"), 6, history=history), own) <= 1e-12
 
 
 def test_each_step_sees_the_last_prediction_under_fresh_noise_at_its_own_level():
@@ -75,11 +75,11 @@ def test_each_step_sees_the_last_prediction_under_fresh_noise_at_its_own_level()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["own", "merged"])
+@pytest.mark.parametrize("way", ["separate", "fused"])
 def test_no_noise_serves_twice(way):
     """Start, steps and context of every block draw noise of their own."""
     model, text, drawn = tiny(TINY.with_sinks(16)), inputs(PAPER, 1)[2], []
-    causal = Causal(PAPER, steps=(1000, 500, 0), window=1, context_noise=0.1, context_pass=way)
+    causal = RolloutConfig(PAPER, steps=(1000, 500, 0), window=1, context_noise=0.1, context_pass=way)
 
     def noise(block: int, shapes: AV, draw: int) -> AV:
         drawn.append((block, draw))
@@ -92,9 +92,9 @@ def test_no_noise_serves_twice(way):
 @torch.no_grad()
 def test_what_is_not_remembered_clean_is_another_stream():
     """Block 1 is the first that sees the difference; with fewer steps later on, block 2 is."""
-    causal = Causal(PAPER, steps=(1000, 500, 0), window=2)
+    causal = RolloutConfig(PAPER, steps=(1000, 500, 0), window=2)
     own = rolled(causal, 4)
-    for other, same in ((replace(causal, context_pass="none"), 1), (replace(causal, later_steps=(1000, 0)), 4)):
+    for other, same in ((replace(causal, context_pass="skip"), 1), (replace(causal, later_steps=(1000, 0)), 4)):
         made = rolled(other, 4)
         assert torch.equal(made.video[:, :same], own.video[:, :same])
         assert distance(made.map(lambda x, n=same: x[:, n:]), own.map(lambda x, n=same: x[:, n:])) > 1e-3
@@ -103,38 +103,43 @@ def test_what_is_not_remembered_clean_is_another_stream():
 def test_gradients_do_not_know_how_a_stream_remembers():
     """Where a step has gradients every block is remembered in a pass of its own; what cannot be trained says so."""
     text, found = inputs(PAPER, 4)[2], []
-    for way in ("own", "merged"):
+    for way in ("separate", "fused"):
         model = tiny(TINY.with_sinks(16))
-        causal = Causal(PAPER, steps=(1000, 500, 0), context_pass=way)
+        causal = RolloutConfig(PAPER, steps=(1000, 500, 0), context_pass=way)
         made = join(list(rollout(model, causal, text, seeded_noise([0], text.video), GRID, 7, exit_step=0)))
         (made.video.square().sum() + made.audio.square().sum()).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0]) and found[0]
-    for causal in (Causal(context_pass="none"), Causal(later_steps=(1000, 0))):
+    for causal in (RolloutConfig(context_pass="skip"), RolloutConfig(later_steps=(1000, 0))):
         with pytest.raises(ValueError, match="self-forcing"):
             rolled(causal, 2, exit_step=0)
     with pytest.raises(ValueError, match="history"):
-        rolled(Causal(context_pass="none"), 2, history=inputs(PAPER, 4)[0])
+        rolled(RolloutConfig(context_pass="skip"), 2, history=inputs(PAPER, 4)[0])
 
 
 def test_a_checkpoint_says_how_it_remembers():
-    causal = Causal(PAPER, context_pass="merged", later_steps=(1000, 500, 0))
-    assert Causal.from_metadata(causal.to_metadata()) == causal
-    old = {name: value for name, value in Causal().to_metadata().items() if not name.startswith(("context_p", "later"))}
-    assert Causal.from_metadata(old) == Causal()
+    causal = RolloutConfig(PAPER, context_pass="fused", later_steps=(1000, 500, 0))
+    assert RolloutConfig.from_metadata(causal.to_metadata()) == causal
+    old = {
+        name: value
+        for name, value in RolloutConfig().to_metadata().items()
+        if not name.startswith(("context_p", "later"))
+    }
+    assert RolloutConfig.from_metadata(old) == RolloutConfig()
+    assert RolloutConfig.from_metadata(causal.to_metadata() | {"context_pass": "merged"}) == causal
     with pytest.raises(ValueError, match=", ".join(CONTEXT_PASSES)):
-        Causal(context_pass="free")
+        RolloutConfig(context_pass="free")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["own", "merged"])
+@pytest.mark.parametrize("way", ["separate", "fused"])
 def test_a_restarted_cache_sees_a_clip_of_the_blocks_that_it_kept(way):
     """Blocks 0 and 5 to 7 remembered anew: block 8 is what block 4 of a clip of these four blocks would be.
 
     Positions are float32, so that a shift in time is exact to some 1e-6.
     """
     window, k = 3, 8
-    causal = Causal(PAPER, steps=(1000, 500, 0), window=window, context_pass=way)
+    causal = RolloutConfig(PAPER, steps=(1000, 500, 0), window=window, context_pass=way)
     model, (clip, _, old) = tiny(TINY.with_sinks(16)), inputs(PAPER, 22)
     text, noise = inputs(PAPER, 1, seed=7)[2], seeded_noise([0], old.video)
     kept = {i: clip.map(lambda x, span: x[:, span.start : span.stop], PAPER.block(i)) for i in range(k)}
@@ -147,11 +152,11 @@ def test_a_restarted_cache_sees_a_clip_of_the_blocks_that_it_kept(way):
         cache = new_cache(model, causal, GRID, 1)
         for i in blocks:
             cache.open(i)
-            remember(model, cache, text, blocks[i], 0.0)
+            update_cache(model, cache, text, blocks[i], 0.0)
         return cache
 
     plain, stale = block(window + 1, text, filled(short, text)), block(k, old, filled(kept, old))
     worn = filled(kept, old)
-    remember_again(model, causal, worn, text, noise, k, kept)
+    recache(model, causal, worn, text, noise, k, kept)
     assert distance(block(k, text, worn), plain) <= 5e-5
     assert distance(stale, plain) > 1e-3

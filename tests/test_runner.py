@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from omniforcing_lib import files
 from omniforcing_lib.__main__ import main
 from omniforcing_lib.bounce import world
-from omniforcing_lib.lab import protocol
-from omniforcing_lib.pages import claims, profiles, report, runner, verdicts
+from series import claims, profiles, report, runner, verdicts
+from studies import protocol
 
 matplotlib.use("agg")
 
 PARAMETERS = 'profile: str = "smoke"  # smoke | cpu\nseed: int = 0  # any\nout_dir: str = ""  # run folder'
-IMPORTS = "from omniforcing_lib.pages import report, verdicts"
+IMPORTS = "from series import report, verdicts"
 BEGIN = IMPORTS + '\n\nrun = report.begin("{}", profile=profile, seed=seed, out_dir=out_dir)'
 
 

@@ -14,13 +14,13 @@ from omniforcing_lib import masks, rope
 from omniforcing_lib.__main__ import main
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.bounce.world import prompts
-from omniforcing_lib.lab import rows, sink_runs, sinks, variants
-from omniforcing_lib.lab.sinks import Trace
-from omniforcing_lib.lab.variants import Variant
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
-from omniforcing_lib.pages import verdicts
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.transformer import Transformer
+from series import verdicts
+from studies import rows, sink_runs, sinks, variants
+from studies.sinks import Trace
+from studies.variants import Variant
 from tests.test_transformer import GRID, TINY, inputs, tiny
 
 LATENTS = AV(range(7), range(51))

@@ -13,14 +13,14 @@ import torch
 from test_transformer import TINY, tiny
 
 from omniforcing_lib import attention, rope
+from omniforcing_lib import stream as live
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.lab import bench, switching
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
-from omniforcing_lib.live import stream as live
-from omniforcing_lib.live.stream import Chunk, Streamer, threads, to_arrays
-from omniforcing_lib.rollout import Causal, join, rollout, seeded_noise
+from omniforcing_lib.rollout import RolloutConfig, join, rollout, seeded_noise
+from omniforcing_lib.stream import Chunk, Streamer, threads, to_arrays
+from studies import bench, switching
 
 CLOCK = Clock()
 HOUR = 3600
@@ -40,10 +40,10 @@ def codec() -> TinyCodec:
 
 @pytest.fixture
 def stream(codec):
-    """Make a streamer of a tiny random student; every argument of `Causal` and `Streamer` can be changed."""
+    """Make a streamer of a tiny random student; every argument of `RolloutConfig` and `Streamer` can be changed."""
 
     def make(layout=PAPER, *, seed: int = 5, prompt: str = PROMPT, ahead: bool = False, **changes) -> Streamer:
-        causal = Causal(layout, **{"steps": (1000, 500, 0), "window": 2} | changes)
+        causal = RolloutConfig(layout, **{"steps": (1000, 500, 0), "window": 2} | changes)
         text = TinyText(channels=8)
         model = tiny(replace(TINY, caption_channels=8).with_sinks(layout.sinks), dtype=torch.float32)
         return Streamer(model, causal, codec, text, prompt, seed, ahead)
@@ -208,8 +208,8 @@ def test_a_recached_window_was_always_under_the_new_prompt(stream, codec, at, tm
     cut = stream()
     cut.resume(stored)
     assert same(take(cut, 2), take(plain, 2))
-    with pytest.raises(ValueError, match="none"):
-        take(never := stream(context_pass="none"), 1)
+    with pytest.raises(ValueError, match="skip"):
+        take(never := stream(context_pass="skip"), 1)
         never.set_prompt(OTHER, recache=True)
 
 
@@ -280,7 +280,7 @@ def test_a_clip_is_the_stream_cut_to_its_seconds_and_nothing_more_is_made(stream
 @pytest.mark.slow
 def test_an_hour_of_stream_is_an_hour_on_both_clocks(codec):
     """3601 chunks of a cheap random student, one after the other: 24 frames and 16000 samples in every second."""
-    causal = Causal(PAPER, steps=(1000, 0), window=0, context_pass="none")
+    causal = RolloutConfig(PAPER, steps=(1000, 0), window=0, context_pass="skip")
     model = tiny(replace(TINY, num_layers=1, caption_channels=8).with_sinks(16), dtype=torch.float32)
     frames = samples = 0
     for k, chunk in enumerate(islice(Streamer(model, causal, codec, TinyText(channels=8), PROMPT), HOUR + 1)):

@@ -11,29 +11,29 @@ from test_transformer import TINY
 
 from omniforcing_lib import losses, masks
 from omniforcing_lib.flow import DMD_GUIDANCE, Guidance, both, guided_denoiser, noised
-from omniforcing_lib.lab import distill
 from omniforcing_lib.layout import AV, BlockLayout
-from omniforcing_lib.rollout import Causal, fresh_noise, rollout
+from omniforcing_lib.rollout import RolloutConfig, fresh_noise, rollout
 from omniforcing_lib.training import stages, train
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts
-from omniforcing_lib.training.train import Player, Recipe
+from omniforcing_lib.training.train import Learner, OptimConfig
 from omniforcing_lib.transformer import Transformer
+from studies import distill
 
 GRID, FRAMES = (2, 2), 5
-CAUSAL = Causal(BlockLayout(AV(1, 1), AV(2, 5), sinks=2), steps=(1000, 522, 0))
+CAUSAL = RolloutConfig(BlockLayout(AV(1, 1), AV(2, 5), sinks=2), steps=(1000, 522, 0))
 SIZES = AV((FRAMES, *GRID, 3), (11, 5))
-QUICK = Recipe(lr=3e-3, warmup=2, ema=0.5)
+QUICK = OptimConfig(lr=3e-3, warmup=2, ema=0.5)
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def player(recipe: Recipe = QUICK, *, sinks: int = 2, seed: int = 0) -> Player:
+def player(recipe: OptimConfig = QUICK, *, sinks: int = 2, seed: int = 0) -> Learner:
     model, generator = Transformer(TINY.with_sinks(sinks)), torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         weight.data = torch.randn(weight.shape, generator=generator) * 0.15
-    return Player(model, recipe)
+    return Learner(model, recipe)
 
 
 def prompts() -> Prompts:
@@ -45,17 +45,17 @@ def pairs(count: int = 3) -> Pairs:
     return Pairs(states, CAUSAL.sigmas.float(), torch.arange(count) % 2)
 
 
-def flow_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
+def flow_stage(**how: object) -> tuple[dict[str, Learner], train.Step]:
     learner, clips = player(sinks=0), Clips(distill.ends(pairs()), pairs().prompt)
     return {"teacher": learner}, stages.flow_stage(learner, clips, prompts(), batch=4, **how)
 
 
-def ode_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
+def ode_stage(**how: object) -> tuple[dict[str, Learner], train.Step]:
     learner = player()
     return {"student": learner}, stages.ode_stage(learner, pairs(), prompts(), CAUSAL, batch=4, **how)
 
 
-def self_forcing_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
+def self_forcing_stage(**how: object) -> tuple[dict[str, Learner], train.Step]:
     student, critic = player(seed=1), player(replace(QUICK, ema=0.0), sinks=0)
     teacher = player(sinks=0).model.requires_grad_(False).eval()
     how = {"batch": 2, "ratio": 2} | how
@@ -63,7 +63,7 @@ def self_forcing_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
     return {"student": student, "critic": critic}, step
 
 
-def on_policy_stage(**how: object) -> tuple[dict[str, Player], train.Step]:
+def on_policy_stage(**how: object) -> tuple[dict[str, Learner], train.Step]:
     student, teacher = player(seed=1), player(sinks=0).model.requires_grad_(False).eval()
     how = {"batch": 2, "stride": 4} | how
     step = stages.on_policy_stage(student, teacher, pairs(), prompts(), CAUSAL, GRID, FRAMES, **how)
@@ -79,7 +79,7 @@ STAGES = {
 each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 
 
-def ended(players: dict[str, Player]) -> dict[str, torch.Tensor]:
+def ended(players: dict[str, Learner]) -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": value for name, p in players.items() for key, value in p.state().items()}
 
 
@@ -318,19 +318,19 @@ def test_take_level_picks_the_state_of_each_latents_level():
 
 
 def test_the_rate_warms_up_then_falls_as_a_cosine():
-    recipe = Recipe(lr=2.0, warmup=4, steps=104, final=0.1)
+    recipe = OptimConfig(lr=2.0, warmup=4, steps=104, final=0.1)
     assert [recipe.rate(i) for i in range(4)] == [0.5, 1.0, 1.5, 2.0]
     assert recipe.rate(54) == pytest.approx(2.0 * 0.55) and recipe.rate(104) == recipe.rate(900) == pytest.approx(0.2)
     assert replace(recipe, steps=0).rate(10_000) == 2.0
 
 
 def test_a_decay_that_leaves_all_is_none():
-    plain, decayed = Recipe(lr=3e-4, warmup=4), Recipe(lr=3e-4, warmup=4, steps=50, final=1.0)
+    plain, decayed = OptimConfig(lr=3e-4, warmup=4), OptimConfig(lr=3e-4, warmup=4, steps=50, final=1.0)
     assert [plain.rate(i) for i in range(60)] == [decayed.rate(i) for i in range(60)]
 
 
 def test_the_average_follows_the_model():
-    learner = player(Recipe(lr=0.1, warmup=1, ema=0.75))
+    learner = player(OptimConfig(lr=0.1, warmup=1, ema=0.75))
     weight, average = learner.model.proj_out.weight, learner.average.proj_out.weight
     before = weight.detach().clone()
     learner.update(learner.model.proj_out.weight.square().sum())
@@ -347,7 +347,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 def test_matrices_decay_and_biases_do_not():
-    learner = player(Recipe(weight_decay=0.1))
+    learner = player(OptimConfig(weight_decay=0.1))
     decays = {id(p): g["weight_decay"] for g in learner.optimiser.param_groups for p in g["params"]}
     assert all(decays[id(p)] == (0.1 if p.dim() > 1 else 0.0) for p in learner.model.parameters())
     assert len(decays) == len([*learner.model.parameters()])

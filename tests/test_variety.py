@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from omniforcing_lib.bounce import evaluate, variety, world
-from omniforcing_lib.lab import protocol
+from studies import protocol
 
 COUNT = 48
 FIRST = 60_000

@@ -5,8 +5,8 @@ import math
 import pytest
 
 from omniforcing_lib import files
-from omniforcing_lib.pages import claims, profiles, report, verdicts
-from omniforcing_lib.pages.verdicts import at_least, at_most, verdict
+from series import claims, profiles, report, verdicts
+from series.verdicts import at_least, at_most, verdict
 
 RATIO, FACTOR, GAIN = at_most(1.09), at_least(34.6, nothing=1), at_least(0)
 

@@ -21,17 +21,10 @@ from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TextEncoder
 from omniforcing_lib.files import write_tensors
-from omniforcing_lib.flow import (
-    Guidance,
-    block_noise,
-    guided_denoiser,
-    ltx2_sigmas,
-    snap_indices,
-    trajectory,
-)
+from omniforcing_lib.flow import Guidance, block_noise, guided_denoiser, ltx2_sigmas, snap_indices, trajectory
 from omniforcing_lib.layout import AV
 from omniforcing_lib.training import provenance, records
-from omniforcing_lib.training.distributed import ALONE, Team
+from omniforcing_lib.training.distributed import ALONE, DistributedContext
 from omniforcing_lib.transformer import Transformer
 
 
@@ -102,7 +95,9 @@ class StoredPrompts:
 
     live = True
 
-    def __init__(self, folder: str | Path, device: str | torch.device = "cpu", team: Team = ALONE) -> None:
+    def __init__(
+        self, folder: str | Path, device: str | torch.device = "cpu", team: DistributedContext = ALONE
+    ) -> None:
         self._records, self.device = _opened(folder, "prompts", team), torch.device(device)
         self.names, self.text = tuple(self._records.notes["names"]), self._records.notes.get("text", "")
         self.negative = self.take(torch.tensor([-1]))
@@ -231,7 +226,9 @@ class StoredPairs:
 
     live = True
 
-    def __init__(self, folder: str | Path, device: str | torch.device = "cpu", team: Team = ALONE) -> None:
+    def __init__(
+        self, folder: str | Path, device: str | torch.device = "cpu", team: DistributedContext = ALONE
+    ) -> None:
         self._records, self._device = _opened(folder, "pairs", team), torch.device(device)
         self.notes = self._records.notes
         self.sigmas = torch.tensor(self.notes["sigmas"])
@@ -277,7 +274,7 @@ def _rounded(sigmas: Sequence[float]) -> list[float]:
     return [round(sigma, 4) for sigma in sigmas]
 
 
-def _opened(folder: str | Path, kind: str, team: Team) -> records.Records:
+def _opened(folder: str | Path, kind: str, team: DistributedContext) -> records.Records:
     found = records.Records(folder, team)
     if found.notes.get("kind") != kind:
         raise ValueError(f"{folder} holds {found.notes.get('kind')!r}, expected {kind!r}")
@@ -345,7 +342,7 @@ def store_pairs(
     notes: Mapping[str, object],
     *,
     a_shard: int = 16,
-    team: Team = ALONE,
+    team: DistributedContext = ALONE,
 ) -> Path:
     """Make trajectories shard by shard, each process its share; what was cut off goes on where it was.
 

@@ -27,8 +27,8 @@ from omniforcing_lib import backends
 from omniforcing_lib.files import write_json
 from omniforcing_lib.flow import noise_like
 from omniforcing_lib.layout import AV
+from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.transformer import Transformer
-from omniforcing_lib.weights import checkpoints
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -38,7 +38,7 @@ UNHURRIED_S, PATIENCE_S = 1800, 50
 """Seconds that a process waits for the others: while models are read and checkpoints written, and within a step."""
 
 
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """Rows of a batch that one process takes at once; what is random is drawn for the whole batch and then cut."""
 
     batch: int
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Team:
+class DistributedContext:
     """The processes that train together; `ALONE` is one process, for which every method does nothing.
 
     Attributes:
@@ -76,11 +76,11 @@ class Team:
     mesh: DeviceMesh | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Tell whether this process prints and writes what is written once."""
         return self.rank == 0
 
-    def parts(self, batch: int, accumulate: int = 1) -> list[Part]:
+    def parts(self, batch: int, accumulate: int = 1) -> list[MicroBatch]:
         """Cut a batch into `accumulate` equal parts a process; give this process's.
 
         Raises:
@@ -93,7 +93,7 @@ class Team:
                 f"use a multiple of {count}"
             )
         rows, first = batch // count, self.rank * accumulate
-        return [Part(batch, slice(i * rows, (i + 1) * rows)) for i in range(first, first + accumulate)]
+        return [MicroBatch(batch, slice(i * rows, (i + 1) * rows)) for i in range(first, first + accumulate)]
 
     def shard(self, model: Transformer, *, amp: bool = False) -> Transformer:
         """Shard a model in place, block by block and the rest together; with `amp` its weights travel as bfloat16."""
@@ -110,7 +110,7 @@ class Team:
             fully_shard(module, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
         return model
 
-    def twin(self, model: Transformer) -> Transformer:
+    def clone_sharded(self, model: Transformer) -> Transformer:
         """Copy a sharded model; no process ever holds a whole one."""
         with torch.device("meta"):
             made = Transformer(model.config, model.clock)
@@ -135,9 +135,9 @@ class Team:
         state = {}
         for name, part in model.state_dict().items():
             whole = part.full_tensor()
-            if self.leads:
+            if self.is_main:
                 state[name] = whole.to("cpu", dtype)
-        if not self.leads:
+        if not self.is_main:
             return None
         with torch.device("meta"):
             made = Transformer(model.config, model.clock)
@@ -171,13 +171,13 @@ class Team:
         """Wait for the others."""
         self.any(False)
 
-    def hurry(self, seconds: float) -> None:
+    def set_timeout(self, seconds: float) -> None:
         """Set how long this process waits for the others from now on."""
         if self.mesh is not None:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
-ALONE = Team()
+ALONE = DistributedContext()
 
 
 def local(x: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def local(x: Tensor) -> Tensor:
 
 def load(
     model: str,
-    team: Team,
+    team: DistributedContext,
     device: torch.device,
     *,
     amp: bool = False,
@@ -218,7 +218,7 @@ def load(
 
 
 @contextmanager
-def joined(device: str = "cpu", *, replicas: int = 1) -> Iterator[Team]:
+def joined(device: str = "cpu", *, replicas: int = 1) -> Iterator[DistributedContext]:
     """Join the processes that torchrun started: NCCL on GPUs, gloo on CPUs; one process alone stays alone.
 
     Args:
@@ -233,7 +233,7 @@ def joined(device: str = "cpu", *, replicas: int = 1) -> Iterator[Team]:
         raise ValueError(f"{size} processes cannot hold {replicas} replicas; use a divisor of {size}")
     place = backends.device(device)
     if size == 1:
-        yield Team(device=place)
+        yield DistributedContext(device=place)
         return
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -246,7 +246,7 @@ def joined(device: str = "cpu", *, replicas: int = 1) -> Iterator[Team]:
     dist.init_process_group(backend, timeout=timedelta(seconds=UNHURRIED_S))
     shape, names = ((size,), ("shard",)) if replicas == 1 else ((replicas, size // replicas), ("replicate", "shard"))
     try:
-        yield Team(rank, size, place, init_device_mesh(place.type, shape, mesh_dim_names=names))
+        yield DistributedContext(rank, size, place, init_device_mesh(place.type, shape, mesh_dim_names=names))
     except SystemExit:
         # all were told to end, and end together
         dist.destroy_process_group()
@@ -264,17 +264,17 @@ def joined(device: str = "cpu", *, replicas: int = 1) -> Iterator[Team]:
     dist.destroy_process_group()
 
 
-def store(folder: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, object], team: Team) -> None:
+def store(folder: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, object], team: DistributedContext) -> None:
     """Write tensors of a team to a folder that appears when it is complete: a safetensors file a process, and notes."""
     import torch.distributed.checkpoint as dcp
 
     partial = folder.with_name(f".{folder.name}.part")
-    if team.leads:
+    if team.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     team.wait()
     dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
     team.wait()
-    if team.leads:
+    if team.is_main:
         write_json(partial / "notes.json", notes)
         os.replace(partial, folder)
     team.wait()

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
-from omniforcing_lib.training.train import Numbers, Player
+from omniforcing_lib.training.train import Learner, Metrics
 
 
-def recorded(piece: Callable[..., Numbers], *players: Player, live: bool = False) -> Callable[..., Numbers]:
+def recorded(piece: Callable[..., Metrics], *players: Learner, live: bool = False) -> Callable[..., Metrics]:
     """Record a piece of a step where that can be done; `live` pieces ask the host for data."""
     return piece if live or not all(player.recordable for player in players) else Recorded(piece)
 
@@ -21,13 +21,13 @@ class Recorded:
     use no random numbers but the generator's, and may not ask the GPU for a value.
     """
 
-    def __init__(self, piece: Callable[..., Numbers], warm: int = 3) -> None:
+    def __init__(self, piece: Callable[..., Metrics], warm: int = 3) -> None:
         self._piece, self._warm = piece, warm
         self._calls: dict[object, int] = {}
-        self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, Numbers]] = {}
+        self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, Metrics]] = {}
         self._own: torch.Generator | None = None
 
-    def __call__(self, generator: torch.Generator, *key: int) -> Numbers:
+    def __call__(self, generator: torch.Generator, *key: int) -> Metrics:
         """Run with the generator as it was last seeded."""
         if generator.device.type != "cuda":
             return self._piece(generator, *key)
@@ -43,7 +43,7 @@ class Recorded:
         graph.replay()
         return {name: value.clone() for name, value in numbers.items()}
 
-    def _warm_up(self, generator: torch.Generator, key: tuple[int, ...]) -> Numbers:
+    def _warm_up(self, generator: torch.Generator, key: tuple[int, ...]) -> Metrics:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -51,7 +51,7 @@ class Recorded:
         torch.cuda.current_stream().wait_stream(side)
         return numbers
 
-    def _record(self, generator: torch.Generator, key: tuple[int, ...]) -> tuple[torch.cuda.CUDAGraph, Numbers]:
+    def _record(self, generator: torch.Generator, key: tuple[int, ...]) -> tuple[torch.cuda.CUDAGraph, Metrics]:
         graph, seed = torch.cuda.CUDAGraph(), generator.initial_seed()
         graph.register_generator_state(generator)
         with torch.cuda.graph(graph):

@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import Causal, new_cache, rollout
+from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.rollout import RolloutConfig, new_cache, rollout
 from omniforcing_lib.transformer import Transformer
-from omniforcing_lib.weights import checkpoints
 
 GB = 10**9
 RESERVE = 4 * GB
@@ -66,7 +66,7 @@ class Counted:
     cache: int
 
 
-def count(config: ModelConfig, causal: Causal, clip: Clip, dtype: torch.dtype = torch.bfloat16) -> Counted:
+def count(config: ModelConfig, causal: RolloutConfig, clip: Clip, dtype: torch.dtype = torch.bfloat16) -> Counted:
     """Count a model from dry runs of one layer and of two, computing in `dtype`: layers are alike."""
     one, two = (dry_run(replace(config, num_layers=n), causal, clip, dtype) for n in (1, 2))
 
@@ -80,7 +80,7 @@ def count(config: ModelConfig, causal: Causal, clip: Clip, dtype: torch.dtype = 
     return Counted(found["parameters"], one.gathered, found["kept"], inputs, stretched(one.cache, two.cache))
 
 
-def dry_run(config: ModelConfig, causal: Causal, clip: Clip, dtype: torch.dtype) -> Counted:
+def dry_run(config: ModelConfig, causal: RolloutConfig, clip: Clip, dtype: torch.dtype) -> Counted:
     """Run Stage 3's passes on the meta device, every layer of them; takes no memory and no weights."""
     with torch.device("meta"):
         generator = Transformer(config.with_sinks(causal.layout.sinks)).to(dtype)
@@ -206,7 +206,7 @@ def plan(
     """
     config = checkpoints.read(model).config if model else ModelConfig()
     clip = Clip(batch, seconds, tuple(grid), text)
-    counted = count(config, Causal.from_layout(layout), clip, torch.bfloat16 if amp else torch.float32)
+    counted = count(config, RolloutConfig.from_layout(layout), clip, torch.bfloat16 if amp else torch.float32)
     size, compute = f"{counted.parameters[0] / 1e9:,.3g} G parameters", "bf16" if amp else "fp32"
     head = f"{size}; {batch} x {seconds} s a GPU, {grid[0]} x {grid[1]} tokens a frame, computed in {compute}"
     return f"{head}\n{table(counted, tuple(gpus), amp=amp)}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from omniforcing_lib.files import sha256, write_json, write_tensors
-from omniforcing_lib.training.distributed import ALONE, Team
+from omniforcing_lib.training.distributed import ALONE, DistributedContext
 from omniforcing_lib.training.provenance import by_content, differences
 
 INDEX = "index.json"
@@ -30,7 +30,7 @@ def write(
     a_shard: int,
     make: Callable[[range], Mapping[str, Tensor]],
     notes: Mapping[str, object],
-    team: Team = ALONE,
+    team: DistributedContext = ALONE,
 ) -> Path:
     """Make `rows` rows, `a_shard` in each file, the shards shared out among the processes; the index comes last.
 
@@ -52,12 +52,12 @@ def write(
     paths = {n: folder / f"rows-{n:05d}.safetensors" for n in range(team.rank, len(spans), team.size)}
     team.refuse([text for path in paths.values() if path.exists() and (text := _unlike(path, notes))])
     mine = {}
-    for number, path in tqdm(paths.items(), desc=f"shards of {folder.name}", disable=not team.leads):
+    for number, path in tqdm(paths.items(), desc=f"shards of {folder.name}", disable=not team.is_main):
         if not path.exists():
             write_tensors(path, make(spans[number]), {"notes": json.dumps(notes, sort_keys=True)})
         mine[number] = {"file": path.name, "rows": len(spans[number]), "sha256": sha256(path)}
     listed = {number: entry for part in team.all_of(mine) for number, entry in part.items()}
-    if team.leads:
+    if team.is_main:
         write_json(folder / INDEX, {"shards": [listed[n] for n in sorted(listed)], "notes": notes})
     team.wait()
     return folder
@@ -85,7 +85,7 @@ class Records:
         ValueError: no index, or one that names files elsewhere; a shard is missing or is not what the index says.
     """
 
-    def __init__(self, folder: str | Path, team: Team = ALONE) -> None:
+    def __init__(self, folder: str | Path, team: DistributedContext = ALONE) -> None:
         self.folder = Path(folder)
         try:
             index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))

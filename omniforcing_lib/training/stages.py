@@ -24,11 +24,11 @@ from omniforcing_lib.flow import (
     x0_of,
 )
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import Causal, fresh_noise, join, rollout
+from omniforcing_lib.rollout import RolloutConfig, fresh_noise, join, rollout
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, check_numbers
-from omniforcing_lib.training.distributed import Part
+from omniforcing_lib.training.distributed import MicroBatch
 from omniforcing_lib.training.graphs import recorded
-from omniforcing_lib.training.train import Numbers, Player, Step
+from omniforcing_lib.training.train import Learner, Metrics, Step
 from omniforcing_lib.transformer import Transformer
 
 Sampler = Callable[[Transformer, torch.Generator, int], tuple[AV[Tensor], AV[Tensor]]]
@@ -53,12 +53,12 @@ def training_sigma(batch: int, generator: torch.Generator, shifts: tuple[float, 
 
 
 def flow_stage(
-    player: Player, clips: Clips, prompts: Prompts, batch: int, *, drop: float = 0.1, weights: AV[float] = ONES
+    player: Learner, clips: Clips, prompts: Prompts, batch: int, *, drop: float = 0.1, weights: AV[float] = ONES
 ) -> Step:
     """Train the bidirectional teacher by flow matching; prompts are dropped for CFG."""
     check_numbers(clips.prompt, len(prompts))
 
-    def terms(generator: torch.Generator, part: Part) -> Numbers:
+    def terms(generator: torch.Generator, part: MicroBatch) -> Metrics:
         index = pick(len(clips), batch, generator)
         x0 = clips.latents.map(lambda x: x[part.of(index)].float())
         dropped = torch.rand(batch, generator=generator, device=generator.device) < drop
@@ -74,10 +74,10 @@ def flow_stage(
 
 
 def ode_stage(
-    player: Player,
+    player: Learner,
     pairs: Pairs,
     prompts: Prompts,
-    causal: Causal,
+    causal: RolloutConfig,
     batch: int,
     *,
     weights: AV[float] = ONES,
@@ -92,8 +92,8 @@ def ode_stage(
 
 
 def _regression(
-    player: Player, pairs: Pairs, prompts: Prompts, causal: Causal, batch: int
-) -> Callable[[torch.Generator, Part], Numbers]:
+    player: Learner, pairs: Pairs, prompts: Prompts, causal: RolloutConfig, batch: int
+) -> Callable[[torch.Generator, MicroBatch], Metrics]:
     """Prepare the losses of `ode_stage`."""
     if not pairs.live:
         check_numbers(pairs.prompt, len(prompts))
@@ -104,7 +104,7 @@ def _regression(
     table = causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
     sigmas = pairs.sigmas.to(device)
 
-    def terms(generator: torch.Generator, part: Part) -> Numbers:
+    def terms(generator: torch.Generator, part: MicroBatch) -> Metrics:
         index = pick(len(pairs), batch, generator)
         level = torch.randint(len(sigmas), (batch, count), generator=generator, device=generator.device)
         drawn = table.map(lambda blocks: level[:, blocks])
@@ -129,17 +129,19 @@ def take_level(states: Tensor, level: Tensor) -> Tensor:
     return states.gather(1, index.expand(-1, 1, *states.shape[2:])).squeeze(1)
 
 
-def own_clips(prompts: Prompts, causal: Causal, grid: tuple[int, int], video_latents: int, batch: int) -> Sampler:
+def own_clips(
+    prompts: Prompts, causal: RolloutConfig, grid: tuple[int, int], video_latents: int, batch: int
+) -> Sampler:
     """Let a student roll out clips on its own past: what Stage 3 learns from."""
 
     def sample(
         student: Transformer,
         generator: torch.Generator,
         exit_step: int,
-        part: Part | None = None,
+        part: MicroBatch | None = None,
         watch: Callable[[AV[Tensor]], None] | None = None,
     ) -> tuple[AV[Tensor], AV[Tensor]]:
-        part = part or Part(batch, slice(0, batch))
+        part = part or MicroBatch(batch, slice(0, batch))
         text = prompts.take(part.of(pick(len(prompts), batch, generator)))
         whole, how = fresh_noise(generator, batch), {"exit_step": exit_step, "watch": watch}
         blocks = rollout(student, causal, text, lambda *of: whole(*of).map(part.of), grid, video_latents, **how)
@@ -149,11 +151,11 @@ def own_clips(prompts: Prompts, causal: Causal, grid: tuple[int, int], video_lat
 
 
 def self_forcing_stage(
-    student: Player,
-    critic: Player,
+    student: Learner,
+    critic: Learner,
     teacher: Transformer,
     prompts: Prompts,
-    causal: Causal,
+    causal: RolloutConfig,
     grid: tuple[int, int],
     video_latents: int,
     batch: int,
@@ -189,13 +191,13 @@ def self_forcing_stage(
     clips = own_clips(prompts, causal, grid, video_latents, batch)
     regress = _regression(student, pairs, prompts, causal, batch) if pairs else None
 
-    def sample(generator: torch.Generator, exit_step: int, part: Part) -> tuple[AV[Tensor], AV[Tensor]]:
+    def sample(generator: torch.Generator, exit_step: int, part: MicroBatch) -> tuple[AV[Tensor], AV[Tensor]]:
         with student.autocast():
             if sampler:
                 return sampler(student.model, generator, exit_step)
             return clips(student.model, generator, exit_step, part)
 
-    def dmd_terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
+    def dmd_terms(generator: torch.Generator, exit_step: int, part: MicroBatch) -> Metrics:
         text, x_hat = sample(generator, exit_step, part)
         sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator, most)), part.noise(x_hat, generator)
         fake = guided_denoiser(critic.model, text)
@@ -207,7 +209,7 @@ def self_forcing_stage(
         beside = regress(generator, part) if regress else {}
         return numbers | {name: numbers[name] + regression * value for name, value in beside.items()}
 
-    def critic_terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
+    def critic_terms(generator: torch.Generator, exit_step: int, part: MicroBatch) -> Metrics:
         with torch.no_grad():
             text, x_hat = sample(generator, exit_step, part)
         sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator, most)), part.noise(x_hat, generator)
@@ -215,19 +217,19 @@ def self_forcing_stage(
             loss = losses.critic(x_hat, guided_denoiser(critic.model, text), sigma, eps)
         return loss.map(lambda value: value * part.share)._asdict()
 
-    def generate(generator: torch.Generator, exit_step: int) -> Numbers:
+    def generate(generator: torch.Generator, exit_step: int) -> Metrics:
         numbers = student.learn(batch, generator, partial(dmd_terms, generator, exit_step), weights)
         named = {"dmd_video": numbers.pop("video"), "dmd_audio": numbers.pop("audio"), "norm": numbers.pop("norm")}
         return named | numbers | {"gap": numbers["gap"].sqrt()}
 
-    def judge(generator: torch.Generator, exit_step: int) -> Numbers:
+    def judge(generator: torch.Generator, exit_step: int) -> Metrics:
         numbers = critic.learn(batch, generator, partial(critic_terms, generator, exit_step), weights)
         return {f"critic_{name}": value for name, value in numbers.items()}
 
     live = prompts.live or (pairs is not None and pairs.live)
     parts = (recorded(generate, student, critic, live=live), recorded(judge, student, critic, live=live))
 
-    def step(i: int, generator: torch.Generator) -> Numbers:
+    def step(i: int, generator: torch.Generator) -> Metrics:
         dice = torch.Generator().manual_seed(generator.initial_seed())
         exits = torch.randint(levels, (2,), generator=dice).tolist()
         made = parts[0](generator, exits[0]) if i % ratio == 0 else {}
@@ -236,7 +238,7 @@ def self_forcing_stage(
     return step
 
 
-def _check_window(student: Player, causal: Causal, video_latents: int) -> None:
+def _check_window(student: Learner, causal: RolloutConfig, video_latents: int) -> None:
     """Refuse to recompute blocks of a roll-out whose past has left the cache by then."""
     blocks = causal.layout.count(video_latents)
     if student.recipe.recompute and blocks > causal.window + 2:
@@ -247,11 +249,11 @@ def _check_window(student: Player, causal: Causal, video_latents: int) -> None:
 
 
 def on_policy_stage(
-    student: Player,
+    student: Learner,
     teacher: Transformer,
     pairs: Pairs,
     prompts: Prompts,
-    causal: Causal,
+    causal: RolloutConfig,
     grid: tuple[int, int],
     video_latents: int,
     batch: int,
@@ -300,7 +302,7 @@ def on_policy_stage(
         lambda blocks: (torch.tensor(blocks, device=prompts.device) > 0).float()
     )
 
-    def terms(generator: torch.Generator, exit_step: int, part: Part) -> Numbers:
+    def terms(generator: torch.Generator, exit_step: int, part: MicroBatch) -> Metrics:
         states: list[AV[Tensor]] = []
         with student.autocast():
             text, x_hat = clips(student.model, generator, exit_step, part, states.append)
@@ -314,12 +316,12 @@ def on_policy_stage(
         told = {name: value * part.share for name, value in health(x_hat).items()}
         return numbers | told | {"own_video": loss.video.detach(), "own_audio": loss.audio.detach()}
 
-    def learn(generator: torch.Generator, exit_step: int) -> Numbers:
+    def learn(generator: torch.Generator, exit_step: int) -> Metrics:
         return student.learn(batch, generator, partial(terms, generator, exit_step), weights)
 
     piece = recorded(learn, student, live=prompts.live or pairs.live)
 
-    def step(i: int, generator: torch.Generator) -> Numbers:
+    def step(i: int, generator: torch.Generator) -> Metrics:
         dice = torch.Generator().manual_seed(generator.initial_seed())
         return piece(generator, 1 + int(torch.randint(len(entries) - 2, (), generator=dice)))
 

@@ -1,6 +1,6 @@
 """One training loop (paper Sec. 4; spec 5).
 
-A stage (see `stages`) is a function `step(i, generator) -> numbers`; a `Player` is a model with its optimiser and its
+A stage (see `stages`) is a function `step(i, generator) -> numbers`; a `Learner` is a model with its optimiser and its
 average. All randomness of step i comes from (seed, i), so a killed run that resumes ends where an unbroken one does.
 """
 
@@ -22,16 +22,16 @@ from omniforcing_lib import losses
 from omniforcing_lib.blocks import Block
 from omniforcing_lib.flow import ONES
 from omniforcing_lib.layout import AV
-from omniforcing_lib.training import journal
-from omniforcing_lib.training.distributed import ALONE, PATIENCE_S, UNHURRIED_S, Part, Team, local
+from omniforcing_lib.training import run_folder
+from omniforcing_lib.training.distributed import ALONE, PATIENCE_S, UNHURRIED_S, DistributedContext, MicroBatch, local
 from omniforcing_lib.transformer import Transformer
 
-Numbers = dict[str, float | Tensor]
-Step = Callable[[int, torch.Generator], Numbers]
+Metrics = dict[str, float | Tensor]
+Step = Callable[[int, torch.Generator], Metrics]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class OptimConfig:
     """Say how one player learns.
 
     Attributes:
@@ -71,7 +71,7 @@ class Recipe:
         return self.lr * warm * (self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2)
 
 
-class Player:
+class Learner:
     """A model that learns: fp32 weights, AdamW, gradient clipping, and an exponential average.
 
     Args:
@@ -80,13 +80,13 @@ class Player:
         team: the processes that train it together.
     """
 
-    def __init__(self, model: Transformer, recipe: Recipe, team: Team = ALONE) -> None:
+    def __init__(self, model: Transformer, recipe: OptimConfig, team: DistributedContext = ALONE) -> None:
         self.model = team.shard(model, amp=recipe.amp).train().requires_grad_(True)
         self.recipe, self.team = recipe, team
         self._skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self.average = None
         if recipe.ema:
-            copied = team.twin(model) if team.mesh else copy.deepcopy(model)
+            copied = team.clone_sharded(model) if team.mesh else copy.deepcopy(model)
             self.average = copied.eval().requires_grad_(False)
         self._blend = get_ema_multi_avg_fn(recipe.ema)
         if recipe.recompute:
@@ -146,9 +146,9 @@ class Player:
         self,
         batch: int,
         generator: torch.Generator,
-        terms: Callable[[Part], Numbers],
+        terms: Callable[[MicroBatch], Metrics],
         weights: AV[float] = ONES,
-    ) -> Numbers:
+    ) -> Metrics:
         """Take one step down a batch, part by part; return its sums and the gradient `norm`.
 
         `terms` gives what a part adds to the numbers of the batch; `video` and `audio` are its losses. Every part
@@ -255,7 +255,7 @@ def _recompute(block: Block) -> None:
 
 @dataclass
 class History:
-    """Numbers of every step that ran now, by name.
+    """Metrics of every step that ran now, by name.
 
     Attributes:
         numbers: by name.
@@ -267,7 +267,7 @@ class History:
     done: int = 0
     changes: list[str] = field(default_factory=list)
 
-    def add(self, numbers: Numbers) -> None:
+    def add(self, numbers: Metrics) -> None:
         """Append one step."""
         for name, value in numbers.items():
             self.numbers.setdefault(name, []).append(value)
@@ -280,7 +280,7 @@ class History:
 
 def fit(
     step: Step,
-    players: Mapping[str, Player],
+    players: Mapping[str, Learner],
     steps: int,
     *,
     seed: int = 0,
@@ -303,13 +303,13 @@ def fit(
 
     Raises:
         ValueError: another run has the folder, or its state is damaged, or of another seed or other settings.
-        Diverged: `give_up` steps in a row changed nothing, see `Recipe.limit`; their numbers are in the folder.
+        Diverged: `give_up` steps in a row changed nothing, see `OptimConfig.limit`; their numbers are in the folder.
     """
     first, history, bad = next(iter(players.values())), History(), []
     team, generator = first.team, torch.Generator(first.device)
     plan = {"steps": steps, "every": every}
-    with journal.opened(folder, players, seed, team, settings=settings, plan=plan) as book:
-        start, shown = book.resume(), progress and team.leads
+    with run_folder.opened(folder, players, seed, team, settings=settings, plan=plan) as book:
+        start, shown = book.resume(), progress and team.is_main
         history.done, history.changes = start, book.changes
         look = {"initial": start, "total": steps, "disable": not shown, "leave": leave, "mininterval": 1.0}
         bar = tqdm(range(start, steps), desc=label, **look)
@@ -333,12 +333,12 @@ def fit(
                 raise book.diverged(bad)
             if told:
                 print(f"{label}: told to end after step {i + 1}; the same command goes on from there", flush=True)
-                raise SystemExit(journal.SIGTERM_CODE)
+                raise SystemExit(run_folder.SIGTERM_CODE)
             if ended:
                 break
             if i == start:
-                team.hurry(PATIENCE_S)
-        team.hurry(UNHURRIED_S)
+                team.set_timeout(PATIENCE_S)
+        team.set_timeout(UNHURRIED_S)
     return history
 
 

@@ -29,17 +29,17 @@ from tqdm import tqdm
 from watch import write
 
 from omniforcing_lib import __main__ as command_line
+from omniforcing_lib import media
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import MINIATURE
 from omniforcing_lib.layout import AV, PAPER
-from omniforcing_lib.live.stream import Streamer
-from omniforcing_lib.pages import media
-from omniforcing_lib.rollout import Causal
+from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.stream import Streamer
 from omniforcing_lib.transformer import Transformer
-from omniforcing_lib.weights import checkpoints
 
 LONGEST_MESSAGE = 1000
 SECONDS_EACH = 20  # of computing: no input may hold the reader longer
@@ -86,7 +86,7 @@ class Targets:
 
     def __post_init__(self) -> None:
         torch.manual_seed(0)
-        causal = Causal(PAPER, steps=(1000, 500, 0), window=1)
+        causal = RolloutConfig(PAPER, steps=(1000, 500, 0), window=1)
         self.model = Transformer(TINY.with_sinks(PAPER.sinks)).eval().requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.data = torch.randn(parameter.shape) * 0.3
@@ -97,9 +97,9 @@ class Targets:
         small = {"hidden": 8, "oscillators": 5, "windows": (160,), "per_frame": 4, "mixed": 8}
         codec = TinyCodec(CodecConfig(size=8, patch=4, channels=AV(3, 5), encoder=(4,), decoder=(4, 4), **small)).eval()
         self.stream = Streamer(self.model, causal, codec, TinyText(channels=8), "a red ball, bell")
-        self.twin = Streamer(self.model, causal, codec, TinyText(channels=8), "a red ball, bell")
+        self.clone_sharded = Streamer(self.model, causal, codec, TinyText(channels=8), "a red ball, bell")
         for _ in range(3):
-            self.stream.step(), self.twin.step()
+            self.stream.step(), self.clone_sharded.step()
         self.state = self.stream.save(self.folder / "stream.safetensors").read_bytes()
         self.inside = self.folder / "inside"
         self.inside.mkdir()
@@ -155,10 +155,10 @@ class Targets:
         path.write_bytes(attacks.stream_state(dice, self.state))
         if not refused(lambda: self.stream.resume(path)):
             self.stream.step()
-            self.twin.resume(self.folder / "stream.safetensors")
+            self.clone_sharded.resume(self.folder / "stream.safetensors")
             self.stream.resume(self.folder / "stream.safetensors")
             return False
-        mine, its = self.stream.step(), self.twin.step()
+        mine, its = self.stream.step(), self.clone_sharded.step()
         if not (np.array_equal(mine.frames, its.frames) and np.array_equal(mine.samples, its.samples)):
             raise Broken("a refused state changed the stream")
         return True

@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 from watch import Watch, write
 
+from omniforcing_lib import stream
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import Clock
-from omniforcing_lib.live import stream
-from omniforcing_lib.weights import checkpoints
+from omniforcing_lib.ltx2 import checkpoints
 
 PROMPT_EVERY = 60  # blocks
 

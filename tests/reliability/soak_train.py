@@ -15,9 +15,8 @@ from unittest.mock import patch
 import torch
 from watch import Watch, write
 
-from omniforcing_lib.lab import recipes
-from omniforcing_lib.training import train
-from omniforcing_lib.weights import checkpoints
+from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.training import recipes, train
 
 
 def soak(minutes: float, batch: int, seconds: int, seed: int, every: float, checkpoint: int) -> dict[str, object]:
@@ -36,7 +35,7 @@ def soak(minutes: float, batch: int, seconds: int, seed: int, every: float, chec
             steps=10**7,
             batch=batch,
             seconds=seconds,
-            job=recipes.Job(seed=seed, folder=str(folder), minutes=minutes, score=0),
+            job=recipes.TrainConfig(seed=seed, folder=str(folder), minutes=minutes, score=0),
         )
         left = sorted(path.name for path in folder.rglob("*") if path.is_file())
         parameters = sum(p.numel() for p in checkpoints.load(out).parameters())

@@ -10,7 +10,7 @@ from statistics import median
 import psutil
 
 from omniforcing_lib import files
-from omniforcing_lib.pages import origins
+from series import origins
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports" / "reliability"
 FLAT = 1.02  # memory at the end over memory once it has settled

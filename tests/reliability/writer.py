@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from omniforcing_lib import files
+from omniforcing_lib import files, media
 from omniforcing_lib.layout import AV
-from omniforcing_lib.pages import media
 
 
 def tensors(path: Path, version: int) -> None:
@@ -70,7 +69,7 @@ def write_for_ever(path: Path, told: Connection) -> None:
 def forks() -> multiprocessing.context.BaseContext:
     """Give processes that start quickly: torch is imported once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "safetensors.torch", "omniforcing_lib.pages.media"])
+    context.set_forkserver_preload(["torch", "safetensors.torch", "omniforcing_lib.media"])
     return context
 
 

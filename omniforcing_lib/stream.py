@@ -1,0 +1,363 @@
+"""Stream a student: blocks become frames and samples as they come, for as long as anyone watches (paper Sec. 3.4).
+
+The `Streamer` is the only stateful object a user meets. Its noise comes from (seed, block), so the same seed gives the
+same stream, whole or cut.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from omniforcing_lib.bounce.codecs import Codec, TinyCodec, load_codec
+from omniforcing_lib.bounce.text import TextEncoder, TinyText
+from omniforcing_lib.files import write_tensors
+from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
+from omniforcing_lib.layout import AV
+from omniforcing_lib.ltx2 import checkpoints, safetensors_io
+from omniforcing_lib.rollout import Noise, RolloutConfig, new_cache, next_block, seeded_noise
+from omniforcing_lib.transformer import Transformer
+
+GRAIN = 32_768
+"""Metrics up to which PyTorch leaves a loop to one thread; below, waking a second one costs more than it saves."""
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Run on `count` threads, None for all there are, and go back to as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class LatentChunk(NamedTuple):
+    """Latents of a block, not decoded yet, and what was asked for."""
+
+    latents: AV[Tensor]
+    prompt: str
+
+
+class Chunk(NamedTuple):
+    """One block as a viewer gets it.
+
+    Shapes: frames uint8 [F, H, W, 3], samples float32 [N] mono or [N, 2] stereo.
+    """
+
+    frames: np.ndarray
+    samples: np.ndarray
+    start_s: float
+    prompt: str
+
+
+@dataclass
+class Streamer:
+    """Yield one chunk a block, without end; `with` frees its caches at the end.
+
+    A block whose activations are fewer numbers than `GRAIN` is made on one thread, a larger one on all.
+
+    Args:
+        model: a causal student.
+        causal: its blocks, steps and window.
+        codec: decodes both streams with carried state.
+        text: encodes prompts.
+        prompt: what to show; change it with `set_prompt`.
+        seed: of all noise.
+        ahead: make the next block in a thread while this one is decoded and shown; a new prompt then shows a block
+            later. Nothing is made beyond that block, so a consumer that is slow, or gone, holds no more than that.
+    """
+
+    model: Transformer
+    causal: RolloutConfig
+    codec: Codec
+    text: TextEncoder
+    prompt: str
+    seed: int = 0
+    ahead: bool = False
+    block: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._cache = new_cache(self.model, self.causal, self.codec.grid, batch=1)
+        self._decoder = self.codec.start()
+        self._maker = ThreadPoolExecutor(1, "blocks") if self.ahead else None
+        self._coming: Future[LatentChunk] | None = None
+        self._kept: dict[int, AV[Tensor]] = {}
+        self._made, self._last = 0, math.inf
+        tokens = len(self.causal.layout.block(1).video) * math.prod(self.codec.grid)
+        self._threads = 1 if tokens * self.model.config.video_dim < GRAIN else None
+        self.set_prompt(self.prompt)
+
+    def __enter__(self) -> Streamer:
+        self._check_open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._maker:
+            self._maker.shutdown()
+        self._cache = self._coming = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while self._cache is not None:
+            yield self.step()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values held."""
+        return self._cache.nbytes if self._cache else 0
+
+    def set_prompt(self, prompt: str, *, recache: bool = False) -> None:
+        """Follow another prompt from the next block that is not begun; unknown words raise ValueError.
+
+        With `recache` the window is remembered anew under the new prompt, which costs a pass for each of its blocks.
+        """
+        self._check_open()
+        weight = self.model.proj_out.weight
+        context = self.text.encode([prompt], weight.device, weight.dtype)
+        self._settle()
+        if recache and self._made:
+            with torch.inference_mode(), threads(self._threads):
+                past = self._cache, context, self._noise, self._made, self._kept
+                recache(self.model, self.causal, *past)
+        self._cache.forget_text()
+        self._context, self.prompt = context, prompt
+
+    @torch.inference_mode()
+    def step(self) -> Chunk:
+        """Decode the next block, generated now or ahead; RuntimeError once the stream is closed."""
+        self._check_open()
+        made = self._coming.result() if self._coming else self._make()
+        self._coming = self._maker.submit(self._make) if self._maker and self._made < self._last else None
+        start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
+        with threads(self._threads):
+            clip = to_arrays(self.codec.decode(made.latents, self._decoder))
+        self.block += 1
+        return Chunk(clip.video, clip.audio, start_s, made.prompt)
+
+    @torch.inference_mode()
+    def finish(self) -> Chunk | None:
+        """Give what a codec that looks ahead still owes of the blocks so far; None where it owes nothing."""
+        start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
+        rest = self.codec.finish(self._decoder)
+        return None if rest is None else Chunk(*to_arrays(rest), start_s, self.prompt)
+
+    def clip(self, seconds: int) -> Iterator[AV[np.ndarray]]:
+        """Yield the first whole `seconds` of a new stream as they come; no block is made that is not among them.
+
+        Shapes: AV(uint8 [F, H, W, 3], float32 [N] or [N, 2]), together those of `make_clip`.
+        """
+        wanted, clock = self.codec.clock.latents(seconds), self.codec.clock
+        left = AV(clock.frames(range(wanted.video)).stop, clock.samples(range(wanted.audio)).stop)
+        self._last = self.causal.layout.count(wanted.video)
+        for k in range(self._last + 1):
+            if chunk := self.step() if k < self._last else self.finish():
+                piece = AV(chunk.frames, chunk.samples).map(lambda x, n: x[:n], left)
+                left = left.map(lambda n, x: n - len(x), piece)
+                yield piece
+
+    @torch.inference_mode()
+    def _make(self) -> LatentChunk:
+        k, prompt = self._made, self.prompt
+        before = self._kept.get(k - 1)
+        with threads(self._threads):
+            made = next_block(self.model, self.causal, self._cache, self._context, self._noise, k, before)
+        latents = made.map(Tensor.contiguous)
+        self._kept = {i: self._kept[i] for i in self._numbers(k + 1) if i < k} | {k: latents}
+        self._made += 1
+        return LatentChunk(latents, prompt)
+
+    @property
+    def _noise(self) -> Noise:
+        return seeded_noise([self.seed], self.model.proj_out.weight)
+
+    def _numbers(self, made: int) -> list[int]:
+        """Number the blocks whose latents are kept once `made` are made: block 0 and the window."""
+        return [*dict.fromkeys((0, *range(max(1, made - max(1, self.causal.window)), made)))]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Store where the stream stands, atomically: `resume` goes on with the same bits."""
+        self._settle()
+        if not self._made:
+            raise ValueError("nothing to save before the first block; step once")
+        video, audio = (torch.cat(parts, dim=1) for parts in zip(*self._kept.values(), strict=True))
+        tensors = {**self._cache.tensors(), **self._decoder.tensors(), "video": video, "audio": audio}
+        coming = self._coming.result().prompt if self._coming else None
+        said = {"prompt": self.prompt, "seed": self.seed, "block": self.block, "coming": coming}
+        return write_tensors(path, tensors, {"stream": json.dumps(said | {"restarted": self._cache.restarted})})
+
+    def resume(self, path: str | os.PathLike[str]) -> None:
+        """Go on where `save` left a stream of the same model, blocks and window; seed and prompt come with it.
+
+        Raises:
+            ValueError: the file is damaged or of another stream; this one then stays as it was.
+        """
+        self._check_open()
+        self._settle()
+        said, tensors = _stored(Path(path))
+        made, device = said["block"] + (said["coming"] is not None), self.model.proj_out.weight.device
+        kept = self._unpacked(self._numbers(made), tensors)
+        try:
+            decoder = type(self._decoder).from_tensors(tensors, device)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} holds no decoder's state: {error}") from error
+        self.text.encode([said["prompt"]])
+        self._cache.fill(tensors)
+        self.seed, self.block, self._made, self._kept, self._decoder = said["seed"], said["block"], made, kept, decoder
+        self._cache.restarted = said["restarted"]
+        self._cache.open(made - 1)
+        self._coming = None
+        if said["coming"] is not None:
+            self._coming = Future()
+            self._coming.set_result(LatentChunk(kept[made - 1], said["coming"]))
+        self.set_prompt(said["prompt"])
+
+    def _unpacked(self, numbers: list[int], tensors: Mapping[str, Tensor]) -> dict[int, AV[Tensor]]:
+        """Cut stored latents into blocks; ValueError where they are not those of these blocks."""
+        config, device = self.model.config, self.model.proj_out.weight.device
+        sizes = AV(*zip(*(self.causal.layout.block(i).map(len) for i in numbers), strict=True))
+        shapes = AV(
+            (sum(sizes.video), *self.codec.grid, config.in_channels), (sum(sizes.audio), config.audio_in_channels)
+        )
+        for name, shape in zip(AV._fields, shapes, strict=True):
+            found = list(tensors[name].shape) if name in tensors else None
+            if found != [1, *shape]:
+                raise ValueError(f"{name} latents are {[1, *shape]} here, {found} there; use the same model and window")
+        parts = sizes.map(lambda n, x: x.to(device).split(n, dim=1), AV(tensors["video"], tensors["audio"]))
+        # copies: where a tensor lies in memory, and its strides, change the last bits of a product
+        return {i: AV(*block).map(Tensor.clone) for i, *block in zip(numbers, *parts, strict=True)}
+
+    def _settle(self) -> None:
+        """Wait for the block in the making."""
+        if self._coming:
+            wait([self._coming])
+
+    def _check_open(self) -> None:
+        if self._cache is None:
+            raise RuntimeError("this Streamer was closed; make a new one")
+
+
+def _stored(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Read what `Streamer.save` wrote; ValueError where it cannot be that."""
+    text = safetensors_io.one_file(path).metadata.get("stream", "null")
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        said = None
+    match said:
+        case {"prompt": str(), "seed": int(seed), "block": int(block), "restarted": int(back), "coming": str() | None}:
+            if 0 <= seed < 2**63 and 0 <= back <= block < 2**40 and block:
+                tensors = load_file(path)
+                if odd := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+                    raise ValueError(f"{path}: {odd[0]} holds values that are not finite")
+                return said, tensors
+    raise ValueError(f"{path} holds no stream that `save` stored, but says {text[:80]!r}; name another file")
+
+
+def to_arrays(clip: AV[Tensor]) -> AV[np.ndarray]:
+    """Turn the first decoded clip of a batch into frames and samples.
+
+    Shapes: AV([B, F, H, W, 3], [B, N] or [B, N, 2]) in [-1, 1] to AV(uint8 [F, H, W, 3], float32 [N] or [N, 2]).
+    """
+    # one half more, and the cast to whole numbers rounds; a decoder has clamped already
+    frames = (clip.video[0] * 127.5).add_(128).to(torch.uint8)
+    return AV(frames.cpu().numpy(), clip.audio[0].float().cpu().numpy())
+
+
+def to_clips(clip: AV[Tensor]) -> list[AV[np.ndarray]]:
+    """Turn a decoded batch into clips."""
+    return [to_arrays(clip.map(lambda x, i=i: x[i : i + 1])) for i in range(len(clip.video))]
+
+
+def shipped_codec(device: str | torch.device = "cpu") -> TinyCodec:
+    """Load the codec of the miniature."""
+    return load_codec(checkpoints.DATA / "codec.safetensors", device)
+
+
+MINIATURE_CFG = Guidance(cfg=AV(3.0, 3.0))
+"""Guidance of the miniature's real score and ODE pairs: CFG alone, as the paper's."""
+
+MINIATURE_GUIDANCE = Guidance(cfg=AV(3.0, 3.0), rescale=AV(0.7, 0.7))
+"""Guidance of the miniature teacher (LOG.md says how it was chosen)."""
+
+
+@torch.inference_mode()
+def teacher_clips(
+    model: Transformer,
+    codec: Codec,
+    prompts: list[str],
+    seeds: list[int],
+    seconds: int,
+    *,
+    steps: int = 40,
+    guidance: Guidance = MINIATURE_GUIDANCE,
+    text: TextEncoder | None = None,
+) -> list[AV[np.ndarray]]:
+    """Sample clips with the guided bidirectional teacher, one a prompt and seed, as one batch."""
+    weight, latents = model.proj_out.weight, codec.clock.latents(seconds)
+    shapes = AV((latents.video, *codec.grid, model.config.in_channels), (latents.audio, model.config.audio_in_channels))
+    context = (text or TinyText()).encode([*prompts, ""], weight.device, weight.dtype)
+    negative = context.map(lambda t: t[-1:])
+    noise = block_noise(seeds, 0, shapes).map(lambda x: x.to(weight.device))
+    denoise = guided_denoiser(model, context.map(lambda t: t[:-1]), negative, guidance)
+    with tqdm(total=steps, desc=f"sampling {len(prompts)} clips", unit="step", delay=2, leave=False) as bar:
+        ends = euler(denoise, noise, ltx2_sigmas(steps), lambda i, _: bar.update(i - bar.n))
+    return to_clips(codec.decode(ends))
+
+
+def clip_pieces(
+    model: Transformer,
+    causal: RolloutConfig | None,
+    codec: Codec,
+    text: TextEncoder,
+    prompt: str,
+    seconds: int,
+    seed: int,
+    *,
+    steps: int = 40,
+    guidance: Guidance = MINIATURE_GUIDANCE,
+) -> Iterator[AV[np.ndarray]]:
+    """Make one clip piece by piece, a block ahead, where the model is `causal`; in one piece where that is None.
+
+    Shapes: as those of `make_clip`, together.
+    """
+    if seconds < 1:
+        raise ValueError(f"a clip lasts 1 second or more, found {seconds}")
+    if causal is None:
+        yield from teacher_clips(model, codec, [prompt], [seed], seconds, steps=steps, guidance=guidance, text=text)
+        return
+    with Streamer(model, causal, codec, text, prompt, seed, ahead=True) as stream:
+        yield from stream.clip(seconds)
+
+
+def make_clip(
+    model: Transformer,
+    causal: RolloutConfig | None,
+    codec: Codec,
+    text: TextEncoder,
+    prompt: str,
+    seconds: int,
+    seed: int,
+    *,
+    steps: int = 40,
+    guidance: Guidance = MINIATURE_GUIDANCE,
+) -> AV[np.ndarray]:
+    """Make one clip whole: streamed by a causal student, sampled by a teacher in `steps` under `guidance`.
+
+    Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples a second.
+    """
+    pieces = clip_pieces(model, causal, codec, text, prompt, seconds, seed, steps=steps, guidance=guidance)
+    return AV(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))

@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     from torch import Tensor
 
+DATA = Path(__file__).resolve().parents[1] / "data"
+"""Folder of the shipped miniature."""
 STALE_S = 3600.0  # a half-written file older than this whose writer is gone is rubbish
 
 

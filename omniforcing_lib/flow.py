@@ -157,6 +157,11 @@ class Guidance:
 
 LTX2_GUIDANCE = Guidance(AV(3.0, 7.0), AV(1.0, 1.0), AV(3.0, 3.0), AV(0.7, 0.7), frozenset({29}))
 DMD_GUIDANCE = Guidance(cfg=AV(3.0, 5.0))
+MINIATURE_CFG = Guidance(cfg=AV(3.0, 3.0))
+"""Guidance of the miniature's real score and ODE pairs: CFG alone, as the paper's."""
+
+MINIATURE_GUIDANCE = Guidance(cfg=AV(3.0, 3.0), rescale=AV(0.7, 0.7))
+"""Guidance of the miniature teacher (LOG.md says how it was chosen)."""
 
 
 def guide(

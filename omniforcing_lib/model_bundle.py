@@ -22,21 +22,21 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from omniforcing_lib import backends, files, stream
-from omniforcing_lib.bounce import world
+from omniforcing_lib import backends, files, safetensors_io
+from omniforcing_lib.bounce import codecs, world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
-from omniforcing_lib.bounce.codecs import Codec, DecodeState
-from omniforcing_lib.bounce.text import TextEncoder, TinyText
+from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import LTX2_GUIDANCE, Guidance, block_noise
+from omniforcing_lib.interfaces import Codec, DecodeState, TextEncoder
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.ltx2 import checkpoints, safetensors_io
+from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.ltx2.codec import LTX2Codec, LTX2DecodeState, load_ltx2_codec
 from omniforcing_lib.ltx2.gemma import GemmaText, user_cache
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.stream import MINIATURE_GUIDANCE
 from omniforcing_lib.training.dataset import Prompts, latent_shapes
-from omniforcing_lib.transformer import Transformer
+from omniforcing_lib.transformer import Transformer, fresh_sinks
 from studies import anatomy, cost
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def of(
     checkpoint, kind = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
     fits = checkpoint.config.in_channels == CodecConfig().channels.video
     if checkpoint.metadata.get("model_version") == "miniature" and fits:
-        codec, says = stream.shipped_codec(device), "the miniature: its codec and its world, whose truth is known"
+        codec, says = codecs.shipped_codec(device), "the miniature: its codec and its world, whose truth is known"
         return ModelBundle(source, codec, TinyText(), tuple(world.prompts()), MINIATURE_GUIDANCE, True, says, **kind)
     config, name = checkpoint.config, checkpoint.path.name
     encoder = gemma or next((str(path.parent) for path in _beside(checkpoint.path, "gemma*/config.json")), "")
@@ -340,7 +340,7 @@ def sharing(model: Transformer, sinks: int | None = None, changes: Mapping[str, 
         config = config.with_sinks(sinks)
         state.pop("audio_sink_tokens", None)
         if sinks:
-            state["audio_sink_tokens"] = checkpoints.fresh_sinks(config).to(model.proj_out.weight)
+            state["audio_sink_tokens"] = fresh_sinks(config).to(model.proj_out.weight)
     with torch.device("meta"):
         built = Transformer(config, model.clock)
     built.load_state_dict(state, strict=True, assign=True)

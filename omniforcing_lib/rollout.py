@@ -188,7 +188,7 @@ def update_cache(model: Transformer, cache: KVCache, text: AV[Tensor], context: 
     predict(model, context, sigma, text, cache)
 
 
-def recache(
+def recache_window(
     model: Transformer,
     causal: RolloutConfig,
     cache: KVCache,

@@ -22,17 +22,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib.bounce.codecs import Codec, TinyCodec, load_codec
-from omniforcing_lib.bounce.text import TextEncoder, TinyText
+from omniforcing_lib import safetensors_io
 from omniforcing_lib.files import write_tensors
-from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
+from omniforcing_lib.flow import MINIATURE_GUIDANCE, Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
+from omniforcing_lib.interfaces import Codec, TextEncoder
 from omniforcing_lib.layout import AV
-from omniforcing_lib.ltx2 import checkpoints, safetensors_io
-from omniforcing_lib.rollout import Noise, RolloutConfig, new_cache, next_block, seeded_noise
+from omniforcing_lib.rollout import Noise, RolloutConfig, new_cache, next_block, recache_window, seeded_noise
 from omniforcing_lib.transformer import Transformer
 
 GRAIN = 32_768
-"""Metrics up to which PyTorch leaves a loop to one thread; below, waking a second one costs more than it saves."""
+"""Numbers up to which PyTorch leaves a loop to one thread; below, waking a second one costs more than it saves."""
 
 
 @contextmanager
@@ -132,7 +131,7 @@ class Streamer:
         if recache and self._made:
             with torch.inference_mode(), threads(self._threads):
                 past = self._cache, context, self._noise, self._made, self._kept
-                recache(self.model, self.causal, *past)
+                recache_window(self.model, self.causal, *past)
         self._cache.forget_text()
         self._context, self.prompt = context, prompt
 
@@ -282,34 +281,22 @@ def to_clips(clip: AV[Tensor]) -> list[AV[np.ndarray]]:
     return [to_arrays(clip.map(lambda x, i=i: x[i : i + 1])) for i in range(len(clip.video))]
 
 
-def shipped_codec(device: str | torch.device = "cpu") -> TinyCodec:
-    """Load the codec of the miniature."""
-    return load_codec(checkpoints.DATA / "codec.safetensors", device)
-
-
-MINIATURE_CFG = Guidance(cfg=AV(3.0, 3.0))
-"""Guidance of the miniature's real score and ODE pairs: CFG alone, as the paper's."""
-
-MINIATURE_GUIDANCE = Guidance(cfg=AV(3.0, 3.0), rescale=AV(0.7, 0.7))
-"""Guidance of the miniature teacher (LOG.md says how it was chosen)."""
-
-
 @torch.inference_mode()
 def teacher_clips(
     model: Transformer,
     codec: Codec,
+    text: TextEncoder,
     prompts: list[str],
     seeds: list[int],
     seconds: int,
     *,
     steps: int = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
-    text: TextEncoder | None = None,
 ) -> list[AV[np.ndarray]]:
     """Sample clips with the guided bidirectional teacher, one a prompt and seed, as one batch."""
     weight, latents = model.proj_out.weight, codec.clock.latents(seconds)
     shapes = AV((latents.video, *codec.grid, model.config.in_channels), (latents.audio, model.config.audio_in_channels))
-    context = (text or TinyText()).encode([*prompts, ""], weight.device, weight.dtype)
+    context = text.encode([*prompts, ""], weight.device, weight.dtype)
     negative = context.map(lambda t: t[-1:])
     noise = block_noise(seeds, 0, shapes).map(lambda x: x.to(weight.device))
     denoise = guided_denoiser(model, context.map(lambda t: t[:-1]), negative, guidance)
@@ -337,7 +324,7 @@ def clip_pieces(
     if seconds < 1:
         raise ValueError(f"a clip lasts 1 second or more, found {seconds}")
     if causal is None:
-        yield from teacher_clips(model, codec, [prompt], [seed], seconds, steps=steps, guidance=guidance, text=text)
+        yield from teacher_clips(model, codec, text, [prompt], [seed], seconds, steps=steps, guidance=guidance)
         return
     with Streamer(model, causal, codec, text, prompt, seed, ahead=True) as stream:
         yield from stream.clip(seconds)

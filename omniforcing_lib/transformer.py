@@ -230,6 +230,12 @@ def _rows(sigma: Tensor | float | tuple[float, ...], device: torch.device) -> Te
     return torch.full((1, 1), sigma, device=device)
 
 
+def fresh_sinks(config: ModelConfig) -> Tensor:
+    """Draw sink tokens for a model that has none yet, the same ones every time. Shapes: float32 [1, sinks, width]."""
+    shape = (1, config.num_audio_sink_tokens, config.audio_dim)
+    return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 def initialise(model: Transformer, generator: torch.Generator) -> Transformer:
     """Draw weights for training from nothing: residual branches and output start at zero (adaLN-zero)."""
     for name, parameter in model.named_parameters():

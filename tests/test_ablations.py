@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib import stream
-from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce import codecs, world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.ltx2 import checkpoints
@@ -26,7 +25,7 @@ CAUSAL = RolloutConfig(PAPER)
 
 @pytest.fixture(scope="module")
 def codec():
-    return stream.shipped_codec()
+    return codecs.shipped_codec()
 
 
 @pytest.fixture(scope="module")

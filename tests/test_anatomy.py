@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib import stream
-from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce import codecs, world
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import checkpoints
@@ -18,7 +17,7 @@ CLOCK = Clock()
 
 @pytest.fixture(scope="module")
 def codec():
-    return stream.shipped_codec()
+    return codecs.shipped_codec()
 
 
 @pytest.mark.parametrize("config", [MINIATURE.with_sinks(16), ModelConfig()], ids=["miniature", "19B"])

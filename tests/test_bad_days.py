@@ -184,7 +184,7 @@ from omniforcing_lib.bounce import text
 from omniforcing_lib.ltx2 import checkpoints
 torch.set_num_threads(1)
 causal = checkpoints.read("student").causal
-student, codec = checkpoints.load("student"), stream.shipped_codec()
+student, codec = checkpoints.load("student"), codecs.shipped_codec()
 live = stream.Streamer(student, causal, codec, text.TinyText(), "a red ball, bell", 7)
 digest = hashlib.sha256()
 for chunk in islice(live, 3):

@@ -165,7 +165,7 @@ def test_shipped_files_fit_their_own_config(name):
 def test_shipped_files_are_the_ones_that_are_described():
     import hashlib
 
-    lines = (checkpoints.DATA / "SHA256SUMS").read_text().split()
+    lines = (files.DATA / "SHA256SUMS").read_text().split()
     expected = dict(zip(lines[1::2], lines[::2], strict=True))
-    files = sorted(checkpoints.DATA.glob("*.safetensors"))
-    assert {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files} == expected
+    shipped = sorted(files.DATA.glob("*.safetensors"))
+    assert {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in shipped} == expected

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from omniforcing_lib.bounce import world
-from omniforcing_lib.bounce.codecs import DecodeState, EncodeState, TinyCodec, load_codec, save_codec
+from omniforcing_lib.bounce.codecs import EncodeState, TinyCodec, load_codec, save_codec
 from omniforcing_lib.bounce.train_codec import measure, train_codec, true_knots
+from omniforcing_lib.interfaces import DecodeState
 from omniforcing_lib.layout import AV, Clock
 
 FILE = Path(__file__).parents[1] / "data" / "codec.safetensors"

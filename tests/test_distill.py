@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib import stream
-from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce import codecs, world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
@@ -54,7 +53,7 @@ def test_gradients_flow_through_the_exit_step_alone(prompts, exit_step):
 def test_the_loss_of_a_state_that_is_known_is_its_distance(prompts):
     """A model that predicts no velocity leaves states as they are: its loss is how far they are from the end."""
     causal = checkpoints.read("stage2").causal
-    pairs = distill.teacher_pairs("", stream.shipped_codec(), prompts, causal, 4)
+    pairs = distill.teacher_pairs("", codecs.shipped_codec(), prompts, causal, 4)
     model = checkpoints.load("teacher", sinks=16)
     for name in ("proj_out", "audio_proj_out"):
         for p in getattr(model, name).parameters():
@@ -66,7 +65,7 @@ def test_the_loss_of_a_state_that_is_known_is_its_distance(prompts):
 
 def test_more_pairs_than_are_stored_are_the_stored_ones_and_fresh_ones(prompts, monkeypatch):
     """The prompts go on in turn, and no noise is drawn twice."""
-    causal, codec = checkpoints.read("stage2").causal, stream.shipped_codec()
+    causal, codec = checkpoints.read("stage2").causal, codecs.shipped_codec()
     stored = distill.teacher_pairs("", codec, prompts, causal, 90)
 
     def fresh(teacher, prompts, guidance, steps, seeds, *, first, **how):
@@ -83,13 +82,13 @@ def test_more_pairs_than_are_stored_are_the_stored_ones_and_fresh_ones(prompts, 
 def test_stored_pairs_of_other_levels_are_refused(prompts):
     causal = replace(checkpoints.read("stage2").causal, steps=(1000, 909, 725, 421, 0))
     with pytest.raises(ValueError, match="stored pairs keep"):
-        distill.teacher_pairs("", stream.shipped_codec(), prompts, causal, 4)
+        distill.teacher_pairs("", codecs.shipped_codec(), prompts, causal, 4)
 
 
 def test_stored_pairs_of_other_prompts_are_refused(prompts):
     turned = Prompts.of(TinyText(), prompts.names[::-1])
     with pytest.raises(ValueError, match="stored pairs were made under other settings: prompts"):
-        distill.teacher_pairs("teacher", stream.shipped_codec(), turned, checkpoints.read("stage2").causal, 4)
+        distill.teacher_pairs("teacher", codecs.shipped_codec(), turned, checkpoints.read("stage2").causal, 4)
 
 
 def test_a_course_rises_and_falls_as_its_numbers():

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib import stream
-from omniforcing_lib.bounce import evaluate, world
+from omniforcing_lib.bounce import codecs, evaluate, world
 from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.ltx2 import checkpoints
 from studies import exposure_bias, protocol
@@ -20,7 +19,7 @@ SECONDS = 4
 
 @pytest.fixture(scope="module")
 def codec():
-    return stream.shipped_codec()
+    return codecs.shipped_codec()
 
 
 @pytest.fixture(scope="module")

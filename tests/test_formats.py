@@ -15,6 +15,7 @@ from test_transformer import distance
 
 from omniforcing_lib import stream
 from omniforcing_lib.__main__ import main
+from omniforcing_lib.bounce import codecs
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_json
@@ -194,7 +195,7 @@ def test_a_release_is_run_as_it_was_trained(prefix, tmp_path):
 def test_a_release_streams(tmp_path):
     """Straight from the file: a second and a frame in the first chunk of the released layout, then a second each."""
     student, causal = checkpoints.load(released(tmp_path, "model.")), checkpoints.read(tmp_path).causal
-    with stream.Streamer(student, causal, stream.shipped_codec(), TinyText(), "a red ball, bell") as live:
+    with stream.Streamer(student, causal, codecs.shipped_codec(), TinyText(), "a red ball, bell") as live:
         chunks = list(islice(live, 3))
     assert [len(chunk.frames) for chunk in chunks] == [25, 24, 24]
     assert all(np.isfinite(chunk.samples).all() for chunk in chunks)

@@ -13,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from omniforcing_lib.__main__ import main
+from omniforcing_lib.bounce import codecs
 from series import profiles
 
 ROOT = Path(__file__).parents[1]
@@ -171,7 +172,7 @@ def test_generate_writes_each_block_before_the_one_after_the_next_is_made(tmp_pa
     assert main([*given, str(tmp_path / "clip.mp4")]) == 0
     assert all(seen[:k].count("made") - seen[:k].count("written") <= 2 for k in range(len(seen)))
     assert seen.count("made") == seen.count("written") == 3
-    parts = checkpoints.load("student"), checkpoints.read("student").causal, stream.shipped_codec(), text.TinyText()
+    parts = checkpoints.load("student"), checkpoints.read("student").causal, codecs.shipped_codec(), text.TinyText()
     whole = stream.make_clip(*parts, "a red ball, bell", 2, 5)
     expected = media.read_clip(media.write_clip(tmp_path / "whole.mp4", whole))
     for a, b in zip(media.read_clip(tmp_path / "clip.mp4"), expected, strict=True):

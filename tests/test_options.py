@@ -19,9 +19,8 @@ import synthetic
 import torch
 
 from omniforcing_lib import __main__ as cli
-from omniforcing_lib import backends, files
+from omniforcing_lib import backends, files, safetensors_io
 from omniforcing_lib.bounce import evaluate, world
-from omniforcing_lib.ltx2 import checkpoints, safetensors_io
 from series import report, runner
 from studies import ablations, protocol
 
@@ -171,7 +170,7 @@ def test_what_was_checked_is_as_it_was(tmp_path):
 def test_a_home_is_expanded_wherever_a_path_is_given(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "s.safetensors").symlink_to(checkpoints.DATA / "student.safetensors")
+    (tmp_path / "s.safetensors").symlink_to(files.DATA / "student.safetensors")
     assert cli.main(["render", "--seconds", "1", "--out", "~/real.mp4"]) == 0 and (tmp_path / "real.mp4").is_file()
     assert cli.main(["inspect", "~/s.safetensors"]) == 0 and "causal student" in capsys.readouterr().out
     assert runner._given(["student=~/s.safetensors"], "smoke") == {"student": str(tmp_path / "s.safetensors")}

@@ -8,7 +8,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from omniforcing_lib import files
-from omniforcing_lib.ltx2 import checkpoints
 from series import claims, origins, report
 
 HERE = dict(line.split()[::-1] for line in (origins.ROOT / "data" / "SHA256SUMS").read_text().splitlines())
@@ -96,8 +95,8 @@ def test_a_notebooks_record_names_all_that_it_judged(monkeypatch, tmp_path, teac
 
 
 def test_every_shard_of_a_checkpoint_is_named(tmp_path):
-    tensors, listing = load_file(checkpoints.DATA / "teacher.safetensors"), {}
-    with safe_open(checkpoints.DATA / "teacher.safetensors", "pt") as file:
+    tensors, listing = load_file(files.DATA / "teacher.safetensors"), {}
+    with safe_open(files.DATA / "teacher.safetensors", "pt") as file:
         metadata = file.metadata()
     for name, part in (("a.safetensors", sorted(tensors)[::2]), ("b.safetensors", sorted(tensors)[1::2])):
         files.write_tensors(tmp_path / name, {key: tensors[key] for key in part}, metadata)

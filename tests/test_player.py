@@ -198,7 +198,7 @@ from omniforcing_lib import stream
 from series import widgets
 from omniforcing_lib.ltx2 import checkpoints
 
-codec, causal = stream.shipped_codec(), checkpoints.read("student").causal
+codec, causal = codecs.shipped_codec(), checkpoints.read("student").causal
 live = stream.Streamer(checkpoints.load("student"), causal, codec, text.TinyText(), "a red ball, bell")
 widgets.Player(live)""",
     """import numpy as np

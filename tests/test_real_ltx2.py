@@ -140,7 +140,7 @@ def test_a_prompt_becomes_an_mp4(real, tmp_path):
     """The teacher's whole way, by hand and by `make_clip`, into a file that plays in stereo."""
     path, codec, encoder = real
     model = checkpoints.load(path)
-    (clip,) = teacher_clips(model, codec, [PROMPT], [0], 1, steps=2, guidance=GUIDANCE, text=encoder)
+    (clip,) = teacher_clips(model, codec, encoder, [PROMPT], [0], 1, steps=2, guidance=GUIDANCE)
     again = make_clip(model, None, codec, encoder, PROMPT, 1, 0, steps=2, guidance=GUIDANCE)
     assert all(np.array_equal(a, b) for a, b in zip(clip, again, strict=True))
     rate = codec.clock.sample_rate

@@ -262,7 +262,7 @@ def idle(monkeypatch, tmp_path):
     """Be in an empty folder, where nothing may be loaded or rendered."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("a model is loaded"))
-    monkeypatch.setattr(dataset, "world_clips", lambda *a, **k: pytest.fail("clips are rendered"))
+    monkeypatch.setattr(recipes, "world_clips", lambda *a, **k: pytest.fail("clips are rendered"))
     return tmp_path
 
 

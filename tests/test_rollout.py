@@ -17,7 +17,7 @@ from omniforcing_lib.rollout import (
     join,
     new_cache,
     next_block,
-    recache,
+    recache_window,
     rollout,
     seeded_noise,
     update_cache,
@@ -157,6 +157,6 @@ def test_a_restarted_cache_sees_a_clip_of_the_blocks_that_it_kept(way):
 
     plain, stale = block(window + 1, text, filled(short, text)), block(k, old, filled(kept, old))
     worn = filled(kept, old)
-    recache(model, causal, worn, text, noise, k, kept)
+    recache_window(model, causal, worn, text, noise, k, kept)
     assert distance(block(k, text, worn), plain) <= 5e-5
     assert distance(stale, plain) > 1e-3

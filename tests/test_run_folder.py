@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from test_train import CAUSAL, QUICK, draw, ode_stage, pairs, player, prompts, same
 
+from omniforcing_lib import files
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.files import write_tensors
@@ -282,7 +283,7 @@ def test_pairs_made_under_other_settings_are_refused_by_name(name, free_pairs, t
 
 
 def test_shipped_pairs_still_serve_and_say_what_is_not_known_of_them(capsys):
-    path, sizes = str(checkpoints.DATA / "ode_pairs.safetensors"), (90, AV(16, 126), (4, 4), (3.0, 3.0))
+    path, sizes = str(files.DATA / "ode_pairs.safetensors"), (90, AV(16, 126), (4, 4), (3.0, 3.0))
     assert (
         len(recipes.ode_pairs(path, "teacher", TrainConfig().contexts(), RolloutConfig(), *sizes, TrainConfig())) == 90
     )

@@ -1,4 +1,4 @@
-"""Metrics -> charts: lines, bars with intervals, ablations, times, rooflines. K blocks.
+"""Numbers -> charts: lines, bars with intervals, ablations, times, rooflines. K blocks.
 
 Every function takes plain arrays by name and gives a figure; names choose colours (`canvas.colours`).
 """

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from omniforcing_lib import files
 from omniforcing_lib.files import sha256
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ def _paths(name: str | Path) -> Iterable[Path]:
     from omniforcing_lib.ltx2 import checkpoints
 
     if name in SHIPPED:
-        return [checkpoints.DATA / f"{name}.safetensors"]
+        return [files.DATA / f"{name}.safetensors"]
     return sorted({entry.path for entry in checkpoints.read(name).entries.values()})
 
 

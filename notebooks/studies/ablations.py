@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniforcing_lib import stream
-from omniforcing_lib.bounce import distributions, evaluate, world
-from omniforcing_lib.bounce.codecs import DecodeState, TinyCodec
+from omniforcing_lib import files
+from omniforcing_lib.bounce import codecs, distributions, evaluate, world
+from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.flow import ONES, RELEASED_STEPS, noise_like, noised
+from omniforcing_lib.interfaces import DecodeState
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, fresh_noise, join, rollout
@@ -34,7 +35,7 @@ from omniforcing_lib.transformer import Transformer
 from series import origins, verdicts
 from studies import distill, exposure_bias, stored_runs
 
-STORED = checkpoints.DATA.parent / "reports" / "ablations"
+STORED = files.DATA.parent / "reports" / "ablations"
 CLIP_SECONDS = 5
 ODE_STEPS = 11
 """Steps of Stage 2 that take as long as one step of the student in Stage 3, with five of its critic."""
@@ -183,7 +184,7 @@ class _Bench:
 
     def __init__(self, teacher: str, budget: Budget) -> None:
         self.teacher, self.budget = teacher, budget
-        self.codec, self.causal = stream.shipped_codec(), checkpoints.read("stage2").causal
+        self.codec, self.causal = codecs.shipped_codec(), checkpoints.read("stage2").causal
         self.prompts = Prompts.of(TinyText(), world.prompts())
         self.pairs = distill.teacher_pairs(teacher, self.codec, self.prompts, self.causal, 90)
         self.names = [self.prompts.names[i % len(self.prompts.names)] for i in range(budget.clips)]

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from omniforcing_lib import files, media
-from omniforcing_lib.bounce.codecs import Codec
 from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.interfaces import Codec
 from omniforcing_lib.layout import AV, Clock
 
 LONGEST = 255  # bytes of a file's name

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from omniforcing_lib import losses, stream
-from omniforcing_lib.bounce import distributions, evaluate, variety, world
+from omniforcing_lib import files, losses
+from omniforcing_lib.bounce import codecs, distributions, evaluate, variety, world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.flow import Guidance
 from omniforcing_lib.layout import AV
@@ -28,7 +28,7 @@ from omniforcing_lib.transformer import Transformer
 from series import origins, verdicts
 from studies import distill, exposure_bias, protocol, stored_runs
 
-STORED = checkpoints.DATA.parent / "reports" / "cures"
+STORED = files.DATA.parent / "reports" / "cures"
 START = "stage2"
 
 
@@ -116,7 +116,7 @@ def run(
 
 
 def _treated(remedy: Remedy, budget: Budget, seed: int) -> Transformer:
-    start, causal, codec = checkpoints.load(START), checkpoints.read(START).causal, stream.shipped_codec()
+    start, causal, codec = checkpoints.load(START), checkpoints.read(START).causal, codecs.shipped_codec()
     prompts, batch, steps = Prompts.of(TinyText(), world.prompts()), budget.batch * remedy.batch, budget.steps
     steps, guidance = max(1, round(steps * remedy.work)), Guidance(cfg=AV(remedy.cfg, remedy.cfg))
     if remedy.objective == "none":
@@ -140,7 +140,7 @@ class _Judge:
     def __init__(self, budget: Budget) -> None:
         self.trial = protocol.Trial(budget.clips, seeds=1, first=protocol.SELECTION)
         self.reference = protocol.Reference.of(self.trial, mp4=False)
-        self.codec, self.causal = stream.shipped_codec(), checkpoints.read(START).causal
+        self.codec, self.causal = codecs.shipped_codec(), checkpoints.read(START).causal
 
     @torch.inference_mode()
     def measures(self, student: Transformer, seed: int) -> dict[str, object]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omniforcing_lib import losses, masks
+from omniforcing_lib import files, losses, masks
 from omniforcing_lib.bounce import distributions
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.evaluate import Estimate
@@ -53,7 +53,7 @@ def teacher_pairs(
     """
     device, stored = prompts.context.video.device, None
     if source in ("", "teacher"):
-        stored = Pairs.load(checkpoints.DATA / "ode_pairs.safetensors", device)
+        stored = Pairs.load(files.DATA / "ode_pairs.safetensors", device)
         levels = stored.sigmas.double().cpu()
         if levels.shape != causal.sigmas.shape or not torch.allclose(levels, causal.sigmas, atol=1e-4):
             raise ValueError(

@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from omniforcing_lib.bounce import evaluate, variety, world
-from omniforcing_lib.bounce.codecs import DecodeState, TinyCodec
+from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.evaluate import Estimate, Reading, Tally
 from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.interfaces import DecodeState
 from omniforcing_lib.layout import AV, BlockLayout, Clock
 from omniforcing_lib.rollout import RolloutConfig, join, rollout, seeded_noise
 from omniforcing_lib.stream import to_clips

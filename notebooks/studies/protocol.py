@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from omniforcing_lib import files, media, rollout, stream
-from omniforcing_lib.bounce import distributions, evaluate, variety, world
+from omniforcing_lib.bounce import codecs, distributions, evaluate, variety, world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
@@ -32,7 +32,7 @@ from studies import distill, exposure_bias, stored_runs
 
 Clip = AV[np.ndarray]
 OTHER_SEEDS = 5_000
-STORED = checkpoints.DATA.parent / "reports" / "scores"
+STORED = files.DATA.parent / "reports" / "scores"
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def systems_of(models: Sequence[str], steps: Sequence[int], *, unprompted: bool 
 def sample(system: System, trial: Trial, *, batch: int = 16) -> list[Clip]:
     """Make the clips of a trial."""
     codec, loaded, causal = (
-        stream.shipped_codec(),
+        codecs.shipped_codec(),
         checkpoints.load(system.model),
         checkpoints.read(system.model).causal,
     )
@@ -138,7 +138,7 @@ def sample(system: System, trial: Trial, *, batch: int = 16) -> list[Clip]:
     for start in tqdm(range(0, len(trial.numbers), batch), desc=f"sampling {Path(system.model).stem}", leave=False):
         prompts, numbers = (x[start : start + batch] for x in (trial.asked(system), trial.numbers))
         if causal is None:
-            made += stream.teacher_clips(loaded, codec, prompts, numbers, trial.seconds, steps=system.steps)
+            made += stream.teacher_clips(loaded, codec, TinyText(), prompts, numbers, trial.seconds, steps=system.steps)
             continue
         text = TinyText().encode(prompts)
         noise = rollout.seeded_noise(numbers, text.video)
@@ -177,7 +177,7 @@ class Reference(NamedTuple):
     def of(cls, trial: Trial, *, mp4: bool = True) -> Reference:
         """Render as many clips as the trial has, `OTHER_SEEDS` further on."""
         clips = trial.real(OTHER_SEEDS)
-        passed = through_codec(clips, stream.shipped_codec())
+        passed = through_codec(clips, codecs.shipped_codec())
         clips, passed = (through_file(found) if mp4 else found for found in (clips, passed))
         sets = (distributions.feature_sets(found) for found in (clips, passed))
         return cls(variety.described(evaluate.read_all(clips, "real clips")), *sets)
@@ -197,7 +197,7 @@ def run(
     out, judged = Path(out), origins.of(*dict.fromkeys(system.model for system in systems.values()), "codec")
     _check_size(trial)
     reference = Reference.of(trial)
-    made = {"real clips": trial.real, "codec round trip": lambda: through_codec(trial.real(), stream.shipped_codec())}
+    made = {"real clips": trial.real, "codec round trip": lambda: through_codec(trial.real(), codecs.shipped_codec())}
     made |= {"shuffled sound": lambda: evaluate.shuffled(trial.real())} if floor else {}
     made |= {name: partial(sample, system, trial) for name, system in systems.items()}
     rows, extra, motions, features = {}, {}, {}, {}

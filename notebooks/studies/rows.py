@@ -24,7 +24,7 @@ from omniforcing_lib.transformer import Transformer
 
 
 class Rows(NamedTuple):
-    """Metrics of every audio row, averaged over heads and clips.
+    """Numbers of every audio row, averaged over heads and clips.
 
     Shapes: keys int64 [R]; the others float32 [N, R].
     """

@@ -15,15 +15,14 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from omniforcing_lib import model_bundle
+from omniforcing_lib import files, model_bundle
 from omniforcing_lib.layout import AV
-from omniforcing_lib.ltx2 import checkpoints
 from series import origins, verdicts
 from studies import sinks, stored_runs
 from studies.sinks import Trace
 from studies.variants import Variant
 
-STORED = checkpoints.DATA.parent / "reports" / "sinks"
+STORED = files.DATA.parent / "reports" / "sinks"
 BASE = "16 sinks"
 ARMS = {
     "0 sinks": Variant(sinks=0),

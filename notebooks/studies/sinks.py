@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import flow, masks
+from omniforcing_lib import files, flow, masks
 from omniforcing_lib.bounce.evaluate import Estimate
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
@@ -32,7 +32,7 @@ from omniforcing_lib.transformer import Transformer
 from studies import exposure_bias, rows
 from studies.variants import Variant, build, masks_of
 
-STORED_PAIRS = checkpoints.DATA / "ode_pairs.safetensors"
+STORED_PAIRS = files.DATA / "ode_pairs.safetensors"
 CLIP_SECONDS = 5
 
 

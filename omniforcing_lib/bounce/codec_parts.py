@@ -149,7 +149,7 @@ class Analysis(nn.Module):
 
     @property
     def features(self) -> int:
-        """Metrics a hop: the notes in each window, and the loudness of four parts of the hop."""
+        """Numbers per hop: the notes in each window, and the loudness of four parts of the hop."""
         return sum(getattr(self, f"kernel{length}").shape[1] // 2 for length in self.windows) + 4
 
     def forward(self, samples: Tensor) -> Tensor:

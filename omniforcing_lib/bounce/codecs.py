@@ -17,7 +17,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -33,11 +32,11 @@ from omniforcing_lib.bounce.codec_parts import (
     VideoDecoder,
     VideoEncoder,
 )
-from omniforcing_lib.files import write_tensors
+from omniforcing_lib.files import DATA, write_tensors
+from omniforcing_lib.interfaces import START, Codec, DecodeState
 from omniforcing_lib.layout import AV, Clock
 
 FORMAT = "omniforcing-tinycodec-1"
-START = AV(0, 0)
 
 
 @dataclass
@@ -46,57 +45,6 @@ class EncodeState:
 
     latents: AV[int] = START
     heard: Tensor | None = None
-
-
-@dataclass
-class DecodeState:
-    """Remember where a streamed decoding stands: latents decoded of each stream, last amplitudes of the bank."""
-
-    latents: AV[int] = START
-    knots: Tensor | None = None
-
-    def shown(self, clock: Clock) -> int:
-        """Frames given so far."""
-        return clock.frames(range(self.latents.video)).stop
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Give all of it as named tensors, to be stored."""
-        knots = {} if self.knots is None else {"decoder.knots": self.knots}
-        return {"decoder.latents": torch.tensor(self.latents), **knots}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], device: str | torch.device = "cpu") -> DecodeState:
-        """Take up a decoding where `tensors` left it."""
-        knots = tensors.get("decoder.knots")
-        return cls(AV(*tensors["decoder.latents"].tolist()), None if knots is None else knots.to(device))
-
-
-class Codec(Protocol):
-    """Turn latents into frames and samples, whole or as they come; what the transformer's latents mean.
-
-    Attributes:
-        grid: tokens of a video latent, (h, w).
-        clock: of its frames and samples.
-    """
-
-    grid: tuple[int, int]
-    clock: Clock
-
-    def decode(self, latents: AV[Tensor], state: DecodeState | None = None) -> AV[Tensor]:
-        """Decode latents whole, or the next ones of a stream when a state is given (which it moves on).
-
-        A codec that looks ahead gives the frames and samples of a stream later, always of one time in both streams.
-
-        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n] or [B, n, 2], both in [-1, 1].
-        """
-
-    def start(self) -> DecodeState:
-        """Begin a streamed decoding; the state can be stored (`tensors`) and says what was `shown`."""
-        return DecodeState()
-
-    def finish(self, state: DecodeState) -> AV[Tensor] | None:
-        """Give what is still owed at the end of a stream; None where each latent is decoded at once."""
-        return None
 
 
 class TinyCodec(nn.Module, Codec):
@@ -247,3 +195,8 @@ def load_codec(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         raise ValueError(f"{path}: tensors do not fit the config in its metadata: {error}") from error
     codec.metrics = json.loads(metadata.get("metrics", "{}"))
     return codec.requires_grad_(False).eval().to(device)
+
+
+def shipped_codec(device: str | torch.device = "cpu") -> TinyCodec:
+    """Load the codec of the miniature."""
+    return load_codec(DATA / "codec.safetensors", device)

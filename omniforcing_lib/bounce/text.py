@@ -1,6 +1,6 @@
 """Prompts to the text context of the transformer: `TinyText` for the world's grammar.
 
-A text encoder is anything that follows `TextEncoder`. The caption projection of the transformer is
+It follows `interfaces.TextEncoder`. The caption projection of the transformer is
 what learns, so an encoder holds no weights of ours.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,26 +16,6 @@ from torch import Tensor
 
 from omniforcing_lib.bounce.world import parse
 from omniforcing_lib.layout import AV
-
-
-class TextEncoder(Protocol):
-    """Turn prompts into the context that both streams attend to; "" is the unconditional prompt.
-
-    Attributes:
-        channels: width of the context, the model's `caption_channels`.
-        length: tokens of the context.
-    """
-
-    channels: int
-    length: int
-
-    def encode(
-        self, prompts: Sequence[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> AV[Tensor]:
-        """Encode a batch of prompts.
-
-        Shapes: pair [B, length, channels].
-        """
 
 
 @dataclass(frozen=True)

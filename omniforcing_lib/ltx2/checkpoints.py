@@ -20,18 +20,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from omniforcing_lib import files
+from omniforcing_lib import files, safetensors_io
 from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.files import DATA
 from omniforcing_lib.flow import RELEASED_STEPS
 from omniforcing_lib.layout import PAPER, RELEASED
-from omniforcing_lib.ltx2 import exports, formats, low_memory, safetensors_io
+from omniforcing_lib.ltx2 import exports, formats, low_memory
 from omniforcing_lib.ltx2.exports import BESIDE, INDEX, SCALE, Origin
 from omniforcing_lib.ltx2.formats import Format
-from omniforcing_lib.ltx2.safetensors_io import Entry, Shards
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.transformer import Transformer
+from omniforcing_lib.safetensors_io import Entry, Shards
+from omniforcing_lib.transformer import Transformer, fresh_sinks
 
-DATA = Path(__file__).resolve().parents[2] / "data"
 SHIPPED = ("teacher", "stage2", "student")
 """Names of the checkpoints in `DATA`, which stand for their paths."""
 _UNUSED_SCALE = ".input_scale"
@@ -296,12 +296,6 @@ def load(
     built.load_state_dict(state, strict=True, assign=True)
     built.requires_grad_(False).eval()
     return low_memory.offload(built, device) if offload else built
-
-
-def fresh_sinks(config: ModelConfig) -> Tensor:
-    """Draw sink tokens for a model that has none yet, the same ones every time. Shapes: float32 [1, sinks, width]."""
-    shape = (1, config.num_audio_sink_tokens, config.audio_dim)
-    return 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def fitting(model: str | os.PathLike[str]) -> Checkpoint:

@@ -17,11 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib.bounce import world
-from omniforcing_lib.bounce.codecs import TinyCodec
-from omniforcing_lib.bounce.text import TextEncoder
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import Guidance, block_noise, guided_denoiser, ltx2_sigmas, snap_indices, trajectory
+from omniforcing_lib.interfaces import TextEncoder
 from omniforcing_lib.layout import AV
 from omniforcing_lib.training import provenance, records
 from omniforcing_lib.training.distributed import ALONE, DistributedContext
@@ -279,28 +277,6 @@ def _opened(folder: str | Path, kind: str, team: DistributedContext) -> records.
     if found.notes.get("kind") != kind:
         raise ValueError(f"{folder} holds {found.notes.get('kind')!r}, expected {kind!r}")
     return found
-
-
-@torch.no_grad()
-def world_clips(
-    codec: TinyCodec,
-    seeds: Sequence[int],
-    seconds: int,
-    *,
-    device: str | torch.device = "cpu",
-    batch: int = 64,
-    dtype: torch.dtype = torch.float32,
-    progress: bool = True,
-) -> Clips:
-    """Render and encode clips of the world; prompts are numbered as in `world.prompts()`."""
-    codec, names = codec.to(device), world.prompts()
-    latents, numbers = [], []
-    for start in tqdm(range(0, len(seeds), batch), desc="rendering clips", disable=not progress, leave=False):
-        scenes = [world.scene(seed) for seed in seeds[start : start + batch]]
-        encoded = codec.encode(world.render_batch(scenes, seconds, device))
-        latents.append(encoded.map(lambda x: x.to(dtype)))
-        numbers += [names.index(f"a {s.colour} ball, {s.timbre}") for s in scenes]
-    return Clips(AV(*map(torch.cat, zip(*latents, strict=True))), torch.tensor(numbers, device=device))
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ from omniforcing_lib import backends
 from omniforcing_lib.files import write_json
 from omniforcing_lib.flow import noise_like
 from omniforcing_lib.layout import AV
-from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -183,38 +182,6 @@ ALONE = DistributedContext()
 def local(x: Tensor) -> Tensor:
     """Give this process's part of a sharded tensor, and any other as it is."""
     return x.to_local() if hasattr(x, "to_local") else x
-
-
-def load(
-    model: str,
-    team: DistributedContext,
-    device: torch.device,
-    *,
-    amp: bool = False,
-    sinks: int | None = None,
-    frozen: bool = False,
-) -> Transformer:
-    """Load a model in float32: whole onto one process, or each process's shards alone.
-
-    A team maps the file and copies what it needs of it, a tensor at a time: no process ever holds a whole model. With
-    `amp` it keeps a `frozen` model of a bfloat16 file as it is stored.
-    """
-    if team.mesh is None:
-        return checkpoints.load(model, device=device, sinks=sinks)
-    found = checkpoints.read(model)
-    kinds = set(found.dtypes.values())
-    mapped = checkpoints.load(model, dtype=torch.bfloat16 if kinds == {"BF16"} else torch.float32, sinks=sinks)
-    with torch.device("meta"):
-        made = Transformer(mapped.config, mapped.clock)
-    made = made.to(mapped.proj_out.weight.dtype if amp and frozen else torch.float32)
-    made = team.shard(made, amp=amp).to_empty(device=device).requires_grad_(False).eval()
-    for mine, whole in zip(made.parameters(), mapped.parameters(), strict=True):
-        local(mine).copy_(local(team.cut(whole, mine)))
-    if sinks and sinks != found.config.num_audio_sink_tokens:
-        # the map has them in the file's dtype
-        mine = made.audio_sink_tokens
-        local(mine).copy_(local(team.cut(checkpoints.fresh_sinks(made.config), mine)))
-    return made
 
 
 @contextmanager

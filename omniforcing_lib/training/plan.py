@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
-from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, new_cache, rollout
 from omniforcing_lib.transformer import Transformer
 
@@ -180,33 +179,3 @@ def table(counted: Counted, gpus: Sequence[int], *, amp: bool = True) -> str:
         rows.append((f"fits {name}, activations {how}", *("yes" if t <= room else "no" for t in totals)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-
-
-def plan(
-    model: str = "",
-    gpus: Sequence[int] = (1, 8, 16, 32, 64),
-    batch: int = 1,
-    seconds: int = 5,
-    grid: Sequence[int] = (16, 24),
-    text: int = 1024,
-    layout: str = "paper",
-    amp: bool = True,
-) -> str:
-    """Print the memory of Stage 3 on each GPU, by component: a dry run on the meta device.
-
-    Args:
-        model: checkpoint file, index or folder; without one LTX-2's 19B.
-        gpus: numbers of GPUs to plan for, a column each.
-        batch: clips a GPU.
-        seconds: length of a clip in seconds.
-        grid: height and width of a video frame in tokens.
-        text: tokens of a prompt.
-        layout: layout of blocks: paper or released.
-        amp: compute in bfloat16; master weights stay float32.
-    """
-    config = checkpoints.read(model).config if model else ModelConfig()
-    clip = Clip(batch, seconds, tuple(grid), text)
-    counted = count(config, RolloutConfig.from_layout(layout), clip, torch.bfloat16 if amp else torch.float32)
-    size, compute = f"{counted.parameters[0] / 1e9:,.3g} G parameters", "bf16" if amp else "fp32"
-    head = f"{size}; {batch} x {seconds} s a GPU, {grid[0]} x {grid[1]} tokens a frame, computed in {compute}"
-    return f"{head}\n{table(counted, tuple(gpus), amp=amp)}"

@@ -19,26 +19,28 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from omniforcing_lib import backends, files
 from omniforcing_lib.bounce import world
-from omniforcing_lib.bounce.codecs import load_codec
+from omniforcing_lib.bounce.codecs import TinyCodec, load_codec
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.config import MINIATURE
+from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.flow import Guidance
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.training import dataset, distributed, plan, provenance, records, run_folder, stages, train
-from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
+from omniforcing_lib.training import dataset, distributed, provenance, records, run_folder, stages, train
+from omniforcing_lib.training import plan as memory_plan
+from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, StoredPairs, StoredPrompts
 from omniforcing_lib.training.distributed import DistributedContext
 from omniforcing_lib.training.train import Learner, OptimConfig
-from omniforcing_lib.transformer import Transformer, initialise
+from omniforcing_lib.transformer import Transformer, fresh_sinks, initialise
 from studies import protocol
 
 MADE = "miniature"
 """`model_version` of what is trained here from nothing; a student has its teacher's."""
-CODEC = str(checkpoints.DATA / "codec.safetensors")
+CODEC = str(files.DATA / "codec.safetensors")
 FILE = ".safetensors"
 MODELS, DATA = ("teacher", "student", "model"), ("codec", "pairs", "prompts")
 """Options whose content counts, and not what the file is called: checkpoints; files and folders of shards."""
@@ -126,7 +128,7 @@ class TrainConfig:
 
     def load(self, model: str, sinks: int | None = None, *, frozen: bool = False) -> Transformer:
         """Load a model onto this process, or its shards onto every process."""
-        return distributed.load(model, self.team, self.place, amp=self.amp, sinks=sinks, frozen=frozen)
+        return load_sharded(model, self.team, self.place, amp=self.amp, sinks=sinks, frozen=frozen)
 
     def player(self, model: Transformer, **recipe: object) -> Learner:
         """Let a model learn as this job says."""
@@ -260,7 +262,7 @@ def teacher(
         raise ValueError(f"--prompts {job.prompts}: clips of the world have the world's own prompts, in its order")
     if (seed + 1) * clips > world.HELD_OUT:
         raise ValueError(f"--seed {seed} draws clips that are held out; (seed + 1) x clips is at most {world.HELD_OUT}")
-    data = dataset.world_clips(
+    data = world_clips(
         load_codec(codec, place),
         range(seed * clips, (seed + 1) * clips),
         seconds,
@@ -272,6 +274,28 @@ def teacher(
     step = stages.flow_stage(player, data, prompts, batch)
     history = job.run(step, {"teacher": player}, steps, "teacher")
     return job.save(player, out, history, ("video", "audio"))
+
+
+@torch.no_grad()
+def world_clips(
+    codec: TinyCodec,
+    seeds: Sequence[int],
+    seconds: int,
+    *,
+    device: str | torch.device = "cpu",
+    batch: int = 64,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = True,
+) -> Clips:
+    """Render and encode clips of the world; prompts are numbered as in `world.prompts()`."""
+    codec, names = codec.to(device), world.prompts()
+    latents, numbers = [], []
+    for start in tqdm(range(0, len(seeds), batch), desc="rendering clips", disable=not progress, leave=False):
+        scenes = [world.scene(seed) for seed in seeds[start : start + batch]]
+        encoded = codec.encode(world.render_batch(scenes, seconds, device))
+        latents.append(encoded.map(lambda x: x.to(dtype)))
+        numbers += [names.index(f"a {s.colour} ball, {s.timbre}") for s in scenes]
+    return Clips(AV(*map(torch.cat, zip(*latents, strict=True))), torch.tensor(numbers, device=device))
 
 
 @stage
@@ -429,7 +453,7 @@ def on_policy(
     student: str = "stage2",
     teacher: str = "teacher",
     codec: str = CODEC,
-    pairs: str = str(checkpoints.DATA / "ode_pairs.safetensors"),
+    pairs: str = str(files.DATA / "ode_pairs.safetensors"),
     count: int = 90,
     steps: int = 100,
     batch: int = 8,
@@ -492,6 +516,38 @@ def codec(out: str = "codec.safetensors", steps: int = 4_000, seed: int = 0, dev
     return save_codec(train_codec(seed=seed, steps=steps, device=device), out)
 
 
+def load_sharded(
+    model: str,
+    team: DistributedContext,
+    device: torch.device,
+    *,
+    amp: bool = False,
+    sinks: int | None = None,
+    frozen: bool = False,
+) -> Transformer:
+    """Load a model in float32: whole onto one process, or each process's shards alone.
+
+    A team maps the file and copies what it needs of it, a tensor at a time: no process ever holds a whole model. With
+    `amp` it keeps a `frozen` model of a bfloat16 file as it is stored.
+    """
+    if team.mesh is None:
+        return checkpoints.load(model, device=device, sinks=sinks)
+    found = checkpoints.read(model)
+    kinds = set(found.dtypes.values())
+    mapped = checkpoints.load(model, dtype=torch.bfloat16 if kinds == {"BF16"} else torch.float32, sinks=sinks)
+    with torch.device("meta"):
+        made = Transformer(mapped.config, mapped.clock)
+    made = made.to(mapped.proj_out.weight.dtype if amp and frozen else torch.float32)
+    made = team.shard(made, amp=amp).to_empty(device=device).requires_grad_(False).eval()
+    for mine, whole in zip(made.parameters(), mapped.parameters(), strict=True):
+        distributed.local(mine).copy_(distributed.local(team.cut(whole, mine)))
+    if sinks and sinks != found.config.num_audio_sink_tokens:
+        # the map has them in the file's dtype
+        mine = made.audio_sink_tokens
+        distributed.local(mine).copy_(distributed.local(team.cut(fresh_sinks(made.config), mine)))
+    return made
+
+
 def geometry(codec: str, grid: Sequence[int]) -> tuple[Clock, tuple[int, int]]:
     """Give the clock and the tokens of a video frame: the codec's, or LTX-2's clock with a `grid` that is given."""
     if any(grid):
@@ -551,6 +607,39 @@ def average(steps: int, share: float = 1 / 20) -> float:
     return max(0.9, min(0.9995, 1 - 1 / max(1, share * steps)))
 
 
+@stage
+def plan(
+    model: str = "",
+    gpus: Sequence[int] = (1, 8, 16, 32, 64),
+    batch: int = 1,
+    seconds: int = 5,
+    grid: Sequence[int] = (16, 24),
+    text: int = 1024,
+    layout: str = "paper",
+    amp: bool = True,
+) -> str:
+    """Print the memory of Stage 3 on each GPU, by component: a dry run on the meta device.
+
+    Args:
+        model: checkpoint file, index or folder; without one LTX-2's 19B.
+        gpus: numbers of GPUs to plan for, a column each.
+        batch: clips a GPU.
+        seconds: length of a clip in seconds.
+        grid: height and width of a video frame in tokens.
+        text: tokens of a prompt.
+        layout: layout of blocks: paper or released.
+        amp: compute in bfloat16; master weights stay float32.
+    """
+    config = checkpoints.read(model).config if model else ModelConfig()
+    clip = memory_plan.Clip(batch, seconds, tuple(grid), text)
+    counted = memory_plan.count(
+        config, RolloutConfig.from_layout(layout), clip, torch.bfloat16 if amp else torch.float32
+    )
+    size, compute = f"{counted.parameters[0] / 1e9:,.3g} G parameters", "bf16" if amp else "fp32"
+    head = f"{size}; {batch} x {seconds} s a GPU, {grid[0]} x {grid[1]} tokens a frame, computed in {compute}"
+    return f"{head}\n{memory_plan.table(counted, tuple(gpus), amp=amp)}"
+
+
 STAGES = {
     "codec": codec,
     "teacher": teacher,
@@ -559,7 +648,7 @@ STAGES = {
     "stage2": stage2,
     "stage3": stage3,
     "on-policy": on_policy,
-    "plan": stage(plan.plan),
+    "plan": plan,
 }
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from watch import Watch, write
 
 from omniforcing_lib import stream
-from omniforcing_lib.bounce import world
+from omniforcing_lib.bounce import codecs, world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import Clock
 from omniforcing_lib.ltx2 import checkpoints
@@ -28,7 +28,7 @@ def soak(minutes: float, seed: int, every: float) -> dict[str, object]:
     """Run the stream as fast as it goes and compare every chunk with what integer arithmetic says."""
     clock, prompts = Clock(), world.prompts()
     causal = checkpoints.read("student").causal
-    live = stream.Streamer(checkpoints.load("student"), causal, stream.shipped_codec(), TinyText(), prompts[0], seed)
+    live = stream.Streamer(checkpoints.load("student"), causal, codecs.shipped_codec(), TinyText(), prompts[0], seed)
     blocks, frames, samples, wrong, times = 0, 0, 0, [], []
     deadline = time.monotonic() + 60 * minutes
     with Watch(every) as watch, live, tqdm(total=round(minutes * 60), unit="s", desc="stream", mininterval=10) as bar:

@@ -27,14 +27,13 @@ from omniforcing_lib.bounce import codecs, world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.flow import LTX2_GUIDANCE, Guidance, block_noise
+from omniforcing_lib.flow import LTX2_GUIDANCE, MINIATURE_GUIDANCE, Guidance, block_noise
 from omniforcing_lib.interfaces import Codec, DecodeState, TextEncoder
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.ltx2.codec import LTX2Codec, LTX2DecodeState, load_ltx2_codec
 from omniforcing_lib.ltx2.gemma import GemmaText, user_cache
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.stream import MINIATURE_GUIDANCE
 from omniforcing_lib.training.dataset import Prompts, latent_shapes
 from omniforcing_lib.transformer import Transformer, fresh_sinks
 from studies import anatomy, cost

@@ -23,10 +23,10 @@ from tqdm.auto import tqdm
 
 from omniforcing_lib import masks
 from omniforcing_lib.config import MINIATURE, ModelConfig
-from omniforcing_lib.flow import LTX2_GUIDANCE, Guidance, Skip, guided_denoiser
+from omniforcing_lib.flow import LTX2_GUIDANCE, MINIATURE_GUIDANCE, Guidance, Skip, guided_denoiser
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, rollout, seeded_noise
-from omniforcing_lib.stream import MINIATURE_GUIDANCE, Chunk, Streamer, threads, to_arrays
+from omniforcing_lib.stream import Chunk, Streamer, threads, to_arrays
 from omniforcing_lib.transformer import Transformer
 from studies.cost import Work, block_work
 

@@ -22,11 +22,10 @@ from omniforcing_lib import files, losses, masks
 from omniforcing_lib.bounce import distributions
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.evaluate import Estimate
-from omniforcing_lib.flow import ONES, Guidance, noise_like, x0_of
+from omniforcing_lib.flow import MINIATURE_CFG, MINIATURE_GUIDANCE, ONES, Guidance, noise_like, x0_of
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, rollout
-from omniforcing_lib.stream import MINIATURE_CFG, MINIATURE_GUIDANCE
 from omniforcing_lib.training import dataset, provenance, stages, train
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.training.stages import Sampler

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from omniforcing_lib.bounce.codecs import shipped_codec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import noise_like, noised
 from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.ltx2 import checkpoints, low_memory
 from omniforcing_lib.rollout import RolloutConfig, join, rollout, seeded_noise
-from omniforcing_lib.stream import shipped_codec
 from studies import anatomy
 
 LEVEL = torch.tensor([0.6])

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from omniforcing_lib import backends
-from omniforcing_lib.masks import AttentionMask
+from omniforcing_lib.cache import OpenBlock
+from omniforcing_lib.masks import AttentionMask, take
 from omniforcing_lib.rope import Rotation, rotate
 
 
 class Slot(Protocol):
     """What an attention needs of a cache: put this call's keys and values, get all that is visible."""
 
-    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Store what `project` gives, or reuse what is stored; yield rows with the keys and values that they see."""
+    def extend(
+        self, project: Callable[[], tuple[Tensor, Tensor]], blocks: tuple[OpenBlock, ...]
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Store what `project` gives, or reuse what is stored; yield queries with the keys and values they see."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask | None = None) -> Tensor:
@@ -50,14 +53,9 @@ def _sliced(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask, plain: C
     """One call a block over its visible keys: no dense mask, the flash kernels stay usable."""
     outputs = []
     for rows, columns in visibility.runs:
-        keys, values = (_take(x, columns) for x in (k, v))
+        keys, values = (take(x, columns) for x in (k, v))
         outputs.append(plain(q[:, :, rows.start : rows.stop], keys, values))
     return torch.cat(outputs, dim=2)
-
-
-def _take(x: Tensor, spans: tuple[range, ...]) -> Tensor:
-    parts = [x[:, :, s.start : s.stop] for s in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class Attention(nn.Module):
@@ -103,8 +101,9 @@ class Attention(nn.Module):
         rotations: tuple[Rotation, Rotation] | None = None,
         visibility: AttentionMask | None = None,
         slot: Slot | None = None,
+        blocks: tuple[OpenBlock, ...] = (),
     ) -> Tensor:
-        """Attend from `x` to `context` (to itself by default).
+        """Attend from `x` to `context` (to itself by default), and with a `slot` to what it holds for the `blocks`.
 
         Shapes: x [B, T, query_dim], context [B, L, context_dim], rotations of queries and keys, to [B, T, query_dim].
         """
@@ -115,8 +114,8 @@ class Attention(nn.Module):
         def project() -> tuple[Tensor, Tensor]:
             return self.keys_values(x if context is None else context, rotations[1] if rotations else None)
 
-        seen = slot.extend(project) if slot else [(slice(None), *project())]
-        parts = [attend(q[:, :, rows], k, v, visibility) for rows, k, v in seen]
+        seen = slot.extend(project, blocks) if slot else [(slice(None), *project())]
+        parts = [attend(q[:, :, tokens], k, v, visibility) for tokens, k, v in seen]
         return self._out(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
 
     def keys_values(self, context: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:

@@ -9,9 +9,10 @@ Shapes: R rows (queries), C columns (keys), Tv = F h w video tokens, Ta = S + T 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, takewhile
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,12 @@ def visible(query_block: int, key_block: int, window: int | None = None) -> bool
     if key_block > query_block:
         return False
     return window is None or key_block == 0 or key_block >= query_block - window
+
+
+def seen(query_block: int, window: int | None = None) -> tuple[int, ...]:
+    """List the blocks that a query sees, in order and up to its own; costs no more than the window is long."""
+    recent = takewhile(lambda k: visible(query_block, k, window), range(query_block, 0, -1))
+    return (0, *reversed([*recent]))
 
 
 class Run(NamedTuple):
@@ -132,8 +139,7 @@ def build(
 
     def mask(rows: tuple[range, ...], columns: tuple[range, ...]) -> AttentionMask:
         runs = tuple(
-            Run(span, _merge([c for k, c in enumerate(columns) if visible(q, k, window)]))
-            for q, span in enumerate(rows)
+            Run(span, merged(c for k, c in enumerate(columns) if visible(q, k, window))) for q, span in enumerate(rows)
         )
         return AttentionMask(runs, columns[-1].stop, rendering)
 
@@ -146,15 +152,20 @@ def dense(layout: BlockLayout, video_latents: int, tokens_per_frame: int) -> dic
     return {name: getattr(masks, name).dense for name in ("video_self", "audio_self", "a2v", "v2a")}
 
 
-def _merge(spans: list[range]) -> tuple[range, ...]:
-    """Join neighbouring ranges."""
-    merged: list[range] = []
-    for span in spans:
-        if merged and merged[-1].stop == span.start:
-            merged[-1] = range(merged[-1].start, span.stop)
-        elif len(span):
-            merged.append(span)
-    return tuple(merged)
+def merged(spans: Iterable[range]) -> tuple[range, ...]:
+    """Sort ranges and make one of neighbours; empty ones are left out."""
+    out: list[range] = []
+    for span in sorted(filter(len, spans), key=lambda span: span.start):
+        if out and out[-1].stop == span.start:
+            span = range(out.pop().start, span.stop)
+        out.append(span)
+    return tuple(out)
+
+
+def take(x: Tensor, spans: Sequence[range]) -> Tensor:
+    """Read ranges of keys or values; a single one is a view. Shapes: [B, H, L, D] to [B, H, sum of lengths, D]."""
+    parts = [x[:, :, span.start : span.stop] for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _two(spans: tuple[range, ...]) -> tuple[range, range]:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from omniforcing_lib.cache import KVCache
+from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.flow import PAPER_STEPS, block_noise, precise, snap
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER, BlockLayout
 from omniforcing_lib.transformer import Transformer
@@ -104,7 +104,7 @@ class RolloutConfig:
 
 
 @lru_cache
-def _levels(steps: tuple[int, ...]) -> tuple[float, ...]:
+def _sigmas(steps: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(snap(steps).tolist())
 
 
@@ -122,27 +122,38 @@ def fresh_noise(generator: torch.Generator, batch: int) -> Noise:
     return draw
 
 
-def predict(model: Transformer, x: AV[Tensor], sigma: float, text: AV[Tensor], cache: KVCache) -> AV[Tensor]:
-    """Predict x0 of the open block; sigma is one number for both streams, in fp32 (spec 8.1.7)."""
-    velocity = model(x, AV(sigma, sigma), text, cache=cache)
+def predict(
+    model: Transformer, x: AV[Tensor], sigma: float, text: AV[Tensor], cache: KVCache, block: OpenBlock
+) -> AV[Tensor]:
+    """Predict x0 of an open block; sigma is one number for both streams, in fp32 (spec 8.1.7)."""
+    velocity = model(x, AV(sigma, sigma), text, cache=cache, blocks=(block,), sigma_key=sigma)
     return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
 
 
 def predict_behind(
-    model: Transformer, x: AV[Tensor], sigma: float, before: AV[Tensor], level: float, text: AV[Tensor], cache: KVCache
+    model: Transformer,
+    x: AV[Tensor],
+    sigma: float,
+    before: AV[Tensor],
+    context_sigma: float,
+    text: AV[Tensor],
+    cache: KVCache,
+    blocks: tuple[OpenBlock, OpenBlock],
 ) -> AV[Tensor]:
-    """Predict x0 of the open block in one pass with the block before it, which gets its keys and values that way."""
+    """Predict x0 of a block in one pass with the block before it, whose keys and values are stored that way."""
     sizes = before.map(lambda b: b.shape[1])
     both = before.map(lambda b, x: torch.cat([b.to(x), x], dim=1), x)
-    levels = both.map(lambda t, n: (level,) * n + (sigma,) * (t.shape[1] - n), sizes)
-    with cache.behind():
-        velocity = model(both, levels, text, cache=cache).map(lambda v, n: v[:, n:], sizes)
+    sigmas = both.map(lambda t, n: (context_sigma,) * n + (sigma,) * (t.shape[1] - n), sizes)
+    # sinks have a sigma too, so a pass with sinks in front is another one
+    key = sigmas, blocks[0].k == 0
+    velocity = model(both, sigmas, text, cache=cache, blocks=blocks, sigma_key=key).map(lambda v, n: v[:, n:], sizes)
     return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
 
 
 def denoise_block(
     model: Transformer,
     cache: KVCache,
+    block: OpenBlock,
     text: AV[Tensor],
     sigmas: Sequence[float],
     noise: Callable[[int], AV[Tensor]],
@@ -150,7 +161,7 @@ def denoise_block(
     first: Callable[[AV[Tensor]], AV[Tensor]] | None = None,
     watch: Callable[[AV[Tensor]], None] | None = None,
 ) -> AV[Tensor]:
-    """Denoise the open block from pure noise; with `exit_step` stop there, with gradients (spec 5.7).
+    """Denoise an open block from pure noise; with `exit_step` stop there, with gradients (spec 5.7).
 
     `first` predicts at the first step, where that is done otherwise; `watch` is told the state before the last step.
 
@@ -161,8 +172,11 @@ def denoise_block(
     for i in range(last + 1):
         if watch and i == last:
             watch(x)
-        with torch.set_grad_enabled(exit_step is not None and i == last and torch.is_grad_enabled()):
-            x0 = first(x) if first and i == 0 else predict(model, x, sigmas[i], text, cache)
+        # Only the exit step has gradients, if the caller has not switched them off; it stores nothing in the cache.
+        gradients = exit_step is not None and i == last and torch.is_grad_enabled()
+        with torch.set_grad_enabled(gradients):
+            opened = block._replace(writes=not gradients)
+            x0 = first(x) if first and i == 0 else predict(model, x, sigmas[i], text, cache, opened)
         if i < last:
             x = x0.map(lambda data, eps, i=i: renoised(data, eps, sigmas[i + 1]), noise(i + 1))
     return x0
@@ -183,9 +197,11 @@ def as_context(causal: RolloutConfig, noise: Noise, k: int, block: AV[Tensor]) -
 
 
 @torch.no_grad()
-def update_cache(model: Transformer, cache: KVCache, text: AV[Tensor], context: AV[Tensor], sigma: float) -> None:
-    """Write the keys and values of the open block to the cache, at the sigma that `as_context` gave it."""
-    predict(model, context, sigma, text, cache)
+def update_cache(
+    model: Transformer, cache: KVCache, k: int, text: AV[Tensor], context: AV[Tensor], sigma: float
+) -> None:
+    """Store the keys and values of block `k`, at the sigma that `as_context` gave it."""
+    predict(model, context, sigma, text, cache, cache.open(k))
 
 
 def recache_window(
@@ -195,19 +211,18 @@ def recache_window(
     text: AV[Tensor],
     noise: Noise,
     k: int,
-    kept: Mapping[int, AV[Tensor]],
+    latents: Mapping[int, AV[Tensor]],
 ) -> None:
-    """Remember all that block `k` will see anew, under another text; `next_block` does the block before it.
+    """Store all that block `k` will see again, under another text; `next_block` does the block before it.
 
-    `kept` holds the latents of block 0 and of the window, by block. Raises ValueError where no pass remembers.
+    `latents` holds those of block 0 and of the window, by block. Raises ValueError where no pass stores a block.
     """
     if causal.context_pass == "skip":
-        raise ValueError("context_pass is 'skip': no pass remembers a block, so none can be remembered again")
+        raise ValueError("context_pass is 'skip': no pass stores a finished block, so none can be stored again")
     for i in cache.restart(k):
         if i < k - 1:
-            cache.open(i)
-            update_cache(model, cache, text, as_context(causal, noise, i, kept[i]), causal.context_noise)
-    cache.open(k - 1)
+            context = as_context(causal, noise, i, latents[i])
+            update_cache(model, cache, i, text, context, causal.context_noise)
 
 
 def next_block(
@@ -223,34 +238,37 @@ def next_block(
     exit_step: int | None = None,
     watch: Callable[[AV[Tensor]], None] | None = None,
 ) -> AV[Tensor]:
-    """Remember the block before, then denoise block `k`, in the passes that `causal` says.
+    """Store the block before in the cache, then denoise block `k`, in the passes that `causal` says.
 
     Args:
         model: the student.
-        causal: blocks, steps, and how a block is remembered.
-        cache: what came before; the block before is the one it has open.
+        causal: blocks, steps, and how a finished block is stored.
+        cache: what came before.
         text: AV [B, L, C].
         noise: where noise comes from.
         k: the block.
         before: block k - 1; None for block 0.
         block: latents of block `k` where it is partial.
-        exit_step: see `rollout`; then every block is remembered in a pass of its own.
+        exit_step: see `rollout`; then every block is stored in a separate pass.
         watch: see `denoise_block`.
 
     Shapes: AV([B, F, h, w, C], [B, T, C]) of block k - 1 to those of block k.
     """
     block, level, config = block or causal.layout.block(k), causal.context_noise, model.config
-    sigmas, first = _levels(causal.steps_of(k)), None
-    shapes = AV((len(block.video), *cache.grid, config.in_channels), (len(block.audio), config.audio_in_channels))
+    sigmas, first = _sigmas(causal.steps_of(k)), None
+    # 1. The block before goes into the cache: in a pass of its own, or with this block's first step.
     if before is not None and causal.context_pass != "skip":
         context = as_context(causal, noise, k - 1, before)
-        # LTX-2.3 modulates the text, and one stream for the other, by one sigma a sample
+        # LTX-2.3 modulates the text, and one stream for the other, by one sigma for each sample
         if causal.context_pass == "fused" and exit_step is None and not config.cross_attention_adaln:
-            first = partial(predict_behind, model, sigma=sigmas[0], before=context, level=level, text=text, cache=cache)
+            pair = cache.open_pair(k, block)
+            first = lambda x: predict_behind(model, x, sigmas[0], context, level, text, cache, pair)  # noqa: E731
         else:
-            update_cache(model, cache, text, context, level)
-    cache.open(k, block)
-    return denoise_block(model, cache, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first, watch)
+            update_cache(model, cache, k - 1, text, context, level)
+    # 2. This block is denoised against the cache.
+    shapes = AV((len(block.video), *cache.grid, config.in_channels), (len(block.audio), config.audio_in_channels))
+    opened = cache.open(k, block)
+    return denoise_block(model, cache, opened, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first, watch)
 
 
 def new_cache(

@@ -57,8 +57,10 @@ def angles(position: Tensor, max_pos: tuple[int, ...], dim: int, theta: float, p
     return _spread((position.T / scale) * 2 - 1, dim, theta, precision)
 
 
-def turning(seconds: float, axes: int, max_pos: tuple[int, ...], dim: int, theta: float, precision: str) -> Tensor:
-    """Give the angles by which `seconds` later turns a key: RoPE is a group, so only time enters, from anywhere.
+def offset_angles(
+    seconds: float, axes: int, max_pos: tuple[int, ...], dim: int, theta: float, precision: str
+) -> Tensor:
+    """Give the angles that make a key look `seconds` later; they are the same for a key of any position.
 
     Shapes: float64 [1, dim / 2]; `axes` is the number of position dims n of the attention.
     """
@@ -120,17 +122,19 @@ def tables(
     )
 
 
-def turns(config: ModelConfig, seconds: AV[float], device: torch.device) -> Ropes:
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def offset_rotations(config: ModelConfig, seconds: AV[float], device: torch.device) -> Ropes:
     """Give the rotations that make keys look `seconds` later, for every attention; T is 1, the same for all keys."""
     lengths, cross_length = _lengths(config)
 
-    def turn(seconds: float, axes: int, max_pos: tuple[int, ...], dim: int) -> Rotation:
+    def table(seconds: float, axes: int, max_pos: tuple[int, ...], dim: int) -> Rotation:
         grid = config.positional_embedding_theta, config.frequencies_precision
-        return _on(device, rotation(turning(seconds, axes, max_pos, dim, *grid), config.num_attention_heads))
+        return _on(device, rotation(offset_angles(seconds, axes, max_pos, dim, *grid), config.num_attention_heads))
 
     return Ropes(
-        own=seconds.map(turn, AV(3, 1), lengths, AV(config.video_dim, config.audio_dim)),
-        cross=seconds.map(lambda s: turn(s, 1, cross_length, config.audio_dim)),
+        own=seconds.map(table, AV(3, 1), lengths, AV(config.video_dim, config.audio_dim)),
+        cross=seconds.map(lambda s: table(s, 1, cross_length, config.audio_dim)),
     )
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import safetensors_io
+from omniforcing_lib import masks, safetensors_io
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import MINIATURE_GUIDANCE, Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.interfaces import Codec, TextEncoder
@@ -175,7 +175,7 @@ class Streamer:
         with threads(self._threads):
             made = next_block(self.model, self.causal, self._cache, self._context, self._noise, k, before)
         latents = made.map(Tensor.contiguous)
-        self._kept = {i: self._kept[i] for i in self._numbers(k + 1) if i < k} | {k: latents}
+        self._kept = {i: self._kept[i] for i in self._past(k + 1) if i < k} | {k: latents}
         self._made += 1
         return LatentChunk(latents, prompt)
 
@@ -183,9 +183,9 @@ class Streamer:
     def _noise(self) -> Noise:
         return seeded_noise([self.seed], self.model.proj_out.weight)
 
-    def _numbers(self, made: int) -> list[int]:
-        """Number the blocks whose latents are kept once `made` are made: block 0 and the window."""
-        return [*dict.fromkeys((0, *range(max(1, made - max(1, self.causal.window)), made)))]
+    def _past(self, k: int) -> tuple[int, ...]:
+        """List the blocks whose latents are kept for block `k`: those that it sees, and the one before it."""
+        return masks.seen(k, max(1, self.causal.window))[:-1]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Store where the stream stands, atomically: `resume` goes on with the same bits."""
@@ -208,7 +208,7 @@ class Streamer:
         self._settle()
         said, tensors = _stored(Path(path))
         made, device = said["block"] + (said["coming"] is not None), self.model.proj_out.weight.device
-        kept = self._unpacked(self._numbers(made), tensors)
+        kept = self._unpacked(self._past(made), tensors)
         try:
             decoder = type(self._decoder).from_tensors(tensors, device)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -217,14 +217,13 @@ class Streamer:
         self._cache.fill(tensors)
         self.seed, self.block, self._made, self._kept, self._decoder = said["seed"], said["block"], made, kept, decoder
         self._cache.restarted = said["restarted"]
-        self._cache.open(made - 1)
         self._coming = None
         if said["coming"] is not None:
             self._coming = Future()
             self._coming.set_result(LatentChunk(kept[made - 1], said["coming"]))
         self.set_prompt(said["prompt"])
 
-    def _unpacked(self, numbers: list[int], tensors: Mapping[str, Tensor]) -> dict[int, AV[Tensor]]:
+    def _unpacked(self, numbers: tuple[int, ...], tensors: Mapping[str, Tensor]) -> dict[int, AV[Tensor]]:
         """Cut stored latents into blocks; ValueError where they are not those of these blocks."""
         config, device = self.model.config, self.model.proj_out.weight.device
         sizes = AV(*zip(*(self.causal.layout.block(i).map(len) for i in numbers), strict=True))

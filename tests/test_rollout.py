@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_transformer import GRID, TINY, distance, inputs, tiny
 
-from omniforcing_lib.cache import KVCache
+from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
 from omniforcing_lib.rollout import (
     CONTEXT_PASSES,
@@ -61,11 +61,12 @@ def test_each_step_sees_the_last_prediction_under_fresh_noise_at_its_own_level()
         AV(*(torch.randn(shape, generator=torch.Generator().manual_seed(2 * i + j)) for j in (0, 1))) for i in range(3)
     ]
 
-    def model(x: AV, sigma: AV, text: None, cache: None) -> AV:
+    def model(x: AV, sigma: AV, text: None, **_: object) -> AV:
         seen.append((x, sigma))
         return x.map(lambda part: part / 2)
 
-    made, x = denoise_block(model, None, None, sigmas, noises.__getitem__), noises[0]
+    block = OpenBlock(0, None, None, None, None)
+    made, x = denoise_block(model, None, block, None, sigmas, noises.__getitem__), noises[0]
     for i, (given, level) in enumerate(seen):
         assert level == AV(sigmas[i], sigmas[i]) and distance(given, x) <= 1e-6
         x0 = x.map(lambda part, s=sigmas[i]: part - s * part / 2)
@@ -151,8 +152,7 @@ def test_a_restarted_cache_sees_a_clip_of_the_blocks_that_it_kept(way):
     def filled(blocks: dict[int, AV], text: AV) -> KVCache:
         cache = new_cache(model, causal, GRID, 1)
         for i in blocks:
-            cache.open(i)
-            update_cache(model, cache, text, blocks[i], 0.0)
+            update_cache(model, cache, i, text, blocks[i], 0.0)
         return cache
 
     plain, stale = block(window + 1, text, filled(short, text)), block(k, old, filled(kept, old))

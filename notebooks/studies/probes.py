@@ -198,10 +198,9 @@ def cached_pass(model: Transformer, inputs: Inputs, layout: BlockLayout) -> AV[T
     kind = {"device": x.video.device, "dtype": x.video.dtype}
     cache, parts = KVCache(model.config, layout, tuple(x.video.shape[2:4]), len(x.video), **kind), []
     for k, block in enumerate(layout.blocks(x.video.shape[1])):
-        cache.open(k, block)
         own = x.map(lambda t, span: t[:, span.start : span.stop], block)
         level = sigma.map(lambda t, span: t if t.ndim == 1 else t[:, span.start : span.stop], block)
-        parts.append(model(own, level, text, cache=cache))
+        parts.append(model(own, level, text, cache=cache, blocks=(cache.open(k, block),)))
     return AV(*zip(*parts, strict=True)).map(lambda part: torch.cat(part, dim=1))
 
 

@@ -52,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask | None = N
 def _sliced(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask, plain: Callable[..., Tensor]) -> Tensor:
     """One call a block over its visible keys: no dense mask, the flash kernels stay usable."""
     outputs = []
-    for rows, columns in visibility.runs:
+    for rows, columns in visibility.by_block:
         keys, values = (take(x, columns) for x in (k, v))
         outputs.append(plain(q[:, :, rows.start : rows.stop], keys, values))
     return torch.cat(outputs, dim=2)

@@ -45,21 +45,21 @@ class TimestepEmbedder(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """Turn sigma into `rows` modulation vectors, and give the embedding itself (spec 1.4)."""
+    """Turn sigma into a number of modulation vectors, and give the embedding itself (spec 1.4)."""
 
-    def __init__(self, dim: int, rows: int) -> None:
+    def __init__(self, dim: int, vectors: int) -> None:
         super().__init__()
         self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
-        self.linear = nn.Linear(dim, rows * dim)
-        self.rows = rows
+        self.linear = nn.Linear(dim, vectors * dim)
+        self.vectors = vectors
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Modulate.
 
-        Shapes: timestep [B, G] to modulation [B, G, rows, dim] and embedding [B, G, dim].
+        Shapes: timestep [B, G] to modulation [B, G, vectors, dim] and embedding [B, G, dim].
         """
         embedded = self.emb["timestep_embedder"](timestep)
-        return self.linear(silu(embedded)).unflatten(-1, (self.rows, -1)), embedded
+        return self.linear(silu(embedded)).unflatten(-1, (self.vectors, -1)), embedded
 
 
 class CaptionProjection(nn.Module):
@@ -144,6 +144,28 @@ class Stream(NamedTuple):
     prompt_table: Tensor | None
 
 
+_STREAMS = AV(
+    (
+        "attn1",
+        "attn2",
+        "audio_to_video_attn",
+        "ff",
+        "scale_shift_table",
+        "scale_shift_table_a2v_ca_video",
+        "prompt_scale_shift_table",
+    ),
+    (
+        "audio_attn1",
+        "audio_attn2",
+        "video_to_audio_attn",
+        "audio_ff",
+        "audio_scale_shift_table",
+        "scale_shift_table_a2v_ca_audio",
+        "audio_prompt_scale_shift_table",
+    ),
+)
+
+
 def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     """Scale and shift groups of tokens: x gain + shift, where gain is 1 + scale.
 
@@ -177,7 +199,7 @@ class Block(nn.Module):
         video, audio, heads = config.video_dim, config.audio_dim, config.num_attention_heads
         wide, narrow = (heads, config.attention_head_dim), (heads, config.audio_attention_head_dim)
         shared = {"eps": config.norm_eps, "rope_type": config.rope_type, "gated": config.apply_gated_attention}
-        rows = 9 if config.cross_attention_adaln else 6
+        vectors = 9 if config.cross_attention_adaln else 6
         self.eps = config.norm_eps
         self.attn1 = Attention(video, video, *wide, **shared)
         self.audio_attn1 = Attention(audio, audio, *narrow, **shared)
@@ -187,8 +209,8 @@ class Block(nn.Module):
         self.video_to_audio_attn = Attention(audio, video, *narrow, **shared)
         self.ff = FeedForward(video, config.ff_bias)
         self.audio_ff = FeedForward(audio, config.audio_ff_bias)
-        self.scale_shift_table = nn.Parameter(torch.zeros(rows, video))
-        self.audio_scale_shift_table = nn.Parameter(torch.zeros(rows, audio))
+        self.scale_shift_table = nn.Parameter(torch.zeros(vectors, video))
+        self.audio_scale_shift_table = nn.Parameter(torch.zeros(vectors, audio))
         self.scale_shift_table_a2v_ca_video = nn.Parameter(torch.zeros(5, video))
         self.scale_shift_table_a2v_ca_audio = nn.Parameter(torch.zeros(5, audio))
         self.prompt_scale_shift_table = self.audio_prompt_scale_shift_table = None
@@ -199,26 +221,7 @@ class Block(nn.Module):
     @property
     def streams(self) -> AV[Stream]:
         """Group modules and tables by stream."""
-        return AV(
-            Stream(
-                self.attn1,
-                self.attn2,
-                self.audio_to_video_attn,
-                self.ff,
-                self.scale_shift_table,
-                self.scale_shift_table_a2v_ca_video,
-                self.prompt_scale_shift_table,
-            ),
-            Stream(
-                self.audio_attn1,
-                self.audio_attn2,
-                self.video_to_audio_attn,
-                self.audio_ff,
-                self.audio_scale_shift_table,
-                self.scale_shift_table_a2v_ca_audio,
-                self.audio_prompt_scale_shift_table,
-            ),
-        )
+        return _STREAMS.map(lambda names: Stream(*(getattr(self, name) for name in names)))
 
     def forward(
         self,
@@ -289,7 +292,7 @@ class Block(nn.Module):
         if prompt.shape[1] == 1:
             return gated(x, gate, s.text_attention(query, _modulated(c.text, prompt), **held))
         # Under masks each block of queries reads the text as its own sigma modulates it.
-        queries = query.split([len(run.rows) for run in c.sees_other.runs], dim=1)
+        queries = query.split([len(rows) for rows, _ in c.sees_other.by_block], dim=1)
         by_block = zip(queries, prompt.split(1, 1), strict=True)
         return gated(x, gate, torch.cat([s.text_attention(q, _modulated(c.text, p)) for q, p in by_block], dim=1))
 

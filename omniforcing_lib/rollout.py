@@ -9,13 +9,15 @@ Shapes: B batch, F video and T audio latents of a block, K blocks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from omniforcing_lib.backends import computed_in
 from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.flow import PAPER_STEPS, block_noise, precise, snap
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER, BlockLayout
@@ -32,14 +34,14 @@ OLDER_NAMES = {"own": "separate", "merged": "fused", "none": "skip"}
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Say how a student generates; stored in its checkpoint.
+    """How a student generates; stored in its checkpoint.
 
     Attributes:
         layout: blocks and sinks.
         steps: noise levels x 1000 of a block, ending in 0; snapped to the 40-step schedule (spec 5.0).
         window: past blocks that a block sees besides block 0; 4 is all of a 5-second clip.
         reanchor: past the window, let sinks and block 0 follow it (see `KVCache`).
-        context_noise: sigma at which a finished block is remembered; 0 is clean.
+        context_noise: sigma at which a finished block is stored in the cache; 0 is clean.
         context_pass: how a finished block gets into the cache: in a `separate` pass; `fused` into the pass of the
             next block's first step, which is the same to rounding; or `skip`, as its last step left it, still noisy.
         later_steps: noise levels of the blocks from 2 on, where they are others than `steps`.
@@ -73,26 +75,15 @@ class RolloutConfig:
 
     def to_metadata(self) -> dict[str, object]:
         """Give the `omniforcing` part of a checkpoint's `config`."""
-        layout = {"first": list(self.layout.first), "step": list(self.layout.step), "sinks": self.layout.sinks}
-        return {
-            "layout": layout,
-            "steps": list(self.steps),
-            "window": self.window,
-            "reanchor": self.reanchor,
-            "context_noise": self.context_noise,
-            "context_pass": self.context_pass,
-            "later_steps": list(self.later_steps),
-        }
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_metadata(cls, config: dict) -> RolloutConfig:
         """Read the `omniforcing` part of a checkpoint's `config`."""
-        layout = config["layout"]
-        shape = BlockLayout(AV(*layout["first"]), AV(*layout["step"]), layout["sinks"])
-        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "layout"}
-        if "context_pass" in rest:
-            rest["context_pass"] = OLDER_NAMES.get(rest["context_pass"], rest["context_pass"])
-        return cls(shape, **rest)
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        if "context_pass" in fields:
+            fields["context_pass"] = OLDER_NAMES.get(fields["context_pass"], fields["context_pass"])
+        return cls(**fields | {"layout": BlockLayout(**config["layout"])})
 
     @classmethod
     def from_layout(cls, name: str, sinks: int | None = None, **changes: object) -> RolloutConfig:
@@ -142,11 +133,11 @@ def predict_behind(
 ) -> AV[Tensor]:
     """Predict x0 of a block in one pass with the block before it, whose keys and values are stored that way."""
     sizes = before.map(lambda b: b.shape[1])
-    both = before.map(lambda b, x: torch.cat([b.to(x), x], dim=1), x)
-    sigmas = both.map(lambda t, n: (context_sigma,) * n + (sigma,) * (t.shape[1] - n), sizes)
+    pair = before.map(lambda b, x: torch.cat([b.to(x), x], dim=1), x)
+    sigmas = pair.map(lambda t, n: (context_sigma,) * n + (sigma,) * (t.shape[1] - n), sizes)
     # sinks have a sigma too, so a pass with sinks in front is another one
     key = sigmas, blocks[0].k == 0
-    velocity = model(both, sigmas, text, cache=cache, blocks=blocks, sigma_key=key).map(lambda v, n: v[:, n:], sizes)
+    velocity = model(pair, sigmas, text, cache=cache, blocks=blocks, sigma_key=key).map(lambda v, n: v[:, n:], sizes)
     return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
 
 
@@ -188,12 +179,12 @@ def renoised(x0: Tensor, eps: Tensor, sigma: float) -> Tensor:
 
 
 def as_context(causal: RolloutConfig, noise: Noise, k: int, block: AV[Tensor]) -> AV[Tensor]:
-    """Give block `k` as it is remembered: without gradients, clean or at the context noise."""
-    block, level = block.map(Tensor.detach), causal.context_noise
-    if not level:
+    """Give block `k` as it is stored in the cache: without gradients, clean or at the context noise."""
+    block, sigma = block.map(Tensor.detach), causal.context_noise
+    if not sigma:
         return block
     eps = noise(k, block.map(lambda x: tuple(x.shape[1:])), len(causal.steps_of(k)))
-    return block.map(lambda data, eps: renoised(data, eps, level), eps)
+    return block.map(lambda data, eps: renoised(data, eps, sigma), eps)
 
 
 @torch.no_grad()
@@ -254,17 +245,16 @@ def next_block(
 
     Shapes: AV([B, F, h, w, C], [B, T, C]) of block k - 1 to those of block k.
     """
-    block, level, config = block or causal.layout.block(k), causal.context_noise, model.config
-    sigmas, first = _sigmas(causal.steps_of(k)), None
+    block, config, sigmas, first = block or causal.layout.block(k), model.config, _sigmas(causal.steps_of(k)), None
     # 1. The block before goes into the cache: in a pass of its own, or with this block's first step.
     if before is not None and causal.context_pass != "skip":
-        context = as_context(causal, noise, k - 1, before)
+        context, context_sigma = as_context(causal, noise, k - 1, before), causal.context_noise
         # LTX-2.3 modulates the text, and one stream for the other, by one sigma for each sample
         if causal.context_pass == "fused" and exit_step is None and not config.cross_attention_adaln:
-            pair = cache.open_pair(k, block)
-            first = lambda x: predict_behind(model, x, sigmas[0], context, level, text, cache, pair)  # noqa: E731
+            rest = {"text": text, "cache": cache, "blocks": cache.open_pair(k, block)}
+            first = partial(predict_behind, model, sigma=sigmas[0], before=context, context_sigma=context_sigma, **rest)
         else:
-            update_cache(model, cache, k - 1, text, context, level)
+            update_cache(model, cache, k - 1, text, context, context_sigma)
     # 2. This block is denoised against the cache.
     shapes = AV((len(block.video), *cache.grid, config.in_channels), (len(block.audio), config.audio_in_channels))
     opened = cache.open(k, block)
@@ -277,20 +267,8 @@ def new_cache(
     """Allocate a cache for `causal`, no larger than a clip of `blocks` needs."""
     weight = model.proj_out.weight
     window = causal.window if blocks is None else max(0, min(causal.window, blocks - 2))
-    kind = weight.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if casts else weight.dtype
-    return KVCache(
-        model.config,
-        causal.layout,
-        grid,
-        batch,
-        window,
-        causal.reanchor,
-        model.clock,
-        weight.device,
-        dtype,
-    )
+    options = {"reanchor": causal.reanchor, "clock": model.clock, "device": weight.device}
+    return KVCache(model.config, causal.layout, grid, batch, window, dtype=computed_in(weight), **options)
 
 
 def rollout(
@@ -315,21 +293,20 @@ def rollout(
         grid: tokens of a video frame.
         video_latents: length of the clip.
         exit_step: step at which every block stops, with gradients; None runs all steps.
-        history: clean latents that are remembered in place of the student's own (teacher forcing), AV of the clip.
+        history: clean latents that are stored in place of the student's own (teacher forcing), AV of the clip.
         watch: is told each block's state before its last step, AV([B, F, h, w, C], [B, T, C]).
     """
     if not causal.trainable and exit_step is not None:
         raise ValueError(
-            "self-forcing caches blocks clean and leaves all of them at one step; train with context_pass 'separate' "
-            f"or 'fused' and without later_steps, found {causal.context_pass!r} and {causal.later_steps}"
+            "self-forcing stores clean blocks, and all blocks stop at the same step; train with context_pass "
+            f"'separate' or 'fused' and without later_steps, found {causal.context_pass!r} and {causal.later_steps}"
         )
     if causal.context_pass == "skip" and history is not None:
-        raise ValueError("a history is remembered by a pass of its own, and context_pass is 'skip'; use 'separate'")
+        raise ValueError("a history is stored by a separate pass, and context_pass is 'skip'; use 'separate'")
     blocks, before = causal.layout.blocks(video_latents), None
     cache = new_cache(model, causal, grid, len(text.video), len(blocks))
     for k, block in enumerate(blocks):
-        how = {"block": block, "exit_step": exit_step, "watch": watch}
-        out = next_block(model, causal, cache, text, noise, k, before, **how)
+        out = next_block(model, causal, cache, text, noise, k, before, block=block, exit_step=exit_step, watch=watch)
         yield out
         before = out if history is None else history.map(lambda h, span: h[:, span.start : span.stop], block)
 

@@ -27,6 +27,22 @@ from omniforcing_lib.masks import AttentionMask, Masks
 from omniforcing_lib.rope import Ropes, tables
 
 Sigma = AV[Tensor] | AV[float] | AV[tuple[float, ...]]
+_MODULATORS = AV(
+    (
+        "adaln_single",
+        "av_ca_video_scale_shift_adaln_single",
+        "av_ca_a2v_gate_adaln_single",
+        "caption_projection",
+        "prompt_adaln_single",
+    ),
+    (
+        "audio_adaln_single",
+        "av_ca_audio_scale_shift_adaln_single",
+        "av_ca_v2a_gate_adaln_single",
+        "audio_caption_projection",
+        "audio_prompt_adaln_single",
+    ),
+)
 
 
 class Transformer(nn.Module):
@@ -46,12 +62,12 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, clock: Clock | None = None) -> None:
         super().__init__()
         video, audio = config.video_dim, config.audio_dim
-        rows = 9 if config.cross_attention_adaln else 6
+        vectors = 9 if config.cross_attention_adaln else 6
         self.config, self.clock = config, clock or Clock()
         self.patchify_proj = nn.Linear(config.in_channels, video)
         self.audio_patchify_proj = nn.Linear(config.audio_in_channels, audio)
-        self.adaln_single = AdaLN(video, rows)
-        self.audio_adaln_single = AdaLN(audio, rows)
+        self.adaln_single = AdaLN(video, vectors)
+        self.audio_adaln_single = AdaLN(audio, vectors)
         self.av_ca_video_scale_shift_adaln_single = AdaLN(video, 4)
         self.av_ca_audio_scale_shift_adaln_single = AdaLN(audio, 4)
         self.av_ca_a2v_gate_adaln_single = AdaLN(video, 1)
@@ -115,33 +131,38 @@ class Transformer(nn.Module):
             latents = blocks[0].latents.map(lambda a, b: range(a.start, b.stop), blocks[-1].latents)
         else:
             latents = x.map(lambda part: range(part.shape[1]))
-        # 2. What every layer needs of sigma, text, time and causality.
-        if not all(block.writes for block in blocks):
-            sigma_key = None
-        condition = self._conditions(
-            sigma, text, self.rotations(latents, grid, sinks), sinks, masks, cache, blocks, sigma_key
-        )
-        # 3. Latents become tokens.
+        # 2. What every layer needs of sigma and of the text. A pass that stores nothing holds nothing of these either.
+        key = sigma_key if all(block.writes for block in blocks) else None
+        embed = partial(self._timesteps, sigma, sinks, masks)
+        timestep = cache.timesteps.get(key, embed) if cache else embed()
+        if cache and cache.knows_text(key):
+            text = AV(None, None)
+        else:
+            text = text.map(self._project_text, self._modulators)
+        # 3. What every layer needs of time and of causality.
+        ropes = self.rotations(latents, grid, sinks)
+        sees = ((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a)) if masks else ((None, None), (None, None))
+        shared = {"blocks": blocks, "sigma_key": key, "prompt_key": cache and cache.prompt_key(key)}
+        parts = zip(timestep, text, ropes.own, ropes.cross, sees, strict=True)
+        condition = AV(*(Condition(t, context, own, cross, *seen, **shared) for t, context, own, cross, seen in parts))
+        # 4. Latents become tokens.
         x = x.map(lambda part: part.to(self.proj_out.weight.dtype))
         video = self.patchify_proj(rearrange(x.video, "b f h w c -> b (f h w) c"))
-        hidden = AV(video, self._with_sinks(x.audio, sinks))
-        # 4. The layers; with `recompute` each keeps its inputs alone, and is run again where its gradients are needed.
+        audio = self.audio_patchify_proj(x.audio)
+        if sinks:
+            audio = torch.cat([self.audio_sink_tokens.expand(len(audio), -1, -1), audio], dim=1)
+        # 5. The layers.
+        hidden = AV(video, audio)
         for index, layer in enumerate(self.transformer_blocks):
             run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if self.recompute else layer
-            hidden = run(
-                hidden,
-                condition,
-                cached=cache and cache.layers[index],
-                skip_self=index in skip.self_attention,
-                skip_cross=skip.cross_modal,
-            )
-        # 5. Tokens become velocities; the sinks are dropped.
-        embedded = condition.map(lambda c: c.timestep.embedded)
-        video = self._project(hidden.video, embedded.video, self.scale_shift_table, self.proj_out)
-        audio_embedded = embedded.audio[:, sinks:] if embedded.audio.shape[1] > 1 else embedded.audio
-        audio = self._project(
-            hidden.audio[:, sinks:], audio_embedded, self.audio_scale_shift_table, self.audio_proj_out
-        )
+            skipped = {"skip_self": index in skip.self_attention, "skip_cross": skip.cross_modal}
+            hidden = run(hidden, condition, cached=cache and cache.layers[index], **skipped)
+        # 6. Tokens become velocities; the sinks are dropped.
+        video, audio = hidden.video, hidden.audio[:, sinks:]
+        at_video, at_audio = condition.map(lambda c: c.timestep.embedded)
+        at_audio = at_audio[:, sinks:] if at_audio.shape[1] > 1 else at_audio
+        video = self._project(video, at_video, self.scale_shift_table, self.proj_out)
+        audio = self._project(audio, at_audio, self.audio_scale_shift_table, self.audio_proj_out)
         return AV(rearrange(video, "b (f h w) c -> b f h w c", h=grid[0], w=grid[1]), audio)
 
     def rotations(self, latents: AV[range], grid: tuple[int, int], sinks: int) -> Ropes:
@@ -152,48 +173,10 @@ class Transformer(nn.Module):
         """Count the sinks in front of this call's audio, and check that masks and cache agree with the model."""
         if masks is None and cache is None:
             return 0
-        expected, found = self.config.num_audio_sink_tokens, masks.sinks if masks else cache.layout.sinks
-        if expected != found:
-            raise ValueError(f"the model has {expected} audio sink tokens, the layout {found}; use the same number")
-        return found if masks or blocks[0].k == 0 else 0
-
-    def _with_sinks(self, audio: Tensor, sinks: int) -> Tensor:
-        hidden = self.audio_patchify_proj(audio)
-        return torch.cat([self.audio_sink_tokens.expand(len(audio), -1, -1), hidden], dim=1) if sinks else hidden
-
-    def _conditions(
-        self,
-        sigma: Sigma,
-        text: AV[Tensor],
-        ropes: Ropes,
-        sinks: int,
-        masks: Masks | None,
-        cache: KVCache | None,
-        blocks: tuple[OpenBlock, ...],
-        sigma_key: Hashable | None,
-    ) -> AV[Condition]:
-        """Make what every layer needs of sigma, text, time and causality."""
-        make = partial(self._timesteps, sigma, sinks, masks)
-        timestep = cache.timesteps.get(sigma_key, make) if cache else make()
-        prompt_key = cache and cache.prompt_key(sigma_key)
-        if cache and cache.knows_text(sigma_key):
-            text = AV(None, None)
-        else:
-            text = text.map(self._text, self._modulators)
-        sees = (
-            AV((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a))
-            if masks
-            else AV((None, None), (None, None))
-        )
-        return timestep.map(
-            lambda timestep, text, own, cross, sees: Condition(
-                timestep, text, own, cross, *sees, blocks, sigma_key, prompt_key
-            ),
-            text,
-            ropes.own,
-            ropes.cross,
-            sees,
-        )
+        expected, given = self.config.num_audio_sink_tokens, masks.sinks if masks else cache.layout.sinks
+        if expected != given:
+            raise ValueError(f"the model has {expected} audio sink tokens, the layout {given}; use the same number")
+        return given if masks or blocks[0].k == 0 else 0
 
     def _timesteps(self, sigma: Sigma, sinks: int, masks: Masks | None) -> AV[TimestepEmbedding]:
         """Embed sigma for every use that layers make of it."""
@@ -208,37 +191,23 @@ class Transformer(nn.Module):
         across = AV(by_block.audio, by_block.video).map(_spread, sizes) if self.config.cross_attention_adaln else steps
         ratio = self.config.av_ca_timestep_scale_multiplier / self.config.timestep_scale_multiplier
 
-        def make(
+        def embed(
             modules: dict[str, nn.Module | None], steps: Tensor, by_block: Tensor, across: Tensor
         ) -> TimestepEmbedding:
             own, embedded = modules["own"](steps)
+            cross, gate = modules["cross"](across)[0], modules["gate"](across * ratio)[0]
             prompt = modules["prompt"](by_block)[0] if modules["prompt"] else None
-            return TimestepEmbedding(
-                own, modules["cross"](across)[0], modules["gate"](across * ratio)[0], embedded, prompt
-            )
+            return TimestepEmbedding(own, cross, gate, embedded, prompt)
 
-        return self._modulators.map(make, steps, by_block, across)
+        return self._modulators.map(embed, steps, by_block, across)
 
     @property
     def _modulators(self) -> AV[dict[str, nn.Module | None]]:
-        return AV(
-            {
-                "own": self.adaln_single,
-                "cross": self.av_ca_video_scale_shift_adaln_single,
-                "gate": self.av_ca_a2v_gate_adaln_single,
-                "caption": getattr(self, "caption_projection", None),
-                "prompt": getattr(self, "prompt_adaln_single", None),
-            },
-            {
-                "own": self.audio_adaln_single,
-                "cross": self.av_ca_audio_scale_shift_adaln_single,
-                "gate": self.av_ca_v2a_gate_adaln_single,
-                "caption": getattr(self, "audio_caption_projection", None),
-                "prompt": getattr(self, "audio_prompt_adaln_single", None),
-            },
-        )
+        """Group the modules that embed sigma and text by stream, whatever their names in the checkpoint."""
+        names = ("own", "cross", "gate", "caption", "prompt")
+        return _MODULATORS.map(lambda modules: {n: getattr(self, m, None) for n, m in zip(names, modules, strict=True)})
 
-    def _text(self, text: Tensor, modules: dict[str, nn.Module | None]) -> Tensor:
+    def _project_text(self, text: Tensor, modules: dict[str, nn.Module | None]) -> Tensor:
         text = text.to(self.proj_out.weight.dtype)
         return modules["caption"](text) if modules["caption"] else text
 
@@ -252,7 +221,7 @@ def _block_sizes(steps: Tensor, sees: AttentionMask | None) -> tuple[int, ...]:
     groups = steps.shape[1]
     if sees is None or groups == 1:
         return (groups,)
-    return tuple(len(run.rows) * groups // sees.rows for run in sees.runs)
+    return tuple(len(rows) * groups // sees.rows for rows, _ in sees.by_block)
 
 
 def _of_blocks(steps: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -288,7 +257,7 @@ def initialise(model: Transformer, generator: torch.Generator) -> Transformer:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             nn.init.ones_(parameter)
-        elif parameter.dim() < 2 or name.endswith("table") or _starts_silent(name):
+        elif parameter.dim() < 2 or name.endswith("table") or _starts_at_zero(name):
             nn.init.zeros_(parameter)
         elif name == "audio_sink_tokens":
             nn.init.normal_(parameter, std=0.02, generator=generator)
@@ -297,7 +266,6 @@ def initialise(model: Transformer, generator: torch.Generator) -> Transformer:
     return model
 
 
-def _starts_silent(name: str) -> bool:
-    modulation = name.endswith("adaln_single.linear.weight")
-    text_out = "attn2.to_out" in name
-    return modulation or text_out or name in ("proj_out.weight", "audio_proj_out.weight")
+def _starts_at_zero(name: str) -> bool:
+    output = name in ("proj_out.weight", "audio_proj_out.weight")
+    return output or name.endswith("adaln_single.linear.weight") or "attn2.to_out" in name

@@ -255,6 +255,10 @@ def test_gradients_reach_text_and_block_but_not_the_history():
             out = model(block, sigma.map(lambda s: s[:, :1]), text, cache=cache, blocks=(opened,))
     (out.video.sum() + out.audio.sum()).backward()
     assert first.video.grad is None
+    with pytest.raises(RuntimeError, match="writes=False"):
+        model(block, sigma.map(lambda s: s[:, :1]), text, cache=cache, blocks=(cache.open(1),))
+    with pytest.raises(ValueError, match="give both or none"):
+        model(block, sigma, text, cache=cache)
     silent = [n for n, p in model.named_parameters() if p.grad is None]
     assert silent == ["audio_sink_tokens"]
 

@@ -26,7 +26,7 @@ from omniforcing_lib.attention import attend
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.flow import noise_like, noised
 from omniforcing_lib.layout import AV, BlockLayout, Clock
-from omniforcing_lib.masks import AttentionMask, Masks, Run
+from omniforcing_lib.masks import AttentionMask, BlockRows, Masks
 from omniforcing_lib.transformer import Transformer
 
 CLOCK = Clock()
@@ -149,11 +149,11 @@ def off_by_one(right: Masks, name: str) -> Masks:
     """Spoil one mask: each block sees one column too many, the first token of the next block."""
     mask: AttentionMask = getattr(right, name)
 
-    def longer(run: Run) -> Run:
-        *pinned, recent = run.columns
-        return Run(run.rows, (*pinned, range(recent.start, min(recent.stop + 1, mask.columns))))
+    def longer(block: BlockRows) -> BlockRows:
+        *pinned, recent = block.columns
+        return BlockRows(block.rows, (*pinned, range(recent.start, min(recent.stop + 1, mask.columns))))
 
-    return right._replace(**{name: replace(mask, runs=tuple(longer(run) for run in mask.runs))})
+    return right._replace(**{name: replace(mask, by_block=tuple(map(longer, mask.by_block)))})
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def _cost(layout, seconds, tokens_per_frame, heads, dim, repeats, device) -> Cos
     q, k, v = torch.randn(3, 1, heads, sliced.rows, dim, generator=generator).to(device)
     ways = {"no mask": None, "dense mask": dense, "block slices": sliced}
     ms = in_turn({name: lambda way=way: attend(q, k, v, way) for name, way in ways.items()}, repeats, device)
-    pairs = sum(len(run.rows) * sum(map(len, run.columns)) for run in sliced.runs)
+    pairs = sum(len(rows) * sum(map(len, columns)) for rows, columns in sliced.by_block)
     return Cost(sliced.rows, pairs / sliced.rows**2, 1e3 * dense_mask_gb(seconds, tokens_per_frame), ms)
 
 

@@ -145,25 +145,11 @@ class Stream(NamedTuple):
 
 
 _STREAMS = AV(
-    (
-        "attn1",
-        "attn2",
-        "audio_to_video_attn",
-        "ff",
-        "scale_shift_table",
-        "scale_shift_table_a2v_ca_video",
-        "prompt_scale_shift_table",
-    ),
-    (
-        "audio_attn1",
-        "audio_attn2",
-        "video_to_audio_attn",
-        "audio_ff",
-        "audio_scale_shift_table",
-        "scale_shift_table_a2v_ca_audio",
-        "audio_prompt_scale_shift_table",
-    ),
+    "attn1 attn2 audio_to_video_attn ff scale_shift_table scale_shift_table_a2v_ca_video prompt_scale_shift_table",
+    "audio_attn1 audio_attn2 video_to_audio_attn audio_ff audio_scale_shift_table scale_shift_table_a2v_ca_audio "
+    "audio_prompt_scale_shift_table",
 )
+"""Names in the checkpoint of what `Stream` groups, in its order."""
 
 
 def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
@@ -221,7 +207,7 @@ class Block(nn.Module):
     @property
     def streams(self) -> AV[Stream]:
         """Group modules and tables by stream."""
-        return _STREAMS.map(lambda names: Stream(*(getattr(self, name) for name in names)))
+        return _STREAMS.map(lambda names: Stream(*(getattr(self, name) for name in names.split())))
 
     def forward(
         self,
@@ -269,7 +255,7 @@ class Block(nn.Module):
             modulate(self._norm(x), gain, shift),
             rotations=(c.rope, c.rope),
             visibility=c.sees_own,
-            slot=cached and cached.own,
+            cached=cached and cached.own,
             blocks=c.blocks,
         )
         return gated(x, gate, update)
@@ -283,7 +269,7 @@ class Block(nn.Module):
 
     def _read_text(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
         """Attend to the text (steps 2 and 4); modulated and gated in LTX-2.3 only."""
-        held = {"slot": cached and Prompt(cached.text, c.prompt_key), "blocks": c.blocks}
+        held = {"cached": cached and Prompt(cached.text, c.prompt_key), "blocks": c.blocks}
         if s.prompt_table is None:
             return x + s.text_attention(self._norm(x), c.text, **held)
         shift, gain, gate = m.own[6:]
@@ -315,7 +301,7 @@ class Block(nn.Module):
                 context,
                 rotations=(own.cross_rope, condition[other].cross_rope),
                 visibility=own.sees_other,
-                slot=cached[other] and cached[other].cross,
+                cached=cached[other] and cached[other].cross,
                 blocks=own.blocks,
             )
             return gated(x, modulation[to].gate, update)

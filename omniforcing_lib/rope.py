@@ -91,12 +91,7 @@ def rotation(angle: Tensor, heads: int, sinks: int = 0) -> Rotation:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def tables(
-    config: ModelConfig,
-    clock: Clock,
-    latents: AV[range],
-    grid: tuple[int, int],
-    sinks: int,
-    device: torch.device,
+    config: ModelConfig, clock: Clock, latents: AV[range], grid: tuple[int, int], sinks: int, device: torch.device
 ) -> Ropes:
     """Give the rotations of a stretch of latents for every attention of the model.
 

@@ -27,22 +27,14 @@ from omniforcing_lib.masks import AttentionMask, Masks
 from omniforcing_lib.rope import Ropes, tables
 
 Sigma = AV[Tensor] | AV[float] | AV[tuple[float, ...]]
+_USES = ("own", "cross", "gate", "caption", "prompt")
 _MODULATORS = AV(
-    (
-        "adaln_single",
-        "av_ca_video_scale_shift_adaln_single",
-        "av_ca_a2v_gate_adaln_single",
-        "caption_projection",
-        "prompt_adaln_single",
-    ),
-    (
-        "audio_adaln_single",
-        "av_ca_audio_scale_shift_adaln_single",
-        "av_ca_v2a_gate_adaln_single",
-        "audio_caption_projection",
-        "audio_prompt_adaln_single",
-    ),
+    "adaln_single av_ca_video_scale_shift_adaln_single av_ca_a2v_gate_adaln_single caption_projection "
+    "prompt_adaln_single",
+    "audio_adaln_single av_ca_audio_scale_shift_adaln_single av_ca_v2a_gate_adaln_single audio_caption_projection "
+    "audio_prompt_adaln_single",
 )
+"""Names in the checkpoint of what embeds sigma and the text, in the order of `_USES`."""
 
 
 class Transformer(nn.Module):
@@ -204,8 +196,9 @@ class Transformer(nn.Module):
     @property
     def _modulators(self) -> AV[dict[str, nn.Module | None]]:
         """Group the modules that embed sigma and text by stream, whatever their names in the checkpoint."""
-        names = ("own", "cross", "gate", "caption", "prompt")
-        return _MODULATORS.map(lambda modules: {n: getattr(self, m, None) for n, m in zip(names, modules, strict=True)})
+        return _MODULATORS.map(
+            lambda names: dict(zip(_USES, (getattr(self, name, None) for name in names.split()), strict=True))
+        )
 
     def _project_text(self, text: Tensor, modules: dict[str, nn.Module | None]) -> Tensor:
         text = text.to(self.proj_out.weight.dtype)

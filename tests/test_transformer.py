@@ -67,10 +67,7 @@ def layouts() -> st.SearchStrategy[BlockLayout]:
     """Draw small layouts, with and without sinks."""
     size = st.integers(1, 3)
     return st.builds(
-        BlockLayout,
-        st.builds(AV, size, st.integers(1, 5)),
-        st.builds(AV, size, st.integers(3, 6)),
-        st.integers(0, 3),
+        BlockLayout, st.builds(AV, size, st.integers(1, 5)), st.builds(AV, size, st.integers(3, 6)), st.integers(0, 3)
     )
 
 

@@ -111,7 +111,13 @@ class Biased(nn.Module):
         self.logit = nn.Parameter(torch.zeros(plain.heads, 1, 1, device=plain.to_q.weight.device))
 
     def forward(
-        self, x: Tensor, *, rotations: tuple[Rotation, Rotation], visibility: AttentionMask, slot: None = None
+        self,
+        x: Tensor,
+        *,
+        rotations: tuple[Rotation, Rotation],
+        visibility: AttentionMask,
+        cached: None = None,
+        blocks: tuple = (),
     ) -> Tensor:
         """Attend from [B, T, D] to itself."""
         logits, values = rows.logits_values(rows.Seen(self.plain, x, rotations[0], None))

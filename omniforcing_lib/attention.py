@@ -97,13 +97,16 @@ class Attention(nn.Module):
 
         Shapes: x [B, T, query_dim], context [B, L, context_dim], rotations of queries and keys, to [B, T, query_dim].
         """
+        # 1. Queries: normed over all heads together, then rotated.
         q = self._heads(self.q_norm(self.to_q(x)))
         if rotations:
             q = rotate(q, rotations[0], self.rope_type)
 
+        # 2. Keys and values: of this call, or with those that the cache holds; projected only if they are not held.
         def project() -> tuple[Tensor, Tensor]:
             return self.keys_values(x if context is None else context, rotations[1] if rotations else None)
 
+        # 3. Without a cache all queries attend at once, with one those of each open block in turn.
         seen = cached.extend(project, blocks) if cached else [(slice(None), *project())]
         parts = [attend(q[:, :, tokens], k, v, visibility) for tokens, k, v in seen]
         return self._out(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))

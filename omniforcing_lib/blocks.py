@@ -269,14 +269,14 @@ class Block(nn.Module):
 
     def _read_text(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
         """Attend to the text (steps 2 and 4); modulated and gated in LTX-2.3 only."""
-        held = {"cached": cached and Prompt(cached.text, c.prompt_key), "blocks": c.blocks}
+        prompt_cache = {"cached": cached and Prompt(cached.text, c.prompt_key), "blocks": c.blocks}
         if s.prompt_table is None:
-            return x + s.text_attention(self._norm(x), c.text, **held)
+            return x + s.text_attention(self._norm(x), c.text, **prompt_cache)
         shift, gain, gate = m.own[6:]
         query = modulate(self._norm(x), gain, shift)
         prompt = s.prompt_table[None, None] if c.timestep.prompt is None else s.prompt_table + c.timestep.prompt
         if prompt.shape[1] == 1:
-            return gated(x, gate, s.text_attention(query, _modulated(c.text, prompt), **held))
+            return gated(x, gate, s.text_attention(query, _modulated(c.text, prompt), **prompt_cache))
         # Under masks each block of queries reads the text as its own sigma modulates it.
         queries = query.split([len(rows) for rows, _ in c.sees_other.by_block], dim=1)
         by_block = zip(queries, prompt.split(1, 1), strict=True)

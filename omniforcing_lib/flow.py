@@ -176,6 +176,7 @@ def guide(
 
     Shapes: all passes and the result are pairs of x0 [B, F, ...]; a pass whose weights are 0 may be None.
     """
+    # Each pass moves the prediction away from what it leaves out, by its own weight for each stream.
     out = cond.map(precise)
     for i, (name, negative) in enumerate((("uncond", uncond), ("perturbed", perturbed), ("unimodal", unimodal))):
         weight = guidance.weights.map(lambda weights, i=i: weights[i])
@@ -216,6 +217,7 @@ def guided_denoiser(
         return [AV(*pair) for pair in zip(*(part.split(batch) for part in x0), strict=True)]
 
     def denoise(x: AV[Tensor], sigma: Tensor | AV[Tensor]) -> AV[Tensor]:
+        # the model takes one noise level for each sample
         levels = both(sigma).map(lambda s, part: s.expand(len(part)) if s.ndim == 0 else s, x)
         cond, *uncond = predict(x, levels, prompts)
         perturbed = predict(x, levels, [text], skip=Skip(guidance.stg_blocks)) if stg else [None]

@@ -164,6 +164,7 @@ class BlockLayout:
         if video_latents < self.first.video:
             raise ValueError(f"a clip holds block 0, {self.first.video} video latents, or more; found {video_latents}")
         *whole, (video, audio) = map(self.block, range(self.count(video_latents)))
+        # only the last block can be partial
         if video.stop > video_latents:
             video = range(video.start, video_latents)
             audio = range(audio.start, audio.start + self.step.audio * len(video) // self.step.video)

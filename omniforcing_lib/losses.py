@@ -108,6 +108,7 @@ def dmd(
 
     Shapes: x_hat, eps [B, F, ...] per stream; sigma [B], shared by the streams; weight [B] or [B, F] per stream.
     """
+    # The gradient of half the squared distance to (x_hat - direction), by x_hat, is the direction.
     with torch.no_grad():
         x = x_hat.map(noised, eps, both(sigma))
         direction = x_hat.map(dmd_direction, fake(x, sigma), real(x, sigma), _weights(weight))

@@ -139,6 +139,7 @@ def build(
     `a2v` has video rows and audio columns, `v2a` audio rows and video columns. With a window a row sees block 0, its
     own block and the `window` blocks before it: what a rolling cache holds.
     """
+    # tokens of each block of each stream, the sinks in audio block 0
     video, audio = layout.tokens(video_latents, tokens_per_frame)
 
     def mask(rows: tuple[range, ...], columns: tuple[range, ...]) -> AttentionMask:

@@ -100,6 +100,7 @@ def tables(
     exact as at the start. This depends on the position alone: a latent has one rotation, in a block as in a clip.
     """
     lengths, cross_length = _lengths(config)
+    # latents up to the longest extent, in the reference's arithmetic, and those beyond it
     known = clock.midpoints(latents).map(lambda times: bisect_right(times, cross_length[0]))
     near = positions(clock, latents.map(lambda span, n: span[:n], known), grid)
     far = positions(clock, latents.map(lambda span, n: span[n:], known), grid, torch.float64)
@@ -150,6 +151,7 @@ def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:
     """
     cos, sin = by
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # a pair (a, b) becomes (a cos - b sin, b cos + a sin)
     split = rope_type == "split"
     first, second = wide.chunk(2, dim=-1) if split else wide.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)

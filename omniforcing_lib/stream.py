@@ -130,6 +130,7 @@ class Streamer:
         self._check_open()
         weight = self.model.proj_out.weight
         context = self.text.encode([prompt], weight.device, weight.dtype)
+        # a block in the making keeps its prompt
         self._settle()
         if recache and self._made:
             with torch.inference_mode(), threads(self._threads):
@@ -142,8 +143,10 @@ class Streamer:
     def step(self) -> Chunk:
         """Decode the next block, generated now or ahead; RuntimeError once the stream is closed."""
         self._check_open()
+        # 1. Take the block that was made ahead, or make one; ahead, the next one is begun before this one is decoded.
         chunk = self._coming.result() if self._coming else self._make()
         self._coming = self._maker.submit(self._make) if self._maker and self._made < self._last else None
+        # 2. Decode it where the decoder stands.
         start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
         with threads(self._threads):
             clip = to_arrays(self.codec.decode(chunk.latents, self._decoder))

@@ -118,6 +118,24 @@ def test_gradients_do_not_know_how_a_stream_remembers():
         rolled(RolloutConfig(context_pass="skip"), 2, history=inputs(PAPER, 4)[0])
 
 
+@pytest.mark.parametrize("way", ["separate", "fused"])
+def test_recomputed_blocks_have_the_same_gradients(way):
+    """Every layer of the exit step runs twice, on the history that it saw; gradients are the same to the bit."""
+    text, grads, runs = inputs(PAPER, 4)[2], [], []
+    for recompute in (False, True):
+        model, calls = tiny(TINY.with_sinks(16)), []
+        model.recompute = recompute
+        for layer in model.transformer_blocks:
+            layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        causal = RolloutConfig(PAPER, steps=(1000, 500, 0), context_pass=way)
+        made = join(list(rollout(model, causal, text, seeded_noise([0], text.video), GRID, 7, exit_step=1)))
+        (made.video.square().sum() + made.audio.square().sum()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        runs.append(sum(calls))
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0]) and grads[0]
+    assert runs == [3 * len(model.transformer_blocks), 2 * 3 * len(model.transformer_blocks)]
+
+
 def test_a_checkpoint_says_how_it_remembers():
     causal = RolloutConfig(PAPER, context_pass="fused", later_steps=(1000, 500, 0))
     assert RolloutConfig.from_metadata(causal.to_metadata()) == causal

@@ -31,13 +31,13 @@ def beside(request, tmp_path_factory):
 
 def test_the_miniature_has_its_world():
     beside = model_bundle.of()
-    assert beside.known and "truth is known" in str(beside) and len(beside.names) == 18
+    assert beside.has_ground_truth and "truth is known" in str(beside) and len(beside.names) == 18
     found = beside.examples(2, 0, 1)
     assert len(found.clips) == len(found.prompts) == len(found.latents.video) == 2
 
 
 def test_an_ltx2_file_alone_gets_stand_ins_and_says_so(beside):
-    assert not beside.known and "stand-in" in str(beside)
+    assert not beside.has_ground_truth and "stand-in" in str(beside)
     found, context = beside.examples(2, 0, 1), beside.context()
     assert found.clips == [] and found.latents.map(lambda x: x.shape[1:]) == ((4, 2, 3, 24), (26, 16))
     assert context.context.map(lambda c: c.shape[-1]) == model_bundle.text_widths(beside.load().config)

@@ -141,7 +141,7 @@ class GemmaText:
             self.gemma, local_files_only=True, use_safetensors=True, dtype=self.place["dtype"]
         )
         gemma = getattr(whole, "language_model", whole).requires_grad_(False).eval()
-        connectors = parts.connectors(self.ltx2, **self.place)
+        connectors = parts.load(self.ltx2, "connectors", **self.place)
         if gemma.config.hidden_size != connectors.config.caption_channels:
             found = f"{gemma.config.hidden_size}, the connectors take {connectors.config.caption_channels}"
             raise ValueError(f"{self.gemma}: the hidden width is {found}; use the Gemma that LTX-2 was trained with")

@@ -12,6 +12,7 @@ from synthetic import CONFIGS, ltx2_file
 from omniforcing_lib import model_bundle
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.ltx2.codec import LTX2Codec
 from omniforcing_lib.rollout import RolloutConfig, new_cache
 from omniforcing_lib.stream import Streamer
 from omniforcing_lib.transformer import Transformer
@@ -43,6 +44,13 @@ def test_an_ltx2_file_alone_gets_stand_ins_and_says_so(beside):
     assert context.context.map(lambda c: c.shape[-1]) == model_bundle.text_widths(beside.load().config)
     assert not torch.equal(context.context.video[0], context.context.video[1])
     assert torch.equal(beside.encode(beside.names[:1]).audio, context.context.audio[:1])
+
+
+def test_what_a_bundle_can_do_is_asked_of_its_properties(beside):
+    assert beside.decodes_at_once and not replace(beside, codec=LTX2Codec.__new__(LTX2Codec)).decodes_at_once
+    assert beside.training_bytes == 20 * sum(p.numel() for p in beside.load().parameters())
+    assert beside.trainable_here and beside.training_bytes < beside.memory_bytes
+    assert beside.config == beside.load().config and beside.shipped == {}
 
 
 def test_a_student_lent_from_the_teacher_streams_what_the_whole_decodes_to(beside):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import replace
 from itertools import islice
 
@@ -131,6 +132,35 @@ def in_diffusers(folder):
         use_cross_timestep=reference.config.cross_attn_mod,
     )
     return AV(out.sample.reshape(video.shape), out.audio_sample)
+
+
+NEWEST = {
+    "as published": {"ff_bias": False},
+    "every switch": {"ff_bias": False, "audio_ff_bias": False, "use_prompt_adaln_single": False},
+}
+
+
+@pytest.mark.parametrize("changes", NEWEST.values(), ids=NEWEST)
+def test_the_layers_of_2_5_are_those_of_diffusers(changes, tmp_path):
+    """Feed-forward layers without bias, text modulated by the table alone: equal to 1e-5 in fp32, but for keyframes."""
+    config = replace(synthetic.CONFIGS["2.3"], **changes)
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.3", config=config, dtype=torch.float32)
+    folder = checkpoints.export(path, tmp_path / "folder", to="diffusers")
+    assert distance(velocity(checkpoints.load(path)), in_diffusers(folder)) <= 1e-5
+    assert checkpoints.read(path).config == checkpoints.read(folder).config == config
+    assert "version: LTX-2.5 by its tensors" in checkpoints.inspect(path)
+
+
+def test_a_2_5_file_is_refused_by_its_version(tmp_path):
+    """The transformer has no keyframe embedding, without which the first frame would be wrong."""
+    config = replace(synthetic.CONFIGS["2.3"], ff_bias=False)
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.3", config=config)
+    tensors, described = load_file(path), synthetic.metadata_of(config)
+    described["transformer"]["use_keyframes_abs_pos_embedding"] = True
+    tensors[formats.PREFIX + "keyframes_abs_pos_embedding"] = torch.ones(1, config.video_dim)
+    save_file(tensors, path, {"config": json.dumps(described), "model_version": "2.5.0"})
+    with pytest.raises(ValueError, match=r"use_keyframes_abs_pos_embedding is True: this is LTX-2\.5"):
+        checkpoints.inspect(path)
 
 
 def test_the_shipped_teacher_is_the_same_through_diffusers(tmp_path):

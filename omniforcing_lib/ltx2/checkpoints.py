@@ -198,6 +198,8 @@ def _config(format: Format, path: Path, metadata: Mapping, shapes: Mapping[str, 
         part = metadata["config"].get("transformer") if isinstance(metadata["config"], dict) else None
         if not isinstance(part, dict):
             raise ValueError("`config` in its metadata is no JSON table with a `transformer` part; LTX-2 files have it")
+        if part.get("use_keyframes_abs_pos_embedding"):
+            raise ValueError("use_keyframes_abs_pos_embedding is True: this is LTX-2.5, which is not supported")
         return ModelConfig.from_metadata(part)
     if format is formats.LTX2:
         raise ValueError(f"no `config` in its metadata (found: {', '.join(metadata) or 'none'}); LTX-2 files have it")

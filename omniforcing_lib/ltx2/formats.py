@@ -75,6 +75,8 @@ GROUPS = {
     "video VAE": ("vae.",),
     "audio VAE": ("audio_vae.",),
     "vocoder": ("vocoder.",),
+    "duration head": ("duration_head.",),
+    "tokenizer": ("tokenizer_json", "hf_asset__"),
 }
 """Starts of the names of the other models in a single file."""
 FOLDERS = {

@@ -86,7 +86,7 @@ class LTX2Codec(nn.Module):
         grid: tokens of a video latent.
         channels: of a latent of each stream.
         clock: of what `decode` gives.
-        hears: the clock of what `encode` takes: 16 kHz.
+        input_clock: of what `encode` takes, at 16 kHz.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class LTX2Codec(nn.Module):
         super().__init__()
         self.video, self.audio, self.vocoder, self.mono = video, audio, vocoder, mono
         config = audio.config
-        self.hears = Clock(mel_rate=config.sample_rate // config.mel_hop_length, sample_rate=config.sample_rate)
-        self.clock = Clock(mel_rate=self.hears.mel_rate, sample_rate=vocoder.config.output_sampling_rate)
+        self.input_clock = Clock(mel_rate=config.sample_rate // config.mel_hop_length, sample_rate=config.sample_rate)
+        self.clock = Clock(mel_rate=self.input_clock.mel_rate, sample_rate=vocoder.config.output_sampling_rate)
         self.size, patch = tuple(size), video.spatial_compression_ratio
         if any(side < 2 * patch or side % patch for side in size):
             raise ValueError(f"frames have sides of 2 or more multiples of {patch}, found {size[0]} x {size[1]}")
@@ -164,16 +164,16 @@ class LTX2Codec(nn.Module):
             ValueError: another number of samples.
         """
         stereo = samples[..., None].expand(-1, -1, 2) if samples.ndim == 2 else samples
-        hops, rest = divmod(samples.shape[1], self.hears.hop)
-        if rest or hops % self.hears.audio_stride != 1:
-            unit, one = self.hears.audio_stride * self.hears.hop, self.hears.hop
+        hops, rest = divmod(samples.shape[1], self.input_clock.hop)
+        if rest or hops % self.input_clock.audio_stride != 1:
+            unit, one = self.input_clock.audio_stride * self.input_clock.hop, self.input_clock.hop
             raise ValueError(
-                f"samples must be {unit}k + {one} at {self.hears.sample_rate} Hz, found {samples.shape[1]}"
+                f"samples must be {unit}k + {one} at {self.input_clock.sample_rate} Hz, found {samples.shape[1]}"
             )
         flat = rearrange(stereo, "b n c -> (b c) n").float()
         flat = torch.nn.functional.pad(flat, (0, max(0, N_FFT // 2 + 1 - flat.shape[1])))
         window = torch.hann_window(N_FFT, device=flat.device)
-        spectrum = torch.stft(flat, N_FFT, self.hears.hop, window=window, return_complex=True).abs()[..., :hops]
+        spectrum = torch.stft(flat, N_FFT, self.input_clock.hop, window=window, return_complex=True).abs()[..., :hops]
         mel = torch.log((self._filters().to(flat) @ spectrum).clamp_min(QUIETEST))
         return rearrange(mel, "(b c) m t -> b c t m", c=2)
 
@@ -239,7 +239,7 @@ class LTX2Codec(nn.Module):
     def _filters(self) -> Tensor:
         from transformers.audio_utils import mel_filter_bank
 
-        rate, bins = self.hears.sample_rate, self.audio.config.mel_bins
+        rate, bins = self.input_clock.sample_rate, self.audio.config.mel_bins
         bank = mel_filter_bank(N_FFT // 2 + 1, bins, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
         return torch.from_numpy(bank.T.copy())
 

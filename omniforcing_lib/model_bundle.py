@@ -310,14 +310,14 @@ def _parts_of(path: Path) -> Path:
 
 
 def text_widths(config: ModelConfig) -> AV[int]:
-    """Give the widths of the text context that each stream takes (spec 1.3, 1.12)."""
+    """Give the widths of the text context that each stream takes."""
     if config.caption_proj_before_connector:
         return AV(config.cross_attention_dim, config.audio_cross_attention_dim)
     return AV(config.caption_channels, config.caption_channels)
 
 
 def guidance_of(config: ModelConfig) -> Guidance:
-    """Give LTX-2's guidance, with the layer that is skipped in a model of that depth (spec 1.11, 1.12)."""
+    """Give LTX-2's guidance: STG skips layer 29 of LTX-2.0, layer 28 of later ones, or the last of a small model."""
     layer = 28 if config.apply_gated_attention else 29
     return replace(LTX2_GUIDANCE, stg_blocks=frozenset({min(layer, config.num_layers - 1)}))
 

@@ -201,8 +201,8 @@ class LTX2Codec(nn.Module):
         Shapes: as those of `decode`; empty where no latent came.
         """
         none = AV(torch.zeros(1, 0, *self.grid, self.channels.video), torch.zeros(1, 0, self.channels.audio))
-        kept = AV(state.video.kept, state.mel.kept)
-        return self._advance(none.map(lambda empty, x: empty if x is None else x[:, :0], kept), state, last=True)
+        inputs = AV(state.video.kept, state.mel.kept)
+        return self._advance(none.map(lambda empty, x: empty if x is None else x[:, :0], inputs), state, last=True)
 
     def _advance(self, latents: AV[Tensor], state: LTX2DecodeState, *, last: bool = False) -> AV[Tensor]:
         # 1. Each stream gives what depends on no later latent.
@@ -246,7 +246,7 @@ class LTX2Codec(nn.Module):
     def _check(self) -> None:
         """Refuse, by a ValueError, what would be decoded wrong: another clock, noise or time steps in the decoder."""
         video, audio = self.video.config, self.audio.config
-        found = {
+        settings = {
             "vae.timestep_conditioning": (video.timestep_conditioning, False),
             "vae.decoder_inject_noise": (bool(np.any(video.decoder_inject_noise)), False),
             "vae.patch_size_t": (video.patch_size_t, 1),
@@ -258,7 +258,7 @@ class LTX2Codec(nn.Module):
             "audio_vae.latents_mean": (len(self.audio.latents_mean), self.channels.audio),
             "vocoder samples per mel frame": (_samples_per_mel(self.vocoder), self.clock.hop),
         }
-        for name, (value, expected) in found.items():
+        for name, (value, expected) in settings.items():
             if value != expected:
                 raise ValueError(f"{name} is {value!r}; only {expected!r} is supported")
 

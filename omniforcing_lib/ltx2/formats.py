@@ -178,30 +178,30 @@ def to_diffusers(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def from_diffusers(found: Mapping[str, object]) -> ModelConfig:
+def from_diffusers(described: Mapping[str, object]) -> ModelConfig:
     """Read diffusers' `config.json`; what it leaves out has diffusers' own default.
 
     Raises:
         ValueError: another class, or a setting that this model would silently do differently.
     """
-    if found.get("_class_name") != DIFFUSERS_CLASS:
-        raise ValueError(f"config.json describes {found.get('_class_name')!r}, expected {DIFFUSERS_CLASS!r}")
+    if described.get("_class_name") != DIFFUSERS_CLASS:
+        raise ValueError(f"config.json describes {described.get('_class_name')!r}, expected {DIFFUSERS_CLASS!r}")
     for name, expected in _DIFFUSERS_FIXED.items():
-        if (value := found.get(name, expected)) != expected:
+        if (value := described.get(name, expected)) != expected:
             raise ValueError(f"config.json: {name} is {value!r}; only {expected!r} is supported")
-    for ours in ("gated_attn", "cross_attn_mod"):
-        if found.get(ours, False) != found.get("audio_" + ours, False):
-            raise ValueError(f"config.json: {ours} and audio_{ours} differ; only the same for both is supported")
-    same = {ours: found[theirs] for ours, theirs in _DIFFUSERS_FIELDS.items() if theirs in found}
-    space = [found.get(n, d) for n, d in (("pos_embed_max_pos", 20), ("base_height", 2048), ("base_width", 2048))]
+    for name in ("gated_attn", "cross_attn_mod"):
+        if described.get(name, False) != described.get("audio_" + name, False):
+            raise ValueError(f"config.json: {name} and audio_{name} differ; only the same for both is supported")
+    same = {ours: described[theirs] for ours, theirs in _DIFFUSERS_FIELDS.items() if theirs in described}
+    space = [described.get(n, d) for n, d in (("pos_embed_max_pos", 20), ("base_height", 2048), ("base_width", 2048))]
     return ModelConfig.from_metadata(
         {"rope_type": "interleaved"}
         | same
         | {
-            "caption_proj_before_connector": not found.get("use_prompt_embeddings", True),
-            "frequencies_precision": "float64" if found.get("rope_double_precision", True) else "float32",
+            "caption_proj_before_connector": not described.get("use_prompt_embeddings", True),
+            "frequencies_precision": "float64" if described.get("rope_double_precision", True) else "float32",
             "positional_embedding_max_pos": space,
-            "audio_positional_embedding_max_pos": [found.get("audio_pos_embed_max_pos", 20)],
+            "audio_positional_embedding_max_pos": [described.get("audio_pos_embed_max_pos", 20)],
         }
     )
 

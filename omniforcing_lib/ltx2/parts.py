@@ -101,33 +101,34 @@ def video_names(config: Mapping) -> Names:
 
 
 def video_config(config: Mapping) -> dict[str, object]:
-    """Translate the `vae` part of a config for `AutoencoderKLLTX2Video` (spec 2).
+    """Translate the `vae` part of a config for `AutoencoderKLLTX2Video`.
 
     Raises:
         ValueError: blocks other than residual stacks with a resampler between each two.
     """
-    down, up = (_blocks(config, name) for name in ("encoder_blocks", "decoder_blocks"))
-    up = up[::-1]
-    narrow, wide = [config.get("latent_channels", 128)], [config.get("decoder_base_channels", 128) * 8]
+    down = _blocks(config, "encoder_blocks")
+    up = _blocks(config, "decoder_blocks")[::-1]  # listed from pixels to latents, run the other way round
+    encoder_widths = [config.get("latent_channels", 128)]
+    decoder_widths = [config.get("decoder_base_channels", 128) * 8]
     for _, params in down[1::2]:
-        narrow.append(narrow[-1] * params.get("multiplier", 2))
+        encoder_widths.append(encoder_widths[-1] * params.get("multiplier", 2))
     for _, params in up[1::2]:
-        wide.append(wide[-1] // params.get("multiplier", 1))
+        decoder_widths.append(decoder_widths[-1] // params.get("multiplier", 1))
     padding = config.get("spatial_padding_mode")
     return {
         "in_channels": config.get("in_channels", 3),
         "out_channels": config.get("out_channels", 3),
-        "latent_channels": narrow[0],
-        "block_out_channels": tuple(narrow[1:]),
+        "latent_channels": encoder_widths[0],
+        "block_out_channels": tuple(encoder_widths[1:]),
         "down_block_types": ("LTX2VideoDownBlock3D",) * (len(down) // 2),
         "layers_per_block": tuple(params["num_layers"] for _, params in down[::2]),
         "spatio_temporal_scaling": (True,) * (len(down) // 2),
         "downsample_type": tuple(_STRIDES[name.removesuffix("_res")] for name, _ in down[1::2]),
-        "decoder_block_out_channels": tuple(wide[:-1][::-1]),
+        "decoder_block_out_channels": tuple(decoder_widths[:-1][::-1]),
         "decoder_layers_per_block": tuple(params["num_layers"] for _, params in up[::-2]),
         "decoder_spatio_temporal_scaling": (True,) * (len(up) // 2),
         "decoder_inject_noise": tuple(params.get("inject_noise", False) for _, params in up[::-2]),
-        # the one list of the decoder's that diffusers reads from the latents on, not from the pixels on
+        # Of the decoder's lists, diffusers reads this one alone from the latents to the pixels.
         "upsample_type": tuple(_STRIDES[name] for name, _ in up[1::2]),
         "upsample_residual": tuple(params.get("residual", False) for _, params in up[-2::-2]),
         "upsample_factor": tuple(params.get("multiplier", 1) for _, params in up[-2::-2]),
@@ -145,18 +146,18 @@ def _blocks(config: Mapping, name: str) -> list[tuple[str, dict]]:
     """Read a list of blocks, [kind, layers or parameters] each; a resampler stands between each two stacks."""
     blocks = [(kind, {"num_layers": rest} if isinstance(rest, int) else rest) for kind, rest in config.get(name, ())]
     ending = "_res" if name == "encoder_blocks" else ""
-    known = ({"res_x"}, {stride + ending for stride in _STRIDES})
-    if len(blocks) % 2 == 0 or any(kind not in known[i % 2] for i, (kind, _) in enumerate(blocks)):
-        found = ", ".join(kind for kind, _ in blocks) or "none"
-        raise ValueError(f"config.vae.{name} is res_x and {', '.join(sorted(known[1]))} in turns, found {found}")
+    resamplers = {stride + ending for stride in _STRIDES}
+    expected = [{"res_x"}, resamplers]
+    if len(blocks) % 2 == 0 or any(kind not in expected[i % 2] for i, (kind, _) in enumerate(blocks)):
+        kinds = ", ".join(kind for kind, _ in blocks) or "none"
+        raise ValueError(f"config.vae.{name} is res_x and {', '.join(sorted(resamplers))} in turns, found {kinds}")
     return blocks
 
 
 def audio_config(config: Mapping, names: Iterable[str] = ()) -> dict[str, object]:
     """Translate the `audio_vae` part of a config for `AutoencoderKLLTX2Audio`; `names` tell whether it attends."""
-    params, hearing = config["model"]["params"], config.get("preprocessing", {})
-    details = params.get("ddconfig", {})
-    mel_bins = details.get("mel_bins") or hearing.get("mel", {}).get("n_mel_channels") or 64
+    params, features = config["model"]["params"], config.get("preprocessing", {})
+    details, stft = params.get("ddconfig", {}), features.get("stft", {})
     return {
         "base_channels": details.get("ch", 128),
         "output_channels": details.get("out_ch", 2),
@@ -170,29 +171,34 @@ def audio_config(config: Mapping, names: Iterable[str] = ()) -> dict[str, object
         "causality_axis": details.get("causality_axis", "height"),
         "mid_block_add_attention": any(".mid.attn_1." in name for name in names),
         "sample_rate": params.get("sampling_rate", 16_000),
-        "mel_hop_length": hearing.get("stft", {}).get("hop_length", 160),
-        "is_causal": hearing.get("stft", {}).get("causal", True),
-        "mel_bins": mel_bins,
+        "mel_hop_length": stft.get("hop_length", 160),
+        "is_causal": stft.get("causal", True),
+        "mel_bins": details.get("mel_bins") or features.get("mel", {}).get("n_mel_channels") or 64,
         "double_z": details.get("double_z", True),
     }
 
 
 def vocoder_config(config: Mapping) -> dict[str, object]:
-    """Translate the `vocoder` part of a config: flat for `LTX2Vocoder`, nested for `LTX2VocoderWithBWE` (spec 1.12)."""
+    """Translate the `vocoder` part of a config: flat for `LTX2Vocoder`, nested for `LTX2VocoderWithBWE`."""
     if "bwe" not in config:
-        return _vocoder(config) | {"output_sampling_rate": config.get("output_sampling_rate", 24_000)}
-    finer = config["bwe"]
-    ending = {f"bwe_{name}": value for name, value in (_vocoder(finer) | {"final_act_fn": None}).items()}
-    heard = {"filter_length": "n_fft", "window_length": "n_fft", "num_mel_channels": "num_mels"}
-    same = ("hop_length", "input_sampling_rate", "output_sampling_rate")
+        return _generator(config) | {"output_sampling_rate": config.get("output_sampling_rate", 24_000)}
+    extension = config["bwe"]
+    generator = {f"bwe_{name}": value for name, value in (_generator(extension) | {"final_act_fn": None}).items()}
     return (
-        _vocoder(config.get("vocoder", {}))
-        | ending
-        | {name: finer[source] for name, source in (heard | dict(zip(same, same, strict=True))).items()}
+        _generator(config.get("vocoder", {}))
+        | generator
+        | {
+            "filter_length": extension["n_fft"],
+            "window_length": extension["n_fft"],
+            "num_mel_channels": extension["num_mels"],
+            "hop_length": extension["hop_length"],
+            "input_sampling_rate": extension["input_sampling_rate"],
+            "output_sampling_rate": extension["output_sampling_rate"],
+        }
     )
 
 
-def _vocoder(config: Mapping) -> dict[str, object]:
+def _generator(config: Mapping) -> dict[str, object]:
     kind = config.get("resblock", "1")
     if kind not in ("1", "AMP1") or not config.get("stereo", True):
         raise ValueError(f"config.vocoder is stereo with resblock 1 or AMP1, found resblock {kind!r}, {dict(config)}")
@@ -213,37 +219,38 @@ def _vocoder(config: Mapping) -> dict[str, object]:
 def connector_config(transformer: Mapping, tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """Translate what the `transformer` part of a config says of the text connectors for `LTX2TextConnectors`.
 
-    Sizes come from the tensors (under diffusers' names), heads and RoPE from the config (spec 1.7, 1.12).
+    Sizes come from the tensors (under diffusers' names), heads and RoPE from the config.
     """
-    split = "video_text_proj_in.weight" in tensors
-    projected = tensors["video_text_proj_in.weight" if split else "text_proj_in.weight"]
-    heads = transformer.get("connector_num_attention_heads", 30)
-    width = transformer.get("caption_channels", 3840)
-    made: dict[str, object] = {
+    per_stream = "video_text_proj_in.weight" in tensors
+    projection = tensors["video_text_proj_in.weight" if per_stream else "text_proj_in.weight"]
+    heads, width = transformer.get("connector_num_attention_heads", 30), transformer.get("caption_channels", 3840)
+    config: dict[str, object] = {
         "caption_channels": width,
-        "text_proj_in_factor": projected.shape[1] // width,
+        "text_proj_in_factor": projection.shape[1] // width,
         "connector_rope_base_seq_len": transformer.get("connector_positional_embedding_max_pos", [4096])[0],
         "rope_theta": float(transformer.get("positional_embedding_theta", 10_000.0)),
         "rope_double_precision": str(transformer.get("frequencies_precision", "")).endswith("float64"),
         "rope_type": transformer.get("rope_type", "interleaved"),
-        "per_modality_projections": split,
+        "per_modality_projections": per_stream,
         "proj_bias": "video_text_proj_in.bias" in tensors,
     }
-    if split:
-        made["video_hidden_dim"] = len(projected)
-        made["audio_hidden_dim"] = len(tensors["audio_text_proj_in.weight"])
-    for stream, count in (("video", heads), ("audio", transformer.get("audio_connector_num_attention_heads", heads))):
-        own = {name: t for name, t in tensors.items() if name.startswith(f"{stream}_connector.")}
-        registers = own.get(f"{stream}_connector.learnable_registers")
-        inner = len(own[f"{stream}_connector.transformer_blocks.0.attn1.to_q.weight"])
-        made |= {
+    if per_stream:
+        config["video_hidden_dim"] = len(projection)
+        config["audio_hidden_dim"] = len(tensors["audio_text_proj_in.weight"])
+    stream_heads = AV(heads, transformer.get("audio_connector_num_attention_heads", heads))
+    for stream, count in stream_heads._asdict().items():
+        prefix = f"{stream}_connector."
+        connector = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        registers = connector.get("learnable_registers")
+        layers = [int(name.split(".")[1]) for name in connector if name.startswith("transformer_blocks.")]
+        config |= {
             f"{stream}_connector_num_attention_heads": count,
-            f"{stream}_connector_attention_head_dim": inner // count,
-            f"{stream}_connector_num_layers": 1 + max(int(n.split(".")[2]) for n in own if ".transformer_blocks." in n),
+            f"{stream}_connector_attention_head_dim": len(connector["transformer_blocks.0.attn1.to_q.weight"]) // count,
+            f"{stream}_connector_num_layers": 1 + max(layers),
             f"{stream}_connector_num_learnable_registers": None if registers is None else len(registers),
-            f"{stream}_gated_attn": any(".to_gate_logits." in name for name in own),
+            f"{stream}_gated_attn": any(".to_gate_logits." in name for name in connector),
         }
-    return made
+    return config
 
 
 Source = str | os.PathLike[str]

@@ -136,10 +136,14 @@ def test_shards_behind_links_are_found_by_their_names(path, tmp_path):
     assert checkpoints.load(tmp_path / "release").state_dict().keys() == checkpoints.load(path).state_dict().keys()
 
 
-def test_metadata_that_is_absent_is_said_to_be_assumed(path):
-    assert "settings" not in checkpoints.inspect(path)
+def test_metadata_that_is_absent_is_said_to_be_assumed(path, caplog):
+    """By `inspect` and by `load`: Lightricks' own loader would assume other values."""
+    checkpoints.load(path)
+    assert "settings" not in checkpoints.inspect(path) + caplog.text
     rewrite(path, lambda t, c: c["transformer"].pop("rope_type"))
-    assert "the file does not say rope_type; taken from LTX-2.0" in checkpoints.inspect(path)
+    checkpoints.load(path)
+    for text in (checkpoints.inspect(path), caplog.text):
+        assert "the file does not say rope_type; taken from LTX-2.0: split" in text
 
 
 @pytest.mark.parametrize("version", synthetic.CONFIGS)

@@ -206,7 +206,7 @@ RELEASES = {
 
 
 @pytest.mark.parametrize("prefix", RELEASES, ids=["causal", "bare", "bidirectional"])
-def test_a_release_is_run_as_it_was_trained(prefix, tmp_path):
+def test_a_release_is_run_as_it_was_trained(prefix, tmp_path, caplog):
     """No metadata: the settings follow from the format's name, the config from the shapes (spec 1.9)."""
     causal, settings = RELEASES[prefix]
     for given in (released(tmp_path, prefix), tmp_path / "model.safetensors.index.json"):
@@ -220,6 +220,7 @@ def test_a_release_is_run_as_it_was_trained(prefix, tmp_path):
     exported = checkpoints.export(tmp_path, tmp_path / "student" / "own.safetensors")
     assert checkpoints.read(exported).causal == causal and checkpoints.read(exported).config == config
     assert all(map(torch.equal, velocity(checkpoints.load(tmp_path)), velocity(checkpoints.load(exported))))
+    assert "settings: the file carries none" in caplog.text
 
 
 def test_a_release_streams(tmp_path):

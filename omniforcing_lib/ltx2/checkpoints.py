@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -31,6 +32,7 @@ from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.safetensors_io import FLOATS, Entry, Reader
 from omniforcing_lib.transformer import Transformer, fresh_sinks
 
+_log = logging.getLogger(__name__)
 SHIPPED = ("teacher", "stage2", "student")
 """Names of the checkpoints in `files.DATA`, which stand for their paths."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -259,6 +261,8 @@ def load(
 ) -> Transformer:
     """Load a transformer strictly, tensor by tensor, straight into its dtype and device.
 
+    Settings that no tensor shows and the file does not say are named in a line of the log, as in `inspect`.
+
     Args:
         model: `teacher`, `student` or the path of a file, an index or a folder in any of the four formats.
         device: where it runs.
@@ -278,6 +282,8 @@ def load(
         raise ValueError(f"dtype is one of {', '.join(map(str, _DTYPES))}, found {dtype}")
     # 1. An empty model: as the config says, with new sinks and fp8 layers where they are asked for.
     checkpoint = fitting(model)
+    for line in _assumed(checkpoint):
+        _log.warning("%s: %s", checkpoint.path.name, line)
     config = replace(checkpoint.config, **(changes or {}))
     has_new_sinks = sinks is not None and sinks != config.num_audio_sink_tokens
     config = config.with_sinks(sinks) if has_new_sinks else config
@@ -448,7 +454,8 @@ def _assumed(checkpoint: Checkpoint) -> list[str]:
     if "config" not in checkpoint.metadata:
         return [f"settings: the file carries none; these are what an {checkpoint.format.name} is run with"]
     absent = [name for name in _DECISIVE if name not in checkpoint.metadata["config"]["transformer"]]
-    return [f"settings: the file does not say {', '.join(absent)}; taken from LTX-2.0"] if absent else []
+    values = ", ".join(str(getattr(checkpoint.config, name)) for name in absent)
+    return [f"settings: the file does not say {', '.join(absent)}; taken from LTX-2.0: {values}"] if absent else []
 
 
 def _missing(checkpoint: Checkpoint) -> list[str]:

@@ -121,7 +121,7 @@ class LTX2Codec(nn.Module):
 
     @property
     def delays(self) -> AV[Fraction]:
-        """Seconds that each stream of a streamed decoding lags behind its latents; the later one holds the other."""
+        """Seconds that each stream of a streamed decoding lags behind its latents; both leave with the later one."""
         wave = Fraction(self.waves.delay, self.clock.sample_rate)
         return AV(
             Fraction(self.overlaps.video.delay, self.clock.fps),
@@ -158,7 +158,7 @@ class LTX2Codec(nn.Module):
     def spectrogram(self, samples: Tensor) -> Tensor:
         """Give the log-mel spectrogram that the audio encoder takes: 64 Slaney bins, n_fft 1024, hop 160.
 
-        Shapes: [B, n] or [B, n, 2] at 16 kHz, n = (4k + 1) hops -> [B, 2, 4k + 1, m]; mono goes to both ears.
+        Shapes: [B, n] or [B, n, 2] at 16 kHz, n = (4k + 1) hops -> [B, 2, 4k + 1, m]; mono goes to both channels.
 
         Raises:
             ValueError: another number of samples.
@@ -179,11 +179,11 @@ class LTX2Codec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: AV[Tensor], state: LTX2DecodeState | None = None) -> AV[Tensor]:
-        """Decode latents whole, or the next ones of a stream when a state is given (which it moves on).
+        """Decode latents whole, or the next ones of a stream when a state is given, which is updated.
 
         In a stream frames and samples come `delays` later than their latents; `finish` gives what is left.
 
-        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n, 2], float32 in [-1, 1].
+        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n, 2] (mono: [B, n]), float32.
 
         Raises:
             ValueError: latents of another grid or width.
@@ -196,7 +196,7 @@ class LTX2Codec(nn.Module):
 
     @torch.no_grad()
     def finish(self, state: LTX2DecodeState) -> AV[Tensor]:
-        """Give the frames and samples that a stream still owes, up to the last one of each.
+        """Give the remaining frames and samples of a stream, up to the last one of each.
 
         Shapes: as those of `decode`; empty where no latent came.
         """

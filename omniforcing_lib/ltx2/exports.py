@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
@@ -37,6 +38,8 @@ def check_path(path: Path, to: str) -> None:
         raise ValueError(f"an LTX-2 file ends in .safetensors, found {path}")
     if to == "diffusers":
         files.check_new(path)
+        if find_spec("huggingface_hub") is None:
+            raise ValueError("a diffusers folder is written by huggingface_hub; pip install 'omniforcing-lib[ltx2]'")
     files.check_file(path)
 
 

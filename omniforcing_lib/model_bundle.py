@@ -174,7 +174,7 @@ class ModelBundle:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     @property
-    def trainable_here(self) -> bool:
+    def fits_training(self) -> bool:
         """Tell whether the device has the memory to train all weights."""
         return self.training_bytes <= self.memory_bytes
 
@@ -184,7 +184,7 @@ class ModelBundle:
         need, there = f"{self.training_bytes / 1e9:.0f} GB", f"{self.memory_bytes / 1e9:.0f}"
         for mark, runs, why in (
             (AT_ONCE, self.decodes_at_once, "LTX-2's decoders look ahead: chunks come later than their latents"),
-            (TRAINED, self.trainable_here, f"training needs {need}, {self.device} has {there}"),
+            (TRAINED, self.fits_training, f"training needs {need}, {self.device} has {there}"),
             (WORLD_ONLY, self.has_ground_truth, "no ground truth is known for clips of this teacher"),
         ):
             if not runs:
@@ -310,14 +310,17 @@ def _parts_of(path: Path) -> Path:
 
 
 def text_widths(config: ModelConfig) -> AV[int]:
-    """Give the widths of the text context that each stream takes."""
+    """Give the widths of the text context that each stream takes (specification 1.3, 1.12)."""
     if config.caption_proj_before_connector:
         return AV(config.cross_attention_dim, config.audio_cross_attention_dim)
     return AV(config.caption_channels, config.caption_channels)
 
 
 def guidance_of(config: ModelConfig) -> Guidance:
-    """Give LTX-2's guidance: STG skips layer 29 of LTX-2.0, layer 28 of later ones, or the last of a small model."""
+    """Give LTX-2's guidance: STG skips layer 29 of LTX-2.0, layer 28 of later ones, or the last of a small model.
+
+    Source: specification 1.11, 1.12.
+    """
     layer = 28 if config.apply_gated_attention else 29
     return replace(LTX2_GUIDANCE, stg_blocks=frozenset({min(layer, config.num_layers - 1)}))
 

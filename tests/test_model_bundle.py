@@ -49,7 +49,7 @@ def test_an_ltx2_file_alone_gets_stand_ins_and_says_so(beside):
 def test_what_a_bundle_can_do_is_asked_of_its_properties(beside):
     assert beside.decodes_at_once and not replace(beside, codec=LTX2Codec.__new__(LTX2Codec)).decodes_at_once
     assert beside.training_bytes == 20 * sum(p.numel() for p in beside.load().parameters())
-    assert beside.trainable_here and beside.training_bytes < beside.memory_bytes
+    assert beside.fits_training and beside.training_bytes < beside.memory_bytes
     assert beside.config == beside.load().config and beside.shipped == {}
 
 

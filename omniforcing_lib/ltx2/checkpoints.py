@@ -2,7 +2,7 @@
 
 Four formats are read: LTX-2 single files (prefix `model.diffusion_model.`, JSON `config` in the metadata), diffusers
 folders, OmniForcing releases, and students of this project: LTX-2 files with `audio_sink_tokens` and an `omniforcing`
-part in their config. The miniature's files are of the first and the last.
+part in their config. The miniature's files are of the first and the last. Source: specification 1.2.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from omniforcing_lib.ltx2 import parts
 from omniforcing_lib.ltx2.overlap import Chain, Layer, Overlap, Tail, convolution, repeated, transposed
 
 START = AV(0, 0)
-N_FFT, QUIETEST = 1024, 1e-5  # of the mel spectrogram that the audio encoder takes
+N_FFT, QUIETEST = 1024, 1e-5  # of the mel spectrogram that the audio encoder takes (specification 2)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class LTX2DecodeState:
 
 
 class LTX2Codec(nn.Module):
-    """Encode clips to LTX-2's latents and decode them, whole or as a stream.
+    """Encode clips to LTX-2's latents and decode them, whole or as a stream (specification 2).
 
     Args:
         video: diffusers' `AutoencoderKLLTX2Video`.

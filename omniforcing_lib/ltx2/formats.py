@@ -1,6 +1,7 @@
 """The formats of LTX-2's transformer: tensor names and configs, as functions on names and shapes alone.
 
-A *bare* name is the transformer's own (`patchify_proj.weight`); a *stored* name is what a file calls it.
+A *bare* name is the transformer's own (`patchify_proj.weight`); a *stored* name is what a file calls it. Source:
+specification 1.2.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ RELEASED_CODE = {
     "frequencies_precision": "float32",
     "av_ca_timestep_scale_multiplier": 1,
 }
-"""What OmniForcing's released causal code runs LTX-2's weights with, whatever the file says."""
+"""What OmniForcing's released causal code runs LTX-2's weights with, whatever the file says (specification 1.9)."""
 
 _TO_DIFFUSERS = {
     "patchify_proj": "proj_in",

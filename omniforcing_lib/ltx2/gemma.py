@@ -35,6 +35,8 @@ def user_cache() -> Path:
 class GemmaText:
     """Encode prompts for LTX-2; a `TextEncoder`. Gemma is loaded when the first prompt is not in the cache.
 
+    Source: specification 1.7.
+
     Args:
         gemma: folder of Gemma 3 with its tokenizer, as transformers saves it.
         ltx2: LTX-2 single file or diffusers folder that holds the connectors.

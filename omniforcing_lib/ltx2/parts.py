@@ -3,7 +3,8 @@
 A single file holds them under `vae.`, `audio_vae.`, `vocoder.`, `text_embedding_projection.` and
 `model.diffusion_model.*_embeddings_connector.`, described by the JSON `config` of its metadata; a diffusers folder
 holds each in a subfolder. Both are loaded strictly. Names and config keys are those of ltx-core 1.0.0, Lightricks' own
-loader, which reads a tiny file of ours to the same bits; no released file was opened here.
+loader, which reads a tiny file of ours to the same bits; no released file was opened here. Source: specification 1.2
+and 1.12.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def video_names(config: Mapping) -> Names:
 
 
 def video_config(config: Mapping) -> dict[str, object]:
-    """Translate the `vae` part of a config for `AutoencoderKLLTX2Video`.
+    """Translate the `vae` part of a config for `AutoencoderKLLTX2Video` (specification 2).
 
     Raises:
         ValueError: blocks other than residual stacks with a resampler between each two.
@@ -219,7 +220,7 @@ def _generator(config: Mapping) -> dict[str, object]:
 def connector_config(transformer: Mapping, tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """Translate what the `transformer` part of a config says of the text connectors for `LTX2TextConnectors`.
 
-    Sizes come from the tensors (under diffusers' names), heads and RoPE from the config.
+    Sizes come from the tensors (under diffusers' names), heads and RoPE from the config (specification 1.7, 1.12).
     """
     per_stream = "video_text_proj_in.weight" in tensors
     projection = tensors["video_text_proj_in.weight" if per_stream else "text_proj_in.weight"]

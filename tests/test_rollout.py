@@ -1,4 +1,4 @@
-"""How a block is remembered: merged = a pass of its own, a restarted cache = a clip of the blocks that it kept."""
+"""How a finished block is stored: a fused pass equals a separate one; a restarted cache equals a short clip."""
 
 from __future__ import annotations
 

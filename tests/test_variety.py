@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from omniforcing_lib.bounce import evaluate, variety, world
+from series import claims
 from studies import protocol
 
 COUNT = 48
@@ -128,8 +129,8 @@ def test_clips_without_a_ball_are_no_variety():
 
 def test_stored_motions_have_the_names_of_the_report_and_no_file_is_a_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"motions\.json is not there; `python -m omniforcing_lib score`"):
-        protocol.stored_motions(tmp_path)
+        protocol.stored_motions(claims.SYSTEMS, tmp_path)
     stored = {"teacher, 40 steps": [[1, 2, 3, 4]], "stage2": [[0, 0, 1, 1]] * 2, "another": [[0, 0, 0, 0]]}
     (tmp_path / "motions.json").write_text(json.dumps(stored))
-    found = protocol.stored_motions(tmp_path)
+    found = protocol.stored_motions(claims.SYSTEMS, tmp_path)
     assert {name: moves.shape for name, moves in found.items()} == {"teacher": (1, 4), "Stage 2": (2, 4)}

@@ -96,6 +96,15 @@ def test_the_interval_of_a_ratio_holds_the_truth():
     assert (np.mean(held, axis=0) >= 0.85).all()
 
 
+def test_the_intervals_of_neighbours_hold_the_truth():
+    """What sets of this size give in the mean lies in nine of ten intervals or more."""
+    pairs = drawn(48 * 80).reshape(40, 2, 48, 4)
+    truth = {n: np.mean([variety.neighbours(*p, draws=2)[n].mean for p in pairs]) for n in ("recall", "coverage")}
+    for name, mean in truth.items():
+        estimates = [variety.neighbours(*two, draws=60)[name] for two in pairs[:20]]
+        assert np.mean([low <= mean <= high for _, low, high in estimates]) >= 0.85, name
+
+
 def test_a_broken_motion_costs_precision_and_no_recall_hides_it():
     """Balls that stand still or race are no clips of the world, however varied they are."""
     moves = variety.motions(readings(FIRST))

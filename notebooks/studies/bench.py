@@ -54,7 +54,7 @@ RELEASED_BLOCKS = {"fp32": (1.7, 4.1), "bf16": (1.5, 3.8)}
 """Seconds of the first and of the tenth second of the released causal code, five passes each: random weights of the
 size of `BENCH`, frames of `REAL_GRID`, the two cores that the shipped figures come from."""
 FULL_GUIDANCE = replace(LTX2_GUIDANCE, stg_blocks=frozenset({2}))
-"""LTX-2's own guidance, four passes a step, on a model of few blocks."""
+"""LTX-2's own guidance, four passes per step, on a model of few blocks."""
 
 
 class Percentiles(NamedTuple):
@@ -70,18 +70,13 @@ def percentiles(times: Sequence[float]) -> Percentiles:
     return Percentiles(*(float(p) for p in np.percentile(times, (50, 95, 99))))
 
 
-def synchronise() -> None:
-    """Wait for the accelerator, if there is one: it works on while Python has moved on."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def seconds_of(call: Callable[[], object]) -> float:
-    """Time one call."""
-    synchronise()
+    """Time one call; an accelerator works on while Python has moved on, so it is waited for."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     began = time.perf_counter()
     call()
-    synchronise()
+    wait()
     return time.perf_counter() - began
 
 

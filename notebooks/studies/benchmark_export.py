@@ -1,7 +1,7 @@
 """Write generated clips where evaluation tools look for them, with the protocol they were made under.
 
 VBench reads `{prompt}-{index}.mp4`, five clips per prompt, the prompt being its own short one also where a longer one
-was generated from. JavisBench's table goes by row: one clip a row, here `sample_0000.mp4` with its sound beside it as
+was generated from. JavisBench's table goes by row: one clip per row, here `sample_0000.mp4` with its sound beside it as
 `sample_0000.wav`; neither tool could be run here, and JavisBench's names could not be checked, so that a `pattern` can
 be given instead.
 """

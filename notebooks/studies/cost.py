@@ -278,8 +278,8 @@ def carried(
 ) -> list[dict[str, object]]:
     """Predict the steady state of a large model on named GPUs that reach `share` of their stated peak.
 
-    Decoding is left out, and so is memory: weights are read once a pass, a small part of its time. A block lasts a
-    second, so FLOPs a block are FLOP/s for real time. The first chunk is block 0 and block 1 (spec 6.5).
+    Decoding is left out, and so is memory: weights are read once per pass, a small part of its time. A block lasts a
+    second, so FLOPs per block are FLOP/s for real time. The first chunk is block 0 and block 1 (spec 6.5).
     """
     steady = block_work(config, causal, tokens, causal.window + 2, text)
     first = plus(*(block_work(config, causal, tokens, k, text) for k in (0, 1)))

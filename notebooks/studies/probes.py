@@ -58,7 +58,7 @@ def noisy_clip(x0: AV[Tensor], text: AV[Tensor], seed: int, layout: BlockLayout)
 
 
 def block_rows(layout: BlockLayout, seconds: int, clock: Clock = CLOCK) -> list[dict[str, object]]:
-    """Table a clip's blocks, one a row: latents, what they decode to, and when each stream ends (spec 3.2, 3.3)."""
+    """Table a clip's blocks, one per row: latents, what they decode to, and when each stream ends (spec 3.2, 3.3)."""
     rows = []
     for k, block in enumerate(layout.blocks(clock.latents(seconds).video)):
         frames, samples = clock.frames(block.video), clock.samples(block.audio)
@@ -239,26 +239,24 @@ def attention_cost(
     repeats: int = 9,
     device: str | torch.device = "cpu",
 ) -> dict[int, Cost]:
-    """Time video self-attention by clip length: all pairs, under a dense mask, and one call a block.
+    """Time video self-attention by clip length: all pairs, under a dense mask, and one call per block.
 
     The ways take turns after a warm-up, so that a machine that slows down slows all of them.
     """
-    return {length: _cost(layout, length, tokens_per_frame, heads, dim, repeats, device) for length in seconds}
-
-
-def _cost(layout, seconds, tokens_per_frame, heads, dim, repeats, device) -> Cost:
-    latents = CLOCK.latents(seconds).video
-    sliced = masks.build(layout, latents, tokens_per_frame, rendering="sliced").video_self
-    dense = replace(sliced, rendering="dense")
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, heads, sliced.rows, dim, generator=generator).to(device)
-    ways = {"no mask": None, "dense mask": dense, "block slices": sliced}
-    times = alternate({name: partial(attend, q, k, v, way) for name, way in ways.items()}, repeats)
-    ms = {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
-    pairs = sum(len(run.rows) * sum(map(len, run.columns)) for run in sliced.runs)
-    return Cost(sliced.rows, pairs / sliced.rows**2, 1e3 * dense_mask_gb(seconds, tokens_per_frame), ms)
+    costs = {}
+    for length in seconds:
+        latents = CLOCK.latents(length).video
+        sliced = masks.build(layout, latents, tokens_per_frame, rendering="sliced").video_self
+        q, k, v = torch.randn(3, 1, heads, sliced.rows, dim, generator=torch.Generator().manual_seed(0)).to(device)
+        ways = {"no mask": None, "dense mask": replace(sliced, rendering="dense"), "block slices": sliced}
+        times = alternate({name: partial(attend, q, k, v, way) for name, way in ways.items()}, repeats)
+        ms = {name: 1000 * statistics.median(took) for name, took in times.items()}
+        pairs = sum(len(run.rows) * sum(map(len, run.columns)) for run in sliced.runs)
+        mask_mb = 1e3 * dense_mask_gb(length, tokens_per_frame)
+        costs[length] = Cost(sliced.rows, pairs / sliced.rows**2, mask_mb, ms)
+    return costs
 
 
 def dense_mask_gb(seconds: int, tokens_per_frame: int, clock: Clock = CLOCK) -> float:
-    """Give the gigabytes of a clip's dense mask of video self-attention, a byte a pair."""
+    """Give the gigabytes of a clip's dense mask of video self-attention, one byte per pair."""
     return (clock.latents(seconds).video * tokens_per_frame) ** 2 / 1e9

@@ -31,34 +31,29 @@ ROWS = 1152
 
 
 class Machine(NamedTuple):
-    """What this machine does at best: GFLOP/s of matrix products by dtype, of attention, GB/s of copies."""
+    """What this machine does at best: GFLOP/s of matrix products by dtype, and of attention."""
 
     gemm: dict[str, float]
     attention: float
-    bandwidth: float
 
 
 @torch.inference_mode()
 def machine(device: str = "cpu", turns: int = 5, size: int = 1024) -> Machine:
-    """Measure the roofs: square products in fp32 and bf16, attention of 1152 on 6144 tokens, copies; best of turns."""
+    """Measure the roofs: square products in fp32 and bf16, attention of 1152 on 6144 tokens; best of turns."""
     return _machine({name: min(times) for name, times in alternate(_probes(device, size), turns).items()}, size)
 
 
 def _probes(device: str, size: int) -> dict[str, Callable[[], object]]:
-    length = 8 * size
-    square = {dtype: torch.randn(size, size, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    square = {d: torch.randn(size, size, device=device, dtype=getattr(torch, d)) for d in ("float32", "bfloat16")}
     query, key = (torch.randn(1, 4, n, 64, device=device) for n in (ROWS, 6 * size))
-    source, target = (torch.zeros(length, size, device=device) for _ in range(2))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    calls = {str(dtype).removeprefix("torch."): (lambda x=x: x @ x) for dtype, x in square.items()}
-    return calls | {"attention": lambda: attend(query, key, key), "copy": lambda: target.copy_(source)}
+    calls = {dtype: (lambda x=x: x @ x) for dtype, x in square.items()}
+    return calls | {"attention": lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key)}
 
 
 def _machine(seconds: Mapping[str, float], size: int) -> Machine:
     """Turn seconds of the probes into rates."""
     products = {name: 2 * size**3 / seconds[name] / 1e9 for name in ("float32", "bfloat16")}
-    attended, copied = 4 * ROWS * 6 * size * 256, 2 * 4 * 8 * size**2
-    return Machine(products, attended / seconds["attention"] / 1e9, copied / seconds["copy"] / 1e9)
+    return Machine(products, 4 * ROWS * 6 * size * 256 / seconds["attention"] / 1e9)
 
 
 @torch.inference_mode()

@@ -262,7 +262,8 @@ def train(variant: Variant, study: Study, *, steps: int, batch: int = 4, seed: i
         norm = float(metrics["norm"])
         trace.norm.append(norm)
         # The norm is that before clipping; the sinks' gradient is clipped already.
-        sinks = float(model.audio_sink_tokens.grad.float().norm()) if model.config.num_audio_sink_tokens else 0.0
+        tokens = getattr(learner.model, "audio_sink_tokens", None)
+        sinks = 0.0 if tokens is None else float(tokens.grad.float().norm())
         trace.sink_norm.append(sinks * max(1.0, norm / variant.clip))
         trace.loss.append(float(metrics["video"] + metrics["audio"]))
         return metrics

@@ -68,8 +68,8 @@ def _sound_features(samples: np.ndarray, rate: int) -> np.ndarray:
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP] * np.hanning(WINDOW)
     power = np.abs(np.fft.rfft(windows)) ** 2 / WINDOW
     edges = np.searchsorted(np.fft.rfftfreq(WINDOW, 1 / rate), BAND_HZ[:-1])
-    bands = decibels(np.add.reduceat(power, edges, axis=1), QUIET_DB)
-    loudness = decibels(power.sum(1), QUIET_DB)
+    bands = decibels(np.add.reduceat(power, edges, axis=1) + 1e-12, QUIET_DB)
+    loudness = decibels(power.sum(1) + 1e-12, QUIET_DB)
     # The last step counts as still, so that one window alone has no rise and no fall.
     step = np.diff(loudness, append=loudness[-1:])
     rise, fall = np.maximum(step, 0).mean(), np.minimum(step, 0).mean()
@@ -80,7 +80,7 @@ def _sound_features(samples: np.ndarray, rate: int) -> np.ndarray:
 
 def decibels(power: np.ndarray | float, least: float) -> np.ndarray:
     """Write power in dB of full scale, no less than `least`."""
-    return np.maximum(10 * np.log10(power + 1e-12), least)
+    return np.maximum(10 * np.log10(np.maximum(power, 1e-30)), least)
 
 
 def feature_sets(clips: Sequence[AV[np.ndarray]], clock: Clock = CLOCK) -> AV[np.ndarray]:

@@ -48,7 +48,7 @@ def true_knots(scenes: Sequence[world.Scene], hops: int, clock: Clock) -> np.nda
 
 @lru_cache(maxsize=4)
 def _spline(hops: int, rate: int, parts: int = 8, lead: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Return times, eight a hop, and the matrix that fits straight lines between hop ends to values there."""
+    """Return times, eight per hop, and the matrix that fits straight lines between hop ends to values there."""
     times = (np.arange(-lead * parts, (hops + lead) * parts) + 0.5) / (parts * rate)
     ends = np.arange(1 - lead, hops + lead) / rate
     hats = np.clip(1 - np.abs(times[:, None] - ends) * rate, 0, None)

@@ -92,7 +92,7 @@ def patterns(readings: Sequence[Reading]) -> np.ndarray:
     return np.array([pattern(reading) for reading in readings])
 
 
-def neighbours(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS) -> dict[str, Estimate]:
+def neighbours(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS, *, draws: int = 300) -> dict[str, Estimate]:
     """Compare a set with real clips by k-nearest neighbours: `precision`, `recall`, `density`, `coverage`.
 
     * precision: clips that lie within the k-th neighbour of some real clip.
@@ -107,7 +107,7 @@ def neighbours(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS) -> dict
     """
     if (fewest := min(len(real), len(other))) <= k:
         raise ValueError(f"the distance to the {k}-th neighbour needs more than {k} clips, found {fewest}")
-    return by_halves(partial(_neighbours, k=k), real, other)
+    return by_halves(partial(_neighbours, k=k), real, other, draws=draws)
 
 
 def _neighbours(real: np.ndarray, other: np.ndarray, k: int) -> dict[str, float]:

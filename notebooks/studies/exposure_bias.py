@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from omniforcing_lib.bounce import evaluate, variety
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.evaluate import Estimate, Reading, Tally
+from omniforcing_lib.bounce.evaluate import drift as drift
 from omniforcing_lib.bounce.sampling import decoded as decoded
 from omniforcing_lib.bounce.sampling import roll as roll
 from omniforcing_lib.bounce.sampling import true_clips as true_clips

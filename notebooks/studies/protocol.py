@@ -268,12 +268,13 @@ def by_seed(tallies: Sequence[Tally], trial: Trial) -> list[float]:
 
 
 def worst(tallies: Sequence[Tally], prompts: Sequence[str]) -> dict[str, float]:
-    """Give each measure of prompt and sync for the prompt that does worst at it."""
+    """Give each measure of prompt and sync for the prompt that does worst at it; prompts without one do not count."""
     lowest: dict[str, float] = {}
     for prompt in dict.fromkeys(prompts):
         row = evaluate.estimates([t for t, p in zip(tallies, prompts, strict=True) if p == prompt], draws=1)
         for name in ("one_ball", "colour", "timbre", "sync_f1", "wall_pitch"):
-            lowest[name] = min(lowest.get(name, 1.0), round(row[name].mean, 4))
+            if np.isfinite(row[name].mean):
+                lowest[name] = min(lowest.get(name, 1.0), round(row[name].mean, 4))
     return lowest
 
 

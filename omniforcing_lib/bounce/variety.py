@@ -105,9 +105,13 @@ def neighbours(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS, *, draw
 
     Shapes: [n, d], [m, d], any units; both are divided by the real standard deviations.
     """
-    if (fewest := min(len(real), len(other))) <= k:
-        raise ValueError(f"the distance to the {k}-th neighbour needs more than {k} clips, found {fewest}")
+    _check_sizes(k, real, other)
     return by_halves(partial(_neighbours, k=k), real, other, draws=draws)
+
+
+def _check_sizes(k: int, *sets: np.ndarray) -> None:
+    if (fewest := min(map(len, sets))) <= k:
+        raise ValueError(f"the distance to the {k}-th neighbour needs more than {k} clips, found {fewest}")
 
 
 def _neighbours(real: np.ndarray, other: np.ndarray, k: int) -> dict[str, float]:
@@ -245,8 +249,9 @@ def ratios(real: np.ndarray, other: np.ndarray, base: np.ndarray, *, draws: int 
     Intervals come from halves of all three sets, see `evaluate.by_halves`. Drawing the real clips alone, beside
     neighbourhoods as they are, gives intervals that miss the truth half of the time.
 
-    Shapes: [n, 4], [m, 4], [l, 4], see `motions`; 2 `NEIGHBOURS` + 2 clips or more in each.
+    Shapes: [n, 4], [m, 4], [l, 4], see `motions`; more than `NEIGHBOURS` clips in each.
     """
+    _check_sizes(NEIGHBOURS, real, other, base)
     return by_halves(_ratio, real, other, base, draws=draws)
 
 

@@ -261,10 +261,11 @@ def distances(reference: Reference, features: AV[np.ndarray]) -> dict[str, float
     }
 
 
-def by_seed(tallies: Sequence[Tally], trial: Trial) -> list[float]:
-    """Sync F1 of each set of seeds on its own."""
+def by_seed(tallies: Sequence[Tally], trial: Trial) -> list[float | None]:
+    """Sync F1 of each set of seeds on its own; None where there is no event."""
     parts = [tallies[start : start + trial.clips] for start in range(0, len(tallies), trial.clips)]
-    return [round(evaluate.estimates(part, draws=1)["sync_f1"].mean, 4) for part in parts]
+    scores = [evaluate.estimates(part, draws=1)["sync_f1"].mean for part in parts]
+    return [round(score, 4) if np.isfinite(score) else None for score in scores]
 
 
 def worst(tallies: Sequence[Tally], prompts: Sequence[str]) -> dict[str, float]:

@@ -106,7 +106,9 @@ def neighbours(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS, *, draw
     Shapes: [n, d], [m, d], any units; both are divided by the real standard deviations.
     """
     _check_sizes(k, real, other)
-    return by_halves(partial(_neighbours, k=k), real, other, draws=draws)
+    measured = by_halves(partial(_neighbours, k=k), real, other, draws=draws)
+    shares = {n: Estimate(e.mean, max(e.low, 0.0), min(e.high, 1.0)) for n, e in measured.items() if n != "density"}
+    return measured | shares
 
 
 def _check_sizes(k: int, *sets: np.ndarray) -> None:

@@ -206,12 +206,11 @@ def random_latents(model: Transformer, latents: AV[int], grid: tuple[int, int]) 
     return shapes.map(lambda shape: torch.randn(1, *shape, device=model.proj_out.weight.device))
 
 
-def noisy_cache(model: Transformer, causal: RolloutConfig, grid: tuple[int, int], k: int) -> KVCache:
-    """Open block `k` on a cache full of noise: a pass against it costs what it costs in mid-stream."""
+def noisy_cache(model: Transformer, causal: RolloutConfig, grid: tuple[int, int]) -> KVCache:
+    """Make a cache full of noise: a pass against it costs what it costs in mid-stream."""
     cache = new_cache(model, causal, grid, 1)
     for tensor in cache.tensors().values():
         tensor.normal_()
-    cache.open(k)
     return cache
 
 
@@ -259,20 +258,20 @@ def training_step(
 
 def open_block(model: Transformer, causal: RolloutConfig, grid: tuple[int, int], k: int) -> Callable[[], object]:
     """Prepare one pass over block `k`, see `noisy_cache`: calling it runs the pass."""
-    text, cache = random_text(model), noisy_cache(model, causal, grid, k)
+    text, cache = random_text(model), noisy_cache(model, causal, grid)
     x = random_latents(model, causal.layout.block(k).map(len), grid)
-    return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), text, cache=cache))
+    blocks = (cache.open(k),)
+    return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), text, cache=cache, blocks=blocks, sigma_key=0.7))
 
 
 @torch.inference_mode()
 def steady_block(model: Transformer, causal: RolloutConfig, grid: tuple[int, int]) -> Callable[[], object]:
     """Prepare a block in mid-stream, its predecessor to be remembered: calling it costs what the stream costs."""
     k, text, noise = causal.window + 2, random_text(model), seeded_noise([0], model.proj_out.weight)
-    cache = noisy_cache(model, causal, grid, k)
+    cache = noisy_cache(model, causal, grid)
     before = next_block(model, causal, cache, text, noise, k, None)
 
     def block() -> None:
-        cache.open(k)
         next_block(model, causal, cache, text, noise, k + 1, before)
 
     return torch.inference_mode()(block)

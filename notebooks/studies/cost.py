@@ -21,6 +21,7 @@ from torch import Tensor
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.training.plan import training_bytes
 from omniforcing_lib.transformer import Transformer
 
 GPUS = {"H100": (989.0, 3.35), "H200": (989.0, 4.8), "B200": (2250.0, 8.0)}
@@ -193,11 +194,6 @@ def cache_bytes(config: ModelConfig, causal: RolloutConfig, tokens: int, bytes_e
 def working_bytes(config: ModelConfig, queries: AV[int], rows: int = 1, bytes_each: int = 2) -> int:
     """Estimate what a pass holds at once: the MLP's widest layer, and half a dozen tensors of a stream's width."""
     return bytes_each * rows * 10 * (queries.video * config.video_dim + queries.audio * config.audio_dim)
-
-
-def training_bytes(config: ModelConfig, average: bool = True) -> int:
-    """Count what one model that learns holds: fp32 weights, gradients, both moments of AdamW, and the average."""
-    return (20 if average else 16) * parameters(config)
 
 
 def memory_rows(

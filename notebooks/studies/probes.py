@@ -24,7 +24,7 @@ from omniforcing_lib.attention import attend
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.flow import noise_like, noised
 from omniforcing_lib.layout import AV, BlockLayout, Clock
-from omniforcing_lib.masks import AttentionMask, Masks, Run
+from omniforcing_lib.masks import AttentionMask, BlockRows, Masks
 from omniforcing_lib.transformer import Transformer
 from studies.bench import alternate
 from studies.distill import by_ratio
@@ -143,11 +143,11 @@ def off_by_one(right: Masks, name: str) -> Masks:
     """Spoil one mask: each block sees one column too many, the first token of the next block."""
     mask: AttentionMask = getattr(right, name)
 
-    def longer(run: Run) -> Run:
-        *pinned, recent = run.columns
-        return Run(run.rows, (*pinned, range(recent.start, min(recent.stop + 1, mask.columns))))
+    def longer(block: BlockRows) -> BlockRows:
+        *pinned, recent = block.columns
+        return BlockRows(block.rows, (*pinned, range(recent.start, min(recent.stop + 1, mask.columns))))
 
-    return right._replace(**{name: replace(mask, runs=tuple(longer(run) for run in mask.runs))})
+    return right._replace(**{name: replace(mask, by_block=tuple(map(longer, mask.by_block)))})
 
 
 @torch.no_grad()
@@ -192,10 +192,9 @@ def cached_pass(model: Transformer, inputs: Inputs, layout: BlockLayout) -> AV[T
     where = {"device": x.video.device, "dtype": x.video.dtype}
     cache, parts = KVCache(model.config, layout, tuple(x.video.shape[2:4]), len(x.video), **where), []
     for k, block in enumerate(layout.blocks(x.video.shape[1])):
-        cache.open(k, block)
         piece = x.map(lambda t, span: t[:, span.start : span.stop], block)
         level = sigma.map(lambda t, span: t if t.ndim == 1 else t[:, span.start : span.stop], block)
-        parts.append(model(piece, level, text, cache=cache))
+        parts.append(model(piece, level, text, cache=cache, blocks=(cache.open(k, block),)))
     return AV(*zip(*parts, strict=True)).map(lambda part: torch.cat(part, dim=1))
 
 
@@ -251,7 +250,7 @@ def attention_cost(
         ways = {"no mask": None, "dense mask": replace(sliced, rendering="dense"), "block slices": sliced}
         times = alternate({name: partial(attend, q, k, v, way) for name, way in ways.items()}, repeats)
         ms = {name: 1000 * statistics.median(took) for name, took in times.items()}
-        pairs = sum(len(run.rows) * sum(map(len, run.columns)) for run in sliced.runs)
+        pairs = sum(len(rows) * sum(map(len, columns)) for rows, columns in sliced.by_block)
         mask_mb = 1e3 * dense_mask_gb(length, tokens_per_frame)
         costs[length] = Cost(sliced.rows, pairs / sliced.rows**2, mask_mb, ms)
     return costs

@@ -347,12 +347,16 @@ def _render(arguments: argparse.Namespace) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> None:
+    from series import plots
     from studies import protocol
 
     systems = protocol.systems_of(arguments.models, arguments.steps, unprompted=arguments.unprompted)
     first = {"first": protocol.SELECTION} if arguments.selection else {}
     trial = protocol.Trial(arguments.clips, arguments.seeds, arguments.seconds, **first)
-    print((protocol.run_long if arguments.long else protocol.run)(systems, trial, arguments.out))
+    if arguments.long:
+        print(protocol.run_long(systems, trial, arguments.out))
+    else:
+        print(protocol.run(systems, trial, arguments.out, plots.contact_sheet))
 
 
 def _ablate(arguments: argparse.Namespace) -> None:

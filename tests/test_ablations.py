@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.training.dataset import Prompts
 from series import verdicts
-from studies import ablations, distill
+from studies import ablations, distill, store
 from studies.ablations import ARMS, Budget
 from studies.anatomy import encoded
 
@@ -145,7 +146,7 @@ def test_runs_go_on_where_they_stopped_and_tables_pool_them(tmp_path, monkeypatc
     assert FakeBench.trials == 6 == len([*tmp_path.glob("*.json")])
     table, gains = ablations.table(tmp_path), ablations.gains(tmp_path)
     assert [*table] == [*arms] and [*gains] == ["Stage 2", "true past"]
-    assert table["Stage 3"]["frechet, video"] == verdicts.over_seeds([10.0, 11.0])
+    assert table["Stage 3"]["frechet, video"] == store.over_seeds([10.0, 11.0])
     assert gains["Stage 2"]["sync_f1"] == (0, (0, 0)) and gains["Stage 2"]["frechet, video"] == (0, (0, 0))
 
 
@@ -155,9 +156,9 @@ def test_the_training_seed_is_the_unit_and_arms_are_compared_at_once(tmp_path, m
     ablations.run(tmp_path, arms=("Stage 2", "Stage 3", "true past"), seeds=3, budget=Budget(clips=100))
     mean, (low, high) = ablations.gains(tmp_path)["true past"]["sync_f1"]
     apart = [-0.4, -0.5, -0.6]
-    wanted = verdicts.over_seeds(apart, comparisons=2)
+    wanted = store.over_seeds(apart, comparisons=2)
     assert (mean, low, high) == pytest.approx((wanted[0], *wanted[1]))
-    assert high - low > np.subtract(*reversed(verdicts.over_seeds(apart)[1])) + 0.1
+    assert high - low > np.subtract(*reversed(store.over_seeds(apart)[1])) + 0.1
 
 
 def test_one_training_seed_has_no_interval_and_no_verdict(tmp_path, monkeypatch):
@@ -182,7 +183,7 @@ def test_every_seed_begins_with_a_stage_2_of_its_own(monkeypatch):
     """The same start for all seeds would be one training seed under many names."""
     bench = object.__new__(ablations._Bench)
     bench.teacher, bench.budget, bench.pairs, bench.prompts, bench.causal = "teacher", Budget(), "pairs", None, CAUSAL
-    bench._starts, trained = {}, []
+    bench.stage2, trained = cache(bench._stage2), []
 
     def stage2(source, pairs, prompts, causal, *, steps, batch, seed):
         trained.append((pairs, steps, seed))
@@ -190,8 +191,10 @@ def test_every_seed_begins_with_a_stage_2_of_its_own(monkeypatch):
 
     monkeypatch.setattr(ablations.distill, "stage2", stage2)
     monkeypatch.setattr(ablations, "noised_pairs", lambda pairs, seed: f"noise {seed}")
+    monkeypatch.setattr(bench, "_distil", lambda arm, student, causal, seed: student)
+    monkeypatch.setattr(bench, "_judge", lambda student, causal, seed: student)
     arms = [ARMS[name] for name in ("Stage 2", "Stage 3", "noised start")]
-    starts = [[bench._start(arm, seed) for arm in arms] for seed in (0, 1)]
+    starts = [[bench.trial(arm, seed) for arm in arms] for seed in (0, 1)]
     assert starts == [[("pairs", 100, s), ("pairs", 100, s), (f"noise {s}", 100, s)] for s in (0, 1)]
     assert len(trained) == 4
 

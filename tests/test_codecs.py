@@ -174,7 +174,7 @@ def test_a_wrong_file_is_refused_by_name(codec: TinyCodec, tmp_path: Path) -> No
 
 
 def test_training_is_the_same_twice_and_learns() -> None:
-    one, two = (train_codec(steps=3, batch=2, seconds=1, kept=2, seed=4, progress=False) for _ in range(2))
+    one, two = (train_codec(steps=3, batch=2, seconds=1, pooled=2, seed=4, progress=False) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
-    three = train_codec(steps=12, batch=2, seconds=1, kept=2, seed=4, progress=False)
+    three = train_codec(steps=12, batch=2, seconds=1, pooled=2, seed=4, progress=False)
     assert three.metrics["psnr_db"] > one.metrics["psnr_db"]

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from series import origins
-from studies import cures, stored_runs
+from studies import cures, store
 from studies.cures import Budget, Remedy
 
 TINY = Budget(steps=1, batch=1, seconds=1, clips=4)
@@ -33,14 +32,14 @@ def test_runs_are_kept_and_say_what_they_judged(tmp_path):
     assert list(table) == [name for name in cures.REMEDIES if name in names]
     assert all(0 <= row["recall"][0] <= 1 and row["sync_f1"][1] is None for row in table.values())
     assert table["Stage 2"]["angle_sd"] != table["on policy"]["angle_sd"]
-    record, *_ = stored_runs.read(tmp_path).values()
-    assert record["files"] == origins.of("teacher", "stage2", "codec", "ode_pairs")["files"]
+    record, *_ = store.read(tmp_path)
+    assert record["files"] == store.origin("teacher", "stage2", "codec", "ode_pairs")["files"]
     with pytest.raises(ValueError, match="another folder"):
         cures.run(tmp_path, names=names, seeds=2, budget=Budget(steps=2))
 
 
 def test_unknown_remedies_and_empty_folders_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown remedies prayer; choose from Stage 2"):
+    with pytest.raises(ValueError, match="unknown arms prayer; choose from 'Stage 2'"):
         cures.run(tmp_path, names=("prayer",))
     with pytest.raises(ValueError, match="holds no runs"):
         cures.table(tmp_path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib.bounce import codecs, world
+from omniforcing_lib.bounce import codecs, distributions, world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
@@ -68,7 +68,7 @@ def test_more_pairs_than_are_stored_are_the_stored_ones_and_fresh_ones(prompts, 
     causal, codec = checkpoints.read("stage2").causal, codecs.shipped_codec()
     stored = distill.teacher_pairs("", codec, prompts, causal, 90)
 
-    def fresh(teacher, prompts, guidance, steps, seeds, *, first, **how):
+    def fresh(teacher, prompts, guidance, step_list, seeds, *, first, **sizes):
         index = torch.arange(first, first + len(seeds)) % len(prompts)
         return Pairs(stored.states.map(lambda s: -s[: len(seeds)]), stored.sigmas, index)
 
@@ -105,3 +105,21 @@ def test_ratios_compare_with_the_base():
     assert all(r == 1 for r, _, _ in distill.frechet_ratio(real, near, near, draws=20))
     assert all(r.low > 2 for r in distill.frechet_ratio(real, far, near, draws=20))
     assert distill.distance(real, far).energy > distill.distance(real, near).energy
+
+
+def test_the_interval_of_a_frechet_ratio_holds_the_truth_near_the_floor():
+    """Two shifted sets: the mean of many ratios lies in most intervals. A plug-in bootstrap holds it in one of five."""
+    rng = np.random.default_rng(0)
+
+    def three() -> tuple[np.ndarray, ...]:
+        return tuple(rng.normal(mean, 1, (54, 8)) for mean in (0, 0.5, 0))
+
+    def ratio(real: np.ndarray, other: np.ndarray, base: np.ndarray) -> float:
+        return distributions.frechet(real, other) / distributions.frechet(real, base)
+
+    truth, inside = np.mean([ratio(*three()) for _ in range(200)]), []
+    for sets in [three() for _ in range(20)]:
+        whole, few = distill.frechet_ratio(*(AV(x, x[:, :1]) for x in sets), draws=40)
+        inside.append(whole.low <= truth <= whole.high)
+        assert whole.low <= whole.mean == ratio(*sets) <= whole.high and few.low <= few.mean <= few.high
+    assert np.mean(inside) >= 0.75

@@ -118,7 +118,7 @@ def test_a_gap_has_a_sign_and_an_interval_that_knows_chance():
 @pytest.mark.parametrize("width", [2, 3, 10])
 def test_spans_of_a_drift_cover_the_clip_once(clips, width):
     readings, prompts = [evaluate.read(clip) for clip in clips], ["a red ball, bell"] * 3
-    spans = exposure_bias.drift(readings, prompts, width)
+    spans = evaluate.drift(readings, prompts, width)
     assert [*spans] == ([0, 2] if width == 2 else [0])
     frames = [evaluate.tally(r, p, 0) for r, p in zip(readings, prompts, strict=True)]
     whole = sum(t["motion"][0] for t in frames) / 3

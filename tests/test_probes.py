@@ -70,5 +70,5 @@ def test_block_slices_leave_out_what_the_mask_forbids():
 
 def test_calls_take_turns_and_the_first_turn_does_not_count():
     order = []
-    times = probes.in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
-    assert order == ["a", "b"] * 3 and times.keys() == {"a", "b"}
+    times = probes.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 3 and {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}

@@ -17,8 +17,7 @@ from omniforcing_lib.bounce.world import prompts
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.transformer import Transformer
-from series import verdicts
-from studies import rows, sink_runs, sinks, variants
+from studies import rows, sink_runs, sinks, store, variants
 from studies.sinks import Trace
 from studies.variants import Variant
 from tests.test_transformer import GRID, TINY, inputs, tiny
@@ -288,7 +287,7 @@ def test_training_seeds_are_the_unit_and_more_comparisons_widen_every_interval()
     assert (mean, low, high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), rel=1e-3)
     mean, wider = sink_runs.differences(traces | {"2 sinks": traces["0 sinks"]})["0 sinks"]
     assert wider[0] < low and high < wider[1]
-    assert verdicts.over_seeds([0.3]) == (0.3, None) and verdicts.over_seeds([0.3, math.nan])[1] is None
+    assert store.over_seeds([0.3]) == (0.3, None) and store.over_seeds([0.3, math.nan])[1] is None
     with pytest.raises(ValueError, match="share no training seed"):
         sink_runs.differences({"16 sinks": {0: trace(1.0)}, "0 sinks": {1: trace(1.0)}})
 
@@ -330,7 +329,7 @@ def test_runs_that_do_not_belong_together_are_refused_before_any_training(tmp_pa
         with pytest.raises(ValueError, match="variant"):
             sink_runs.stored("study", tmp_path)
     other = {"git": {}, "files": {"teacher.safetensors": "another"}}
-    monkeypatch.setattr(sink_runs.origins, "of", lambda *names: other)
+    monkeypatch.setattr(store, "origin", lambda *names: other)
     with pytest.raises(ValueError, match="another"):
         sink_runs.run("study", tmp_path, steps=3)
     assert sink_runs.stored("study", tmp_path).outdated == 1

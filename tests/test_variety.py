@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from omniforcing_lib.bounce import evaluate, variety, world
+from series import claims
 from studies import protocol
 
 COUNT = 48
@@ -95,6 +96,15 @@ def test_the_interval_of_a_ratio_holds_the_truth():
     assert (np.mean(held, axis=0) >= 0.85).all()
 
 
+def test_the_intervals_of_neighbours_hold_the_truth():
+    """What sets of this size give in the mean lies in nine of ten intervals or more."""
+    pairs = drawn(48 * 80).reshape(40, 2, 48, 4)
+    truth = {n: np.mean([variety.neighbours(*p, draws=2)[n].mean for p in pairs]) for n in ("recall", "coverage")}
+    for name, mean in truth.items():
+        estimates = [variety.neighbours(*two, draws=60)[name] for two in pairs[:20]]
+        assert np.mean([low <= mean <= high for _, low, high in estimates]) >= 0.85, name
+
+
 def test_a_broken_motion_costs_precision_and_no_recall_hides_it():
     """Balls that stand still or race are no clips of the world, however varied they are."""
     moves = variety.motions(readings(FIRST))
@@ -128,8 +138,8 @@ def test_clips_without_a_ball_are_no_variety():
 
 def test_stored_motions_have_the_names_of_the_report_and_no_file_is_a_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"motions\.json is not there; `python -m omniforcing_lib score`"):
-        protocol.stored_motions(tmp_path)
+        protocol.stored_motions(claims.SYSTEMS, tmp_path)
     stored = {"teacher, 40 steps": [[1, 2, 3, 4]], "stage2": [[0, 0, 1, 1]] * 2, "another": [[0, 0, 0, 0]]}
     (tmp_path / "motions.json").write_text(json.dumps(stored))
-    found = protocol.stored_motions(tmp_path)
+    found = protocol.stored_motions(claims.SYSTEMS, tmp_path)
     assert {name: moves.shape for name, moves in found.items()} == {"teacher": (1, 4), "Stage 2": (2, 4)}

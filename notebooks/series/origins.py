@@ -7,53 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from omniforcing_lib import files
-from omniforcing_lib.files import sha256
+from studies.store import ROOT, SHIPPED, git_state
+from studies.store import origin as of
 
-ROOT = Path(__file__).resolve().parents[2]
+__all__ = ["ROOT", "SCORES", "SHIPPED", "differences", "git_state", "of", "rows", "source_sha256"]
 SCORES = ("scores", "long")
 """Records of the protocol in `reports/scores`; what lies beside them was written by the same runs."""
-SHIPPED = ("teacher", "stage2", "student", "codec", "ode_pairs")
-
-
-def git_state() -> dict:
-    """Return the commit and whether the working tree differs from it; both None outside a clone."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
-
-
-def of(*judged: str | Path) -> dict:
-    """Say on what a result rests, to be stored with it: `git`, and the SHA-256 of the `files` that are judged.
-
-    `judged`: names of shipped files, or checkpoints as `checkpoints.read` takes them, all their shards.
-    Raises ValueError where there is no such checkpoint.
-    """
-    return {"git": git_state(), "files": {_name(path): sha256(path) for name in judged for path in _paths(name)}}
-
-
-def _paths(name: str | Path) -> Iterable[Path]:
-    from omniforcing_lib.ltx2 import checkpoints
-
-    if name in SHIPPED:
-        return [files.DATA / f"{name}.safetensors"]
-    return sorted({entry.path for entry in checkpoints.read(name).entries.values()})
-
-
-def _name(path: Path) -> str:
-    path = path.resolve()
-    return path.name if path.parent == ROOT / "data" else "/".join(path.parts[-2:])
 
 
 def source_sha256(notebook: Path) -> str:

@@ -18,6 +18,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from studies.store import OverSeeds as OverSeeds
+from studies.store import over_seeds as over_seeds
+
 REPRODUCED = "reproduced in miniature"
 DIRECTION = "the direction only"
 CONTRADICTED = "contradicted"
@@ -107,22 +110,3 @@ def whole(parts: Mapping[str, str]) -> str:
     if others:
         return "partly: " + "; ".join(f"{answer}: {', '.join(names)}" for answer, names in named.items())
     return first if first == REPRODUCED else f"partly: {first}"
-
-
-OverSeeds = tuple[float, tuple[float, float] | None]
-"""A mean over training seeds and its 95 % interval: none for one seed, nor where a run broke."""
-
-
-def over_seeds(values: Sequence[float], *, comparisons: int = 1) -> OverSeeds:
-    """Give the mean of a number that each seed has once, and its 95 % interval by Student's t; none for one seed.
-
-    With several `comparisons` the intervals of all hold together in 95 % of cases (Bonferroni): each gets wider.
-    """
-    from scipy.special import stdtrit
-
-    mean, count = math.fsum(values) / len(values), len(values)
-    if count < 2 or not math.isfinite(mean):
-        return mean, None
-    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    reach = float(stdtrit(count - 1, 1 - 0.025 / comparisons)) * spread
-    return mean, (mean - reach, mean + reach)

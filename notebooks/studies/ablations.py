@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omniforcing_lib import files
-from omniforcing_lib.bounce import codecs, distributions, evaluate, world
+from omniforcing_lib.bounce import codecs, distributions, evaluate, sampling, world
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.flow import ONES, RELEASED_STEPS, noise_like, noised
@@ -32,10 +32,10 @@ from omniforcing_lib.training import stages
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.training.stages import Sampler
 from omniforcing_lib.transformer import Transformer
-from series import origins, verdicts
-from studies import distill, exposure_bias, stored_runs
+from studies import distill, exposure_bias, store
+from studies.store import OverSeeds
 
-STORED = files.DATA.parent / "reports" / "ablations"
+STORED = store.ROOT / "reports" / "ablations"
 CLIP_SECONDS = 5
 ODE_STEPS = 11
 """Steps of Stage 2 that take as long as one step of the student in Stage 3, with five of its critic."""
@@ -85,8 +85,8 @@ class Budget:
     Attributes:
         start: steps of Stage 2.
         steps: student steps of Stage 3, with five times as many of the critic.
-        batch: clips a step of either stage.
-        clips: held-out roll-outs a seed, prompts in turn.
+        batch: clips per step of either stage.
+        clips: held-out roll-outs per seed, prompts in turn.
         seconds: length of these roll-outs.
     """
 
@@ -105,8 +105,8 @@ def true_past(pairs: Pairs, prompts: Prompts, causal: RolloutConfig, grid: tuple
         index = stages.pick(len(pairs), batch, generator)
         past, text = clips.map(lambda clip: clip[index]), prompts.take(pairs.prompt[index])
         noise, frames = fresh_noise(generator, batch), past.video.shape[1]
-        way = {"exit_step": exit_step, "history": past}
-        return text, join(list(rollout(student, causal, text, noise, grid, frames, **way)))
+        blocks = rollout(student, causal, text, noise, grid, frames, exit_step=exit_step, history=past)
+        return text, join(list(blocks))
 
     return sample
 
@@ -137,7 +137,7 @@ def late_windows(
 def opening(codec: TinyCodec, layout: BlockLayout, k: int, block: AV[Tensor]) -> AV[Tensor]:
     """Encode the last frame and hop of block k as a clip's first latents: a clip that starts there begins with them.
 
-    The first latent of a clip holds one frame; all later ones hold eight (spec 2).
+    The first latent of a clip holds one frame; all later ones hold eight (paper Sec. 3.1).
     Shapes: block k, AV([B, F, h, w, C], [B, T, C]) -> AV([B, 1, h, w, C], [B, 1, C]), without a graph.
     """
     state = DecodeState(layout.block(k).map(lambda span: span.stop - 1))
@@ -164,19 +164,15 @@ def run(
 
     Raises ValueError for an unknown arm, or a folder with runs of another budget or from another teacher.
     """
-    if unknown := sorted(set(arms) - set(ARMS)):
-        raise ValueError(f"unknown arms {', '.join(unknown)}; choose from {', '.join(ARMS)}")
-    folder, budget = Path(folder), budget or Budget()
-    start = checkpoints.read(teacher).fingerprint[:16]
-    _check([*stored_runs.read(folder).values()], budget, start)
-    bench, judged = _Bench(teacher, budget), origins.of(teacher, "codec", "ode_pairs")
-    for seed in range(seeds):
-        for name in arms:
-            path = stored_runs.path_of(folder, name, seed)
-            if not path.exists():
-                record = judged | {"arm": name, "seed": seed, "teacher": start} | vars(budget)
-                stored_runs.write(path, record | bench.trial(ARMS[name], seed))
-    return folder
+    store.refuse_unknown(arms, ARMS)
+    budget = budget or Budget()
+    settings = {"teacher": checkpoints.read(teacher).fingerprint[:16]} | vars(budget)
+
+    def prepare():
+        bench, judged = _Bench(teacher, budget), store.origin(teacher, "codec", "ode_pairs")
+        return lambda name, seed: judged | bench.trial(ARMS[name], seed)
+
+    return store.go_on(folder, arms, seeds, lambda record: settings, prepare)
 
 
 class _Bench:
@@ -187,58 +183,61 @@ class _Bench:
         self.codec, self.causal = codecs.shipped_codec(), checkpoints.read("stage2").causal
         self.prompts = Prompts.of(TinyText(), world.prompts())
         self.pairs = distill.teacher_pairs(teacher, self.codec, self.prompts, self.causal, 90)
-        self.names = [self.prompts.names[i % len(self.prompts.names)] for i in range(budget.clips)]
+        self.names = world.prompts_in_turn(budget.clips)
         first = world.HELD_OUT + 700_000
-        real = exposure_bias.true_clips(self.names, range(first, first + budget.clips), budget.seconds)
+        real = sampling.true_clips(self.names, range(first, first + budget.clips), budget.seconds)
         self.reference = distributions.feature_sets([cut for clip in real for cut in cuts(clip)])
-        self._starts: dict[tuple[str, int, int], Transformer] = {}
+        self.stage2 = cache(self._stage2)
 
     def trial(self, arm: Arm, seed: int) -> dict[str, object]:
         """Train and measure one arm with one seed."""
-        start = self._start(arm, seed)
-        causal = replace(self.causal, **arm.causal)
-        return self._judge(self._distil(arm, start, causal, seed) if arm.share else start, causal, seed)
-
-    def _start(self, arm: Arm, seed: int) -> Transformer:
         steps = self.budget.start + arm.regression * ODE_STEPS * self.budget.steps
-        key = (arm.start, steps, seed)
-        if key not in self._starts:
-            pairs = self.pairs if arm.start == "trajectories" else noised_pairs(self.pairs, seed)
-            way = {"steps": steps, "batch": self.budget.batch, "seed": seed}
-            self._starts[key] = distill.stage2(self.teacher, pairs, self.prompts, self.causal, **way).student
-        return self._starts[key]
+        student, causal = self.stage2(arm.start, steps, seed), replace(self.causal, **arm.causal)
+        return self._judge(self._distil(arm, student, causal, seed) if arm.share else student, causal, seed)
 
-    def _distil(self, arm: Arm, start: Transformer, causal: RolloutConfig, seed: int) -> Transformer:
+    def _stage2(self, start: str, steps: int, seed: int) -> Transformer:
+        pairs = self.pairs if start == "trajectories" else noised_pairs(self.pairs, seed)
+        batch = self.budget.batch
+        return distill.stage2(
+            self.teacher, pairs, self.prompts, self.causal, steps=steps, batch=batch, seed=seed
+        ).student
+
+    def _distil(self, arm: Arm, student: Transformer, causal: RolloutConfig, seed: int) -> Transformer:
         batch, frames = self.budget.batch, self.codec.clock.latents(CLIP_SECONDS).video
         sampler = {
             "own": None,
             "true": true_past(self.pairs, self.prompts, causal, self.codec.grid, batch),
             "late": late_windows(self.codec, self.prompts, causal, frames, batch),
         }[arm.past]
-        way = {"steps": self.budget.steps * arm.share, "batch": batch, "weights": arm.weights, "sampler": sampler}
-        return distill.stage3(start, self.teacher, self.prompts, causal, self.codec, **way, seed=seed).student
+        return distill.stage3(
+            student,
+            self.teacher,
+            self.prompts,
+            causal,
+            self.codec,
+            steps=self.budget.steps * arm.share,
+            batch=batch,
+            weights=arm.weights,
+            sampler=sampler,
+            seed=seed,
+        ).student
 
     def _judge(self, student: Transformer, causal: RolloutConfig, seed: int) -> dict[str, object]:
         first, seconds = world.HELD_OUT + 600_000 + 1000 * seed, self.budget.seconds
-        numbers = range(first, first + self.budget.clips)
-        latents = exposure_bias.roll(student, causal, self.codec, self.names, numbers, seconds)
-        clips = exposure_bias.decoded(self.codec, latents)
+        seeds = range(first, first + self.budget.clips)
+        latents = sampling.roll(student, causal, self.codec, self.names, seeds, seconds)
+        clips = sampling.decoded(self.codec, latents)
         readings = evaluate.read_all(clips)
-        whole, late = (
-            [evaluate.tally(r, p, from_s) for r, p in zip(readings, self.names, strict=True)]
-            for from_s in (0, seconds - CLIP_SECONDS)
-        )
+        whole, late = (evaluate.tallies(readings, self.names, start) for start in (0, seconds - CLIP_SECONDS))
         counts = {name: [tally[name] for tally in whole] for name in MEASURES}
         counts["sync_f1, last 5 s"] = [tally["sync_f1"] for tally in late]
-        off = exposure_bias.by_block(self.codec, causal.layout, latents).map(
-            lambda error: exposure_bias.sums(error).tolist()
-        )
+        off = exposure_bias.by_block(self.codec, causal.layout, latents).map(exposure_bias.sums)
         counts |= {"ball off its way, px": off.video, "sound off its impact, ms": off.audio}
-        found = distributions.feature_sets([cut for clip in clips for cut in cuts(clip)])
-        apart = distill.distance(self.reference, found).frechet
+        features = distributions.feature_sets([cut for clip in clips for cut in cuts(clip)])
+        frechet = distill.distance(self.reference, features).frechet
         return {
-            "counts": {name: np.round(pairs, 4).tolist() for name, pairs in counts.items()},
-            "frechet": {name: round(value, 3) for name, value in apart._asdict().items()},
+            "counts": {name: np.round(parts, 4).tolist() for name, parts in counts.items()},
+            "frechet": {name: round(value, 3) for name, value in frechet._asdict().items()},
         }
 
 
@@ -246,63 +245,31 @@ def cuts(clip: AV[np.ndarray]) -> Iterator[AV[np.ndarray]]:
     """Cut a long clip into clips of 5 seconds. Shapes: AV([F, H, W, 3], [N])."""
     steps = AV(world.CLOCK.fps, world.CLOCK.sample_rate).map(lambda rate: CLIP_SECONDS * rate)
     for i in range(len(clip.video) // steps.video):
-        yield clip.map(lambda stream_, step, i=i: stream_[i * step : (i + 1) * step], steps)
-
-
-def _check(records: Sequence[Mapping], budget: Budget, teacher: str = "") -> None:
-    for record in records:
-        if teacher and (kept := record.get("teacher", teacher)) != teacher:
-            raise ValueError(f"the folder holds runs of teacher {kept}, asked for {teacher}: use another folder")
-        found = Budget(**{name: record[name] for name in vars(budget)})
-        if found != budget:
-            raise ValueError(f"the folder holds runs of {found}, asked for {budget}: use another folder")
+        yield clip.map(lambda stream, step, i=i: stream[i * step : (i + 1) * step], steps)
 
 
 def runs(folder: str | Path = STORED) -> dict[str, list[dict]]:
-    """Read the runs of every arm, one a seed; ValueError where there is none, or where budgets differ."""
-    records = [*stored_runs.read(folder).values()]
-    if not records:
-        raise ValueError(f"{folder} holds no runs; `python -m omniforcing_lib ablate` makes them")
-    _check(records, Budget(**{name: records[0][name] for name in vars(Budget())}))
-    found = {name: [r for r in records if r["arm"] == name] for name in ARMS}
-    return {name: trials for name, trials in found.items() if trials}
+    """Read the runs of every arm, one per seed; ValueError where there is none, or where budgets differ."""
+    budget = {name: record[name] for record in store.read(folder)[:1] for name in vars(Budget())}
+    return store.by_arm(folder, ARMS, "ablate", store.read(folder, lambda record: budget))
 
 
-def table(folder: str | Path = STORED) -> dict[str, dict[str, verdicts.OverSeeds]]:
+def table(folder: str | Path = STORED) -> dict[str, dict[str, OverSeeds]]:
     """Average the runs of every arm over training seeds: arm -> measure -> mean, 95 % interval (none for one seed)."""
-    return {
-        name: {m: verdicts.over_seeds([_value(trial, m) for trial in trials]) for m in _measures(trials[0])}
-        for name, trials in runs(folder).items()
-    }
+    return store.over_runs({arm: [measured(trial) for trial in trials] for arm, trials in runs(folder).items()})
 
 
-def gains(folder: str | Path = STORED, base: str = BASE) -> dict[str, dict[str, verdicts.OverSeeds]]:
-    """Subtract the paper's recipe from every other arm, seed by seed: arm -> measure -> mean difference, interval.
+def gains(folder: str | Path = STORED, base: str = BASE) -> dict[str, dict[str, OverSeeds]]:
+    """Subtract the paper's recipe from every other arm, seed by seed, see `store.over_base`.
 
-    A seed is one pair: both arms begin with the same Stage 2 and roll out the same prompts and noise. Seeds that only
-    one of the two has do not count, arms without a common seed are left out, and one seed has no interval. Intervals
-    are corrected for the number of arms by Bonferroni: of all differences of one measure together, 95 % hold.
+    Both arms of a pair begin with the same Stage 2 and roll out the same prompts and noise.
     """
-    found = runs(folder)
-    of_base = {trial["seed"]: trial for trial in found.pop(base, [])}
-    pairs = {n: [(t, of_base[t["seed"]]) for t in trials if t["seed"] in of_base] for n, trials in found.items()}
-    pairs = {name: both for name, both in pairs.items() if both}
-    return {
-        name: {
-            m: verdicts.over_seeds([_value(a, m) - _value(b, m) for a, b in both], comparisons=len(pairs))
-            for m in _measures(both[0][0])
-        }
-        for name, both in pairs.items()
-    }
+    by_seed = {arm: {trial["seed"]: measured(trial) for trial in trials} for arm, trials in runs(folder).items()}
+    return store.over_base(by_seed, base)
 
 
-def _measures(trial: Mapping) -> list[str]:
-    return [*trial["counts"], *(f"frechet, {s}" for s in AV._fields)]
-
-
-def _value(trial: Mapping, measure: str) -> float:
-    """Pool the clips of one training."""
-    if measure.startswith("frechet, "):
-        return trial["frechet"][measure.removeprefix("frechet, ")]
-    part, whole = np.sum(trial["counts"][measure], axis=0)
-    return float(part / whole) if whole else math.nan
+def measured(trial: Mapping) -> dict[str, float]:
+    """Pool the clips of one training: measure -> value."""
+    sums = {name: np.sum(parts, axis=0) for name, parts in trial["counts"].items()}
+    pooled = {name: float(part / whole) if whole else math.nan for name, (part, whole) in sums.items()}
+    return pooled | {f"frechet, {stream}": trial["frechet"][stream] for stream in AV._fields}

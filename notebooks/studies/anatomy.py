@@ -21,16 +21,16 @@ from torch import Tensor
 
 from omniforcing_lib.attention import Attention
 from omniforcing_lib.bounce import detect, evaluate
-from omniforcing_lib.bounce.clips import encoded
+from omniforcing_lib.bounce.clips import encoded as encoded
 from omniforcing_lib.bounce.clips import held_out as held_out
 from omniforcing_lib.bounce.codecs import TinyCodec
+from omniforcing_lib.bounce.sampling import round_trip as round_trip
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Model, noise_like, noised
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2.formats import RELEASED_CODE
 from omniforcing_lib.rope import Rotation, rotate
-from omniforcing_lib.stream import to_clips
 from omniforcing_lib.transformer import Transformer
 from studies.probes import steps
 
@@ -148,12 +148,6 @@ def latent_rows(moved: Mapping[int, AV[range]], clock: Clock = CLOCK) -> list[di
     ]
 
 
-@torch.no_grad()
-def round_trip(codec: TinyCodec, clips: Sequence[AV[np.ndarray]]) -> list[AV[np.ndarray]]:
-    """Send clips through the codec and back: the best that any model of its latents can look and sound."""
-    return to_clips(codec.decode(encoded(codec, clips)))
-
-
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Compare frames: peak signal-to-noise ratio in dB, infinite for equal ones.
 
@@ -246,11 +240,11 @@ def astray(
     x = latents.map(noised, noise_like(latents, torch.Generator().manual_seed(seed)), AV(level, level))
     spans, grid = latents.map(lambda part: range(part.shape[1])), tuple(x.video.shape[2:4])
     ropes = [(model.rotations(spans, grid, 0).own, model.config.rope_type) for model in (right, wrong)]
-    found: AV[list[float]] = AV([], [])
+    correlations: AV[list[float]] = AV([], [])
 
     def note(stream: int, attention: Attention, args: tuple, kwargs: dict) -> None:
-        logits = [_some_logits(attention, args[0][:1], own[stream], kind) for own, kind in ropes]
-        found[stream].append(torch.corrcoef(torch.stack(logits))[0, 1].item())
+        logits = [_some_logits(attention, args[0][:1], tables[stream], rope_type) for tables, rope_type in ropes]
+        correlations[stream].append(torch.corrcoef(torch.stack(logits))[0, 1].item())
 
     watched = [
         (s, attn) for block in right.transformer_blocks for s, attn in enumerate((block.attn1, block.audio_attn1))
@@ -260,7 +254,7 @@ def astray(
     for hook in hooks:
         hook.remove()
     apart = true.map(lambda a, b: ((a - b).norm() / a.norm()).item(), wrong(x, AV(level, level), text))
-    return Astray(found.map(lambda layers: sum(layers) / len(layers)), apart)
+    return Astray(correlations.map(lambda layers: sum(layers) / len(layers)), apart)
 
 
 def _some_logits(attention: Attention, x: Tensor, by: Rotation, rope_type: str, most: int = 128) -> Tensor:

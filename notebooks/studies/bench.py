@@ -19,14 +19,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from omniforcing_lib import masks
+from omniforcing_lib.cache import KVCache
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.flow import LTX2_GUIDANCE, MINIATURE_GUIDANCE, Guidance, Skip, guided_denoiser
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, rollout, seeded_noise
 from omniforcing_lib.stream import Chunk, Streamer, threads, to_arrays
+from omniforcing_lib.training.dataset import latent_shapes
 from omniforcing_lib.transformer import Transformer
 from studies.cost import Work, block_work
 
@@ -43,6 +46,7 @@ BENCH = replace(
     audio_out_channels=128,
 )
 """The 19B's latents at a sixteenth of its width and a twelfth of its depth."""
+CLOCK = Clock()
 REAL_GRID = (16, 24)
 """Tokens of a frame of 512 x 768 pixels."""
 TEXT_TOKENS = 6
@@ -50,7 +54,7 @@ RELEASED_BLOCKS = {"fp32": (1.7, 4.1), "bf16": (1.5, 3.8)}
 """Seconds of the first and of the tenth second of the released causal code, five passes each: random weights of the
 size of `BENCH`, frames of `REAL_GRID`, the two cores that the shipped figures come from."""
 FULL_GUIDANCE = replace(LTX2_GUIDANCE, stg_blocks=frozenset({2}))
-"""LTX-2's own guidance, four passes a step, on a model of few blocks."""
+"""LTX-2's own guidance, four passes per step, on a model of few blocks."""
 
 
 class Percentiles(NamedTuple):
@@ -66,18 +70,13 @@ def percentiles(times: Sequence[float]) -> Percentiles:
     return Percentiles(*(float(p) for p in np.percentile(times, (50, 95, 99))))
 
 
-def synchronise() -> None:
-    """Wait for the accelerator, if there is one: it works on while Python has moved on."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def seconds_of(call: Callable[[], object]) -> float:
-    """Time one call."""
-    synchronise()
+    """Time one call; an accelerator works on while Python has moved on, so it is waited for."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     began = time.perf_counter()
     call()
-    synchronise()
+    wait()
     return time.perf_counter() - began
 
 
@@ -113,7 +112,7 @@ class Watched(NamedTuple):
 
     @property
     def frames_a_second(self) -> float:
-        """Frames a second of a median block after the first, decoding included."""
+        """Frames per second of a median block after the first, decoding included."""
         return len(self.chunks[-1].frames) / statistics.median(self.seconds[1:])
 
     @property
@@ -126,12 +125,12 @@ def watch(streamer: Streamer, blocks: int, keep: int | None = None) -> Watched:
     """Run a stream and time every block, decoding included; only `keep` chunks and the last are held."""
     seen = Watched([], [], [], [])
     for k in tqdm(range(blocks), desc="streaming", unit="block", delay=2, leave=False):
-        made: list[Chunk] = []
-        seen.seconds.append(seconds_of(lambda made=made: made.append(streamer.step())))
+        new: list[Chunk] = []
+        seen.seconds.append(seconds_of(lambda new=new: new.append(streamer.step())))
         seen.cache_bytes.append(streamer.cache_bytes)
         seen.resident.append(resident_bytes())
         if keep is None or k < keep or k == blocks - 1:
-            seen.chunks.extend(made)
+            seen.chunks.extend(new)
     return seen
 
 
@@ -179,9 +178,9 @@ def in_turn(
     for _ in tqdm(range(turns), desc=f"timing {', '.join(policies)}", unit="turn", delay=2, leave=False):
         rolls = [block_seconds(model, causal, grid, blocks) for causal in policies.values()]
         rounds.append(list(zip(*rolls, strict=True)))
-    seconds = np.median([[[s for s, _ in row] for row in made] for made in rounds], axis=0).T
-    held = [[nbytes for _, nbytes in column] for column in zip(*rounds[0], strict=True)]
-    return dict(zip(policies, seconds.tolist(), strict=True)), dict(zip(policies, held, strict=True))
+    seconds, nbytes = np.moveaxis(np.array(rounds), (3, 2), (0, 1))  # by policy, turn and block
+    medians, first = np.median(seconds, axis=1).tolist(), nbytes[:, 0].astype(int).tolist()
+    return dict(zip(policies, medians, strict=True)), dict(zip(policies, first, strict=True))
 
 
 def random_model(config: ModelConfig, sinks: int, seed: int, device: str = "cpu") -> Transformer:
@@ -194,11 +193,25 @@ def random_model(config: ModelConfig, sinks: int, seed: int, device: str = "cpu"
     return model.requires_grad_(False).eval().to(device)
 
 
-def random_text(config: ModelConfig, like: torch.Tensor) -> AV[torch.Tensor]:
-    """Draw the context of a prompt on the device and in the dtype of `like`. Shapes: AV [1, L, caption channels]."""
+def random_text(model: Transformer) -> AV[Tensor]:
+    """Draw the context of a prompt on a model's device and in its dtype. Shapes: AV [1, L, caption channels]."""
     generator = torch.Generator().manual_seed(0)
-    context = torch.randn(1, TEXT_TOKENS, config.caption_channels, generator=generator).to(like)
-    return AV(context, context)
+    context = torch.randn(1, TEXT_TOKENS, model.config.caption_channels, generator=generator)
+    return AV(context, context).map(lambda t: t.to(model.proj_out.weight))
+
+
+def random_latents(model: Transformer, latents: AV[int], grid: tuple[int, int]) -> AV[Tensor]:
+    """Draw latents of one clip on a model's device. Shapes: to AV([1, F, h, w, C], [1, T, C])."""
+    shapes = latent_shapes(model, latents, grid)
+    return shapes.map(lambda shape: torch.randn(1, *shape, device=model.proj_out.weight.device))
+
+
+def noisy_cache(model: Transformer, causal: RolloutConfig, grid: tuple[int, int]) -> KVCache:
+    """Make a cache full of noise: a pass against it costs what it costs in mid-stream."""
+    cache = new_cache(model, causal, grid, 1)
+    for tensor in cache.tensors().values():
+        tensor.normal_()
+    return cache
 
 
 @torch.inference_mode()
@@ -206,12 +219,11 @@ def block_seconds(
     model: Transformer, causal: RolloutConfig, grid: tuple[int, int], blocks: int
 ) -> Iterator[tuple[float, int]]:
     """Yield seconds of each block of a roll-out, its being remembered included, and the bytes of its cache."""
-    weight = model.proj_out.weight
-    text, noise = random_text(model.config, weight), seeded_noise([0], weight)
+    text, noise = random_text(model), seeded_noise([0], model.proj_out.weight)
     cache = new_cache(model, causal, grid, 1, blocks)
-    made = rollout(model, causal, text, noise, grid, causal.layout.block(blocks - 1).video.stop)
+    stream = rollout(model, causal, text, noise, grid, causal.layout.block(blocks - 1).video.stop)
     for _ in range(blocks):
-        yield seconds_of(lambda: next(made)), cache.nbytes
+        yield seconds_of(lambda: next(stream)), cache.nbytes
 
 
 @torch.inference_mode()
@@ -219,13 +231,8 @@ def teacher_step(
     model: Transformer, grid: tuple[int, int], seconds: int, guidance: Guidance = MINIATURE_GUIDANCE
 ) -> Callable[[], object]:
     """Prepare one guided step of the bidirectional teacher on a clip: calling it runs the step."""
-    weight, latents = model.proj_out.weight, Clock().latents(seconds)
-    text, device = random_text(model.config, weight), weight.device
-    x = AV(
-        torch.randn(1, latents.video, *grid, model.config.in_channels, device=device),
-        torch.randn(1, latents.audio, model.config.audio_in_channels, device=device),
-    )
-    denoise, level = guided_denoiser(model, text, text, guidance), torch.tensor(0.7, device=device)
+    text, x = random_text(model), random_latents(model, CLOCK.latents(seconds), grid)
+    denoise, level = guided_denoiser(model, text, text, guidance), torch.tensor(0.7, device=x.video.device)
     return torch.inference_mode()(lambda: denoise(x, level))
 
 
@@ -236,17 +243,13 @@ def training_step(
 
     Each latent's sigma is its block's; `rendering` is how attention uses the masks (see `masks.build`).
     """
-    weight, latents = model.proj_out.weight, Clock().latents(seconds)
-    text, tokens = random_text(model.config, weight), grid[0] * grid[1]
-    kind = masks.build(causal.layout, latents.video, tokens, rendering=rendering)
-    x = AV(
-        torch.randn(1, latents.video, *grid, model.config.in_channels, device=weight.device),
-        torch.randn(1, latents.audio, model.config.audio_in_channels, device=weight.device),
-    )
-    sigma = latents.map(lambda n: torch.full((1, n), 0.7, device=weight.device))
+    latents = CLOCK.latents(seconds)
+    text, x = random_text(model), random_latents(model, latents, grid)
+    built = masks.build(causal.layout, latents.video, grid[0] * grid[1], rendering=rendering)
+    sigma = x.map(lambda stream: torch.full(stream.shape[:2], 0.7, device=stream.device))
 
     def step() -> None:
-        out = model(x, sigma, text, masks=kind)
+        out = model(x, sigma, text, masks=built)
         (out.video.square().mean() + out.audio.square().mean()).backward()
         model.zero_grad(set_to_none=True)
 
@@ -254,26 +257,18 @@ def training_step(
 
 
 def open_block(model: Transformer, causal: RolloutConfig, grid: tuple[int, int], k: int) -> Callable[[], object]:
-    """Prepare one pass over block `k` against a cache full of noise: calling it costs what mid-stream costs."""
-    weight, block = model.proj_out.weight, causal.layout.block(k)
-    text, cache = random_text(model.config, weight), new_cache(model, causal, grid, 1)
-    x = AV(
-        torch.randn(1, len(block.video), *grid, model.config.in_channels, device=weight.device),
-        torch.randn(1, len(block.audio), model.config.audio_in_channels, device=weight.device),
-    )
-    for tensor in cache.tensors().values():
-        tensor.normal_()
-    opened = cache.open(k)
-    return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), text, cache=cache, blocks=(opened,), sigma_key=0.7))
+    """Prepare one pass over block `k`, see `noisy_cache`: calling it runs the pass."""
+    text, cache = random_text(model), noisy_cache(model, causal, grid)
+    x = random_latents(model, causal.layout.block(k).map(len), grid)
+    blocks = (cache.open(k),)
+    return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), text, cache=cache, blocks=blocks, sigma_key=0.7))
 
 
 @torch.inference_mode()
 def steady_block(model: Transformer, causal: RolloutConfig, grid: tuple[int, int]) -> Callable[[], object]:
     """Prepare a block in mid-stream, its predecessor to be remembered: calling it costs what the stream costs."""
-    weight, k, cache = model.proj_out.weight, causal.window + 2, new_cache(model, causal, grid, 1)
-    text, noise = random_text(model.config, weight), seeded_noise([0], weight)
-    for tensor in cache.tensors().values():
-        tensor.normal_()
+    k, text, noise = causal.window + 2, random_text(model), seeded_noise([0], model.proj_out.weight)
+    cache = noisy_cache(model, causal, grid)
     before = next_block(model, causal, cache, text, noise, k, None)
 
     def block() -> None:
@@ -295,19 +290,18 @@ def block_times(
 
 
 def beside_released(
-    timed: Mapping[str, Sequence[float]], grid: tuple[int, int], kind: str = "fp32"
+    timed: Mapping[str, Sequence[float]], grid: tuple[int, int], dtype: str = "fp32"
 ) -> list[dict[str, object]]:
     """Table the seconds of the first ten blocks, of five passes each, with what is known of the released code.
 
     Its times are known at the ends only, and for frames of `REAL_GRID`.
     """
-    first, last = RELEASED_BLOCKS[kind]
+    first, last = RELEASED_BLOCKS[dtype]
     known = {0: f"{first}", 9: f"{last}"} if grid == REAL_GRID else {}
-    rows = zip(*timed.values(), strict=True)
+    unknown = "between" if known else "not measured at this size"
     return [
-        {"block": k, "released code, s": known.get(k, "between" if known else "not measured at this size")}
-        | {f"{name}, s": f"{seconds:.2f}" for name, seconds in zip(timed, row, strict=True)}
-        for k, row in enumerate(rows)
+        {"block": k, "released code, s": known.get(k, unknown)} | {f"{n}, s": f"{timed[n][k]:.2f}" for n in timed}
+        for k in range(10)
     ]
 
 
@@ -331,8 +325,8 @@ def offline(streamer: Streamer, blocks: int) -> AV[np.ndarray]:
     with torch.inference_mode():
         text = streamer.text.encode([streamer.prompt], weight.device, weight.dtype)
         latents = causal.layout.block(blocks - 1).video.stop
-        made = rollout(model, causal, text, seeded_noise([streamer.seed], weight), codec.grid, latents)
-        return to_arrays(codec.decode(join(list(made))))
+        blocks = rollout(model, causal, text, seeded_noise([streamer.seed], weight), codec.grid, latents)
+        return to_arrays(codec.decode(join(list(blocks))))
 
 
 def joined(chunks: Sequence[Chunk]) -> AV[np.ndarray]:
@@ -352,11 +346,9 @@ def moved_by_the_other(model: Transformer, grid: tuple[int, int], skip: Skip | N
 
     With cross-modal attention skipped it must not move at all: then the streams may run side by side.
     """
-    weight, latents = model.proj_out.weight, Clock().latents(1)
-    shapes = AV((1, latents.video, *grid, model.config.in_channels), (1, latents.audio, model.config.audio_in_channels))
-    x, level = shapes.map(lambda shape: torch.ones(shape, device=weight.device)), weight.new_full((1,), 0.7)
-    text, run = random_text(model.config, weight), partial(model, skip=skip)
-    before = run(x, AV(level, level), text)
-    moved = AV(AV(x.video, -x.audio), AV(-x.video, x.audio))
-    after = AV(*(run(other, AV(level, level), text)[i] for i, other in enumerate(moved)))
+    x, level = random_latents(model, CLOCK.latents(1), grid).map(torch.ones_like), torch.tensor([0.7])
+    text, sigma = random_text(model), AV(level, level).map(lambda t: t.to(x.video))
+    before = model(x, sigma, text, skip=skip)
+    others = AV(AV(x.video, -x.audio), AV(-x.video, x.audio))
+    after = AV(*(model(other, sigma, text, skip=skip)[i] for i, other in enumerate(others)))
     return before.map(lambda a, b: (a - b).abs().max().item(), after)

@@ -1,7 +1,7 @@
 """Write generated clips where evaluation tools look for them, with the protocol they were made under.
 
-VBench reads `{prompt}-{index}.mp4`, five clips a prompt, the prompt being its own short one also where a longer one
-was generated from. JavisBench's table goes by row: one clip a row, here `sample_0000.mp4` with its sound beside it as
+VBench reads `{prompt}-{index}.mp4`, five clips per prompt, the prompt being its own short one also where a longer one
+was generated from. JavisBench's table goes by row: one clip per row, here `sample_0000.mp4` with its sound beside it as
 `sample_0000.wav`; neither tool could be run here, and JavisBench's names could not be checked, so that a `pattern` can
 be given instead.
 """
@@ -33,7 +33,7 @@ class Tool:
     Attributes:
         name: of the tool.
         pattern: of a file without its ending; may use {prompt}, {sample} (of a prompt) and {number} (of all clips).
-        samples: clips a prompt.
+        samples: clips per prompt.
         sound: whether a wav file stands beside each clip.
     """
 
@@ -53,26 +53,26 @@ class Wanted(NamedTuple):
     """One clip: its file's name without ending, the tool's prompt, what it is generated from, and its seed."""
 
     name: str
-    own: str
+    tool_prompt: str
     prompt: str
     seed: int
 
 
 def tool_of(name: str, pattern: str = "", samples: int = 0) -> Tool:
-    """Find a tool by name, with another pattern or number of clips a prompt where they are given."""
+    """Find a tool by name, with another pattern or number of clips per prompt where they are given."""
     if name not in TOOLS:
         raise ValueError(f"unknown tool {name!r}; choose one of {', '.join(TOOLS)}")
-    found = TOOLS[name]
-    return replace(found, pattern=pattern or found.pattern, samples=samples or found.samples)
+    tool = TOOLS[name]
+    return replace(tool, pattern=pattern or tool.pattern, samples=samples or tool.samples)
 
 
 def read_prompts(path: str | Path) -> dict[str, str]:
-    """Read a text file, a prompt a line, or two with a tab between: the tool's own, and what to generate from."""
+    """Read a text file, one prompt per line, or two with a tab between: the tool's own, and what to generate from."""
     pairs = [line.partition("\t") for line in files.read_lines(path)]
-    prompts = {own.strip(): (longer or own).strip() for own, _, longer in pairs}
+    prompts = {short.strip(): (longer or short).strip() for short, _, longer in pairs}
     if len(prompts) < len(pairs):
-        found = f"{len(pairs)} lines with {len(prompts)} different ones"
-        raise ValueError(f"{path}: expected a prompt a line, each once, found {found}")
+        lines = f"{len(pairs)} lines with {len(prompts)} different ones"
+        raise ValueError(f"{path}: expected one prompt per line, each once, found {lines}")
     return prompts
 
 
@@ -82,20 +82,18 @@ def clips_of(tool: Tool, prompts: Mapping[str, str], seed: int = 0) -> list[Want
     Raises:
         ValueError: a name that is no file's name, or two clips of one name.
     """
-    made = []
-    for number, (own, prompt) in enumerate(prompts.items()):
+    clips = []
+    for short, prompt in prompts.items():
         for sample in range(tool.samples):
-            count = number * tool.samples + sample
-            name = tool.pattern.format(prompt=own, sample=sample, number=count)
-            made.append(Wanted(name, own, prompt, seed + count))
-    for clip in made:
-        if Path(clip.name).name != clip.name or len(f".{clip.name}.mp4.0000000.part".encode()) > LONGEST:
-            raise ValueError(f"{clip.name!r} cannot name a file: it has a '/' or too many bytes; shorten the prompt")
-    if len({clip.name for clip in made}) < len(made):
+            name = tool.pattern.format(prompt=short, sample=sample, number=len(clips))
+            if Path(name).name != name or len(f".{name}.mp4.0000000.part".encode()) > LONGEST:
+                raise ValueError(f"{name!r} cannot name a file: it has a '/' or too many bytes; shorten the prompt")
+            clips.append(Wanted(name, short, prompt, seed + len(clips)))
+    if len({clip.name for clip in clips}) < len(clips):
         raise ValueError(
             f"pattern {tool.pattern!r} gives two clips one name; use {{number}}, or {{prompt}} and {{sample}}"
         )
-    return made
+    return clips
 
 
 def resolution(codec: Codec, config: ModelConfig) -> list[int]:
@@ -131,20 +129,22 @@ def write(
         ValueError: clips of another protocol are there.
     """
     out, wanted = Path(out), clips_of(tool, prompts, seed)
-    said = {
+    record = {
         "tool": tool.name,
         "protocol": dict(protocol) | {"fps": clock.fps, "sample_rate": clock.sample_rate, "seed": seed},
-        "clips": [{"file": f"{c.name}.mp4", "tool_prompt": c.own, "prompt": c.prompt, "seed": c.seed} for c in wanted],
+        "clips": [
+            {"file": f"{c.name}.mp4", "tool_prompt": c.tool_prompt, "prompt": c.prompt, "seed": c.seed} for c in wanted
+        ],
     }
     manifest = out / MANIFEST
-    if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != json.loads(json.dumps(said)):
+    if manifest.exists() and json.loads(manifest.read_text(encoding="utf-8")) != json.loads(json.dumps(record)):
         raise ValueError(f"{manifest} describes clips of another protocol; name another folder")
-    files.write_json(manifest, said)
+    files.write_json(manifest, record)
     for clip in wanted:
         path = out / f"{clip.name}.mp4"
         if not path.exists():
-            made = make(clip.prompt, clip.seed)
+            streams = make(clip.prompt, clip.seed)
             if tool.sound:
-                media.write_wav(path.with_suffix(".wav"), made.audio, clock.sample_rate)
-            media.write_clip(path, made, clock, scale=1)
+                media.write_wav(path.with_suffix(".wav"), streams.audio, clock.sample_rate)
+            media.write_clip(path, streams, clock, scale=1)
     return manifest

@@ -74,9 +74,9 @@ def pass_work(config: ModelConfig, queries: AV[int], keys: AV[int], text: int) -
     ends = AV(config.in_channels + config.out_channels, config.audio_in_channels + config.audio_out_channels)
     linear = config.num_layers * (video * queries.video + audio * queries.audio)
     linear += queries.video * wide * ends.video + queries.audio * narrow * ends.audio
-    own = queries.video * (keys.video + text) * wide + queries.audio * (keys.audio + text) * narrow
+    inside = queries.video * (keys.video + text) * wide + queries.audio * (keys.audio + text) * narrow
     cross = (queries.video * keys.audio + queries.audio * keys.video) * narrow
-    return Work(2.0 * linear, 4.0 * config.num_layers * (own + cross))
+    return Work(2.0 * linear, 4.0 * config.num_layers * (inside + cross))
 
 
 def seen(causal: RolloutConfig, tokens: int, k: int) -> AV[int]:
@@ -178,19 +178,6 @@ def gain(
     return Gain(teacher / student, teacher / (plus(*works[:2]).flops + sum(decoders(opened, grid))))
 
 
-class Memory(NamedTuple):
-    """Bytes of a model at work: weights, keys and values of a stream, what a pass holds at once."""
-
-    weights: float
-    cache: float
-    working: float
-
-    @property
-    def total(self) -> float:
-        """All bytes."""
-        return self.weights + self.cache + self.working
-
-
 def parameters(config: ModelConfig) -> int:
     """Count a model's parameters; on the meta device, nothing is allocated."""
     with torch.device("meta"):
@@ -199,8 +186,8 @@ def parameters(config: ModelConfig) -> int:
 
 def cache_bytes(config: ModelConfig, causal: RolloutConfig, tokens: int, bytes_each: int = 2) -> int:
     """Count the rolling cache's bytes: keys and values, of both attentions that read a stream, in every layer."""
-    places, own = seen(causal, tokens, causal.window + 1), AV(config.video_dim, config.audio_dim)
-    wide = own.map(lambda dim, n: n * (dim + config.audio_dim), places)
+    places, dims = seen(causal, tokens, causal.window + 1), AV(config.video_dim, config.audio_dim)
+    wide = dims.map(lambda dim, n: n * (dim + config.audio_dim), places)
     return 2 * bytes_each * config.num_layers * sum(wide)
 
 
@@ -209,43 +196,35 @@ def working_bytes(config: ModelConfig, queries: AV[int], rows: int = 1, bytes_ea
     return bytes_each * rows * 10 * (queries.video * config.video_dim + queries.audio * config.audio_dim)
 
 
-def streaming_memory(config: ModelConfig, causal: RolloutConfig, tokens: int, bytes_each: int = 2) -> Memory:
-    """Give the bytes of a stream in its steady state; `bytes_each` is of a weight (1 in fp8)."""
-    step = causal.layout.step
-    working = working_bytes(config, AV(tokens * step.video, step.audio))
-    return Memory(bytes_each * parameters(config), cache_bytes(config, causal, tokens), working)
-
-
-def sampling_memory(config: ModelConfig, latents: AV[int], tokens: int, rows: int = 4, bytes_each: int = 2) -> Memory:
-    """Give the bytes of a guided teacher on a whole clip, `rows` passes at once."""
-    working = working_bytes(config, AV(tokens * latents.video, latents.audio), rows)
-    return Memory(bytes_each * parameters(config), 0, working)
-
-
 def memory_rows(
     config: ModelConfig, causal: RolloutConfig, tokens: int = 384, seconds: int = 5
 ) -> list[dict[str, str]]:
     """Table what needs how much memory, in GB of 1e9 bytes; codec and text encoder come on top.
 
-    Stage 2 holds a student that learns, Stage 3 a critic that learns and a frozen teacher besides, all in fp32.
+    A stream holds bf16 weights (or fp8 ones, one byte each), its keys and values, and what a pass holds at once; a
+    guided teacher runs four passes at once on a whole clip. Stage 2 holds a student that learns, Stage 3 a critic that
+    learns and a frozen teacher besides, all in fp32.
     """
 
-    def gb(nbytes: float) -> str:
-        return f"{nbytes / 1e9:.1f}"
+    def row(use: str, weights: float, cache: float | None, working: float | None) -> dict[str, str]:
+        parts = {"weights": weights, "cache": cache, "working": working}
+        parts["total"] = sum(part for part in parts.values() if part is not None)
+        cells = {name: "" if nbytes is None else f"{nbytes / 1e9:.1f}" for name, nbytes in parts.items()}
+        return {"use": use} | cells | ({"working": "by batch"} if working is None else {})
 
-    windows = [replace(causal, window=window) for window in (causal.window, 20)]
-    uses = {f"stream, bf16, window of {c.window} s": streaming_memory(config, c, tokens) for c in windows} | {
-        "stream, fp8 weights": streaming_memory(config, causal, tokens, 1)
-    }
-    clip = causal.layout.step.map(lambda rate: rate * seconds + 1)
-    uses[f"teacher, {seconds} s, four passes a step"] = sampling_memory(config, clip, tokens)
-    rows = [{"use": use} | {k: gb(getattr(m, k)) for k in (*Memory._fields, "total")} for use, m in uses.items()]
-    student, critic = (training_bytes(config, average) for average in (True, False))
-    held = {"Stage 2, all processes together": student}
-    held["Stage 3, all processes together"] = student + critic + 4 * parameters(config)
-    rows += [
-        {"use": use, "weights": gb(n), "cache": "", "working": "by batch", "total": gb(n)} for use, n in held.items()
+    weights, step = parameters(config), causal.layout.step
+    block = working_bytes(config, AV(tokens * step.video, step.audio))
+    clip = step.map(lambda rate: rate * seconds + 1)
+    rows = [
+        row(f"stream, bf16, window of {c.window} s", 2 * weights, cache_bytes(config, c, tokens), block)
+        for c in (causal, replace(causal, window=20))
     ]
+    rows.append(row("stream, fp8 weights", weights, cache_bytes(config, causal, tokens), block))
+    teacher = working_bytes(config, AV(tokens * clip.video, clip.audio), rows=4)
+    rows.append(row(f"teacher, {seconds} s, four passes a step", 2 * weights, 0, teacher))
+    student, critic = (training_bytes(config, average) for average in (True, False))
+    rows.append(row("Stage 2, all processes together", student, None, None))
+    rows.append(row("Stage 3, all processes together", student + critic + 4 * weights, None, None))
     return rows
 
 
@@ -278,16 +257,16 @@ def fit(works: Sequence[Work], seconds: Sequence[float]) -> Rates:
 
 def predicted(rates: Rates, timed: Sequence[tuple[Work, float]]) -> tuple[list[dict[str, object]], list[float]]:
     """Table timings of other sizes beside their predictions; give the relative errors too."""
-    told = [(work, seconds, rates.seconds(work)) for work, seconds in timed]
+    guesses = [rates.seconds(work) for work, _ in timed]
     rows = [
         {
             "GFLOP": f"{work.flops / 1e9:.2f}",
             "measured, ms": f"{1000 * seconds:.1f}",
             "predicted, ms": f"{1000 * guess:.1f}",
         }
-        for work, seconds, guess in told
+        for (work, seconds), guess in zip(timed, guesses, strict=True)
     ]
-    return rows, [guess / seconds - 1 for _, seconds, guess in told]
+    return rows, [guess / seconds - 1 for (_, seconds), guess in zip(timed, guesses, strict=True)]
 
 
 def carried(
@@ -295,8 +274,8 @@ def carried(
 ) -> list[dict[str, object]]:
     """Predict the steady state of a large model on named GPUs that reach `share` of their stated peak.
 
-    Decoding is left out, and so is memory: weights are read once a pass, a small part of its time. A block lasts a
-    second, so FLOPs a block are FLOP/s for real time. The first chunk is block 0 and block 1 (spec 6.5).
+    Decoding is left out, and so is memory: weights are read once per pass, a small part of its time. A block lasts a
+    second, so FLOPs per block are FLOP/s for real time. The first chunk is block 0 and block 1 (spec 6.5).
     """
     steady = block_work(config, causal, tokens, causal.window + 2, text)
     first = plus(*(block_work(config, causal, tokens, k, text) for k in (0, 1)))

@@ -15,20 +15,18 @@ from pathlib import Path
 
 import torch
 
-from omniforcing_lib import files, losses
-from omniforcing_lib.bounce import codecs, distributions, evaluate, variety, world
+from omniforcing_lib import losses
+from omniforcing_lib.bounce import codecs, distributions, evaluate, sampling, variety, world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.flow import Guidance
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
-from omniforcing_lib.training import stages, train
 from omniforcing_lib.training.dataset import Prompts
-from omniforcing_lib.training.train import Learner, OptimConfig
+from omniforcing_lib.training.train import OptimConfig
 from omniforcing_lib.transformer import Transformer
-from series import origins, verdicts
-from studies import distill, exposure_bias, protocol, stored_runs
+from studies import distill, protocol, store
 
-STORED = files.DATA.parent / "reports" / "cures"
+STORED = store.ROOT / "reports" / "cures"
 START = "stage2"
 
 
@@ -76,7 +74,7 @@ class Budget:
 
     Attributes:
         steps: student steps of the DMD run.
-        batch: clips a step.
+        batch: clips per step.
         seconds: length of the clips that are trained on.
         lr: learning rates of student and critic.
         clips: clips of 5 seconds that are measured, prompts in turn.
@@ -96,81 +94,66 @@ def run(
 
     Raises ValueError for an unknown remedy, or a folder with runs of another budget.
     """
-    if unknown := sorted({*names} - {*REMEDIES}):
-        raise ValueError(f"unknown remedies {', '.join(unknown)}; choose from {', '.join(REMEDIES)}")
-    folder, limits = Path(folder), json.loads(json.dumps(asdict(budget)))
-    for record in stored_runs.read(folder).values():
-        if record["budget"] != limits:
-            raise ValueError(f"{folder} holds runs of {record['budget']}, asked for {limits}: use another folder")
-    judged = origins.of("teacher", START, "codec", "ode_pairs")
-    judge = _Judge(budget)
-    for seed in range(seeds):
-        for name in names:
-            path = stored_runs.path_of(folder, name, seed)
-            if not path.exists():
-                begun = time.monotonic()
-                student = _treated(REMEDIES[name], budget, seed)
-                record = {"remedy": name, "seed": seed, "budget": limits, "minutes": (time.monotonic() - begun) / 60}
-                stored_runs.write(path, judged | record | judge.measures(student, seed))
-    return folder
+    store.refuse_unknown(names, REMEDIES)
+    settings = {"budget": json.loads(json.dumps(asdict(budget)))}
+
+    def prepare():
+        judged, reference = store.origin("teacher", START, "codec", "ode_pairs"), _reference(budget)
+
+        def trial(name: str, seed: int) -> dict[str, object]:
+            began = time.monotonic()
+            student = _treated(REMEDIES[name], budget, seed)
+            return judged | {"minutes": (time.monotonic() - began) / 60} | _measures(student, budget, seed, reference)
+
+        return trial
+
+    return store.go_on(folder, names, seeds, lambda record: settings, prepare)
 
 
 def _treated(remedy: Remedy, budget: Budget, seed: int) -> Transformer:
     start, causal, codec = checkpoints.load(START), checkpoints.read(START).causal, codecs.shipped_codec()
-    prompts, batch, steps = Prompts.of(TinyText(), world.prompts()), budget.batch * remedy.batch, budget.steps
-    steps, guidance = max(1, round(steps * remedy.work)), Guidance(cfg=AV(remedy.cfg, remedy.cfg))
     if remedy.objective == "none":
         return start
-    how = {"steps": steps, "batch": batch, "seconds": budget.seconds, "guidance": guidance, "seed": seed}
+    prompts, steps = Prompts.of(TinyText(), world.prompts()), max(1, round(budget.steps * remedy.work))
     pairs = distill.teacher_pairs("", codec, prompts, causal, 90)
-    if remedy.objective == "on policy":
-        return distill.on_policy(start, "teacher", pairs, prompts, causal, codec, lr=1e-4, **how).student
+    work = {"steps": steps, "batch": budget.batch * remedy.batch, "seed": seed}
     if remedy.objective == "regression":
-        player = Learner(start, OptimConfig(lr=budget.lr[0], warmup=3, ema=max(0.0, 1 - 4 / steps)))
-        step = stages.ode_stage(player, pairs, prompts, causal, batch)
-        train.fit(step, {"student": player}, steps, seed=seed, label="stage 2", leave=False)
-        return player.best.eval()
-    how |= {"ratio": remedy.ratio, "lr": budget.lr, "most": remedy.most, "regression": remedy.regression}
-    return distill.stage3(start, "teacher", prompts, causal, codec, **how, pairs=pairs).student
+        optim = OptimConfig(lr=budget.lr[0], warmup=3, ema=distill.last_part(steps, 4))
+        return distill.stage2(start, pairs, prompts, causal, optim=optim, **work).student
+    work |= {"seconds": budget.seconds, "guidance": Guidance(cfg=AV(remedy.cfg, remedy.cfg))}
+    if remedy.objective == "on policy":
+        return distill.on_policy(start, "teacher", pairs, prompts, causal, codec, **work).student
+    work |= {"ratio": remedy.ratio, "lr": budget.lr, "most": remedy.most}
+    work |= {"pairs": pairs, "regression": remedy.regression} if remedy.regression else {}
+    return distill.stage3(start, "teacher", prompts, causal, codec, **work).student
 
 
-class _Judge:
-    """Hold the real clips that all students are compared with."""
-
-    def __init__(self, budget: Budget) -> None:
-        self.trial = protocol.Trial(budget.clips, seeds=1, first=protocol.SELECTION)
-        self.reference = protocol.Reference.of(self.trial, mp4=False)
-        self.codec, self.causal = codecs.shipped_codec(), checkpoints.read(START).causal
-
-    @torch.inference_mode()
-    def measures(self, student: Transformer, seed: int) -> dict[str, object]:
-        """Measure a student's clips, of noise that this seed alone has; the motions are kept too."""
-        trial = protocol.Trial(self.trial.clips, seeds=1, first=protocol.SELECTION + 1000 * seed)
-        latents = exposure_bias.roll(student, self.causal, self.codec, trial.prompts, trial.numbers, trial.seconds)
-        clips = exposure_bias.decoded(self.codec, latents)
-        readings = evaluate.read_all(clips)
-        tallies = [evaluate.tally(r, p) for r, p in zip(readings, trial.prompts, strict=True)]
-        found = variety.described(readings)
-        row = evaluate.estimates(tallies, draws=1) | variety.compared(self.reference.described, found)
-        return {
-            "measures": {name: round(estimate.mean, 4) for name, estimate in row.items()}
-            | protocol.distances(self.reference, distributions.feature_sets(clips)),
-            "quadrants": variety.quadrants(found.moves).tolist(),
-            "motions": found.moves.round(1).tolist(),
-        }
+def _reference(budget: Budget) -> protocol.Reference:
+    return protocol.Reference.of(protocol.Trial(budget.clips, seeds=1, first=protocol.SELECTION), mp4=False)
 
 
-def table(folder: str | Path = STORED) -> dict[str, dict[str, verdicts.OverSeeds]]:
+@torch.inference_mode()
+def _measures(student: Transformer, budget: Budget, seed: int, reference: protocol.Reference) -> dict[str, object]:
+    """Measure a student's clips, of noise that this seed alone has; the motions are kept too."""
+    trial = protocol.Trial(budget.clips, seeds=1, first=protocol.SELECTION + 1000 * seed)
+    codec, causal = codecs.shipped_codec(), checkpoints.read(START).causal
+    clips = sampling.sample(student, causal, codec, trial.prompts, trial.numbers, trial.seconds, batch=18)
+    readings = evaluate.read_all(clips)
+    described = variety.described(readings)
+    row = evaluate.estimates(evaluate.tallies(readings, trial.prompts), draws=1)
+    row |= variety.compared(reference.described, described)
+    distances = protocol.distances(reference, distributions.feature_sets(clips))
+    return {
+        "measures": {name: round(estimate.mean, 4) for name, estimate in row.items()} | distances,
+        "quadrants": variety.quadrants(described.moves).tolist(),
+        "motions": described.moves.round(1).tolist(),
+    }
+
+
+def table(folder: str | Path = STORED) -> dict[str, dict[str, store.OverSeeds]]:
     """Average over training seeds: remedy -> measure -> mean and 95 % interval over seeds, none for one seed.
 
     Raises ValueError where there is no run.
     """
-    found = stored_runs.read(folder).values()
-    if not found:
-        raise ValueError(f"{folder} holds no runs; `python -m omniforcing_lib cures` makes them")
-    by_name = {name: [r["measures"] for r in found if r["remedy"] == name] for name in REMEDIES}
-    return {
-        name: {measure: verdicts.over_seeds([run[measure] for run in runs]) for measure in runs[0]}
-        for name, runs in by_name.items()
-        if runs
-    }
+    runs = store.by_arm(folder, REMEDIES, "cures")
+    return store.over_runs({name: [trial["measures"] for trial in trials] for name, trials in runs.items()})

@@ -19,66 +19,22 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib.bounce import evaluate, variety, world
+from omniforcing_lib.bounce import evaluate, variety
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.evaluate import Estimate, Reading, Tally
-from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.bounce.evaluate import drift as drift
+from omniforcing_lib.bounce.sampling import decoded as decoded
+from omniforcing_lib.bounce.sampling import roll as roll
+from omniforcing_lib.bounce.sampling import true_clips as true_clips
 from omniforcing_lib.interfaces import DecodeState
 from omniforcing_lib.layout import AV, BlockLayout, Clock
-from omniforcing_lib.rollout import RolloutConfig, join, rollout, seeded_noise
 from omniforcing_lib.stream import to_clips
-from omniforcing_lib.transformer import Transformer
 
 FIRST = 2
 """The first block whose past is a whole second, long enough to tell where the ball goes."""
 
 QUIET = 1e-6
 """Power below which a change of level is not heard."""
-
-
-@torch.no_grad()
-def roll(
-    model: Transformer,
-    causal: RolloutConfig,
-    codec: TinyCodec,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    seconds: int,
-    *,
-    history: AV[Tensor] | None = None,
-    batch: int = 18,
-) -> AV[Tensor]:
-    """Roll a student out, one clip a prompt and seed; with a `history` each block follows that, not the student's own.
-
-    Shapes: history and result AV([n, F, h, w, C], [n, T, C]).
-    """
-    weight, made = model.proj_out.weight, []
-    starts, frames = range(0, len(seeds), batch), codec.clock.latents(seconds).video
-    total = len(starts) * causal.layout.count(frames)
-    with tqdm(total=total, desc=f"rolling out {len(seeds)} clips", unit="block", delay=2, leave=False) as bar:
-        for start in starts:
-            some = slice(start, start + batch)
-            text = TinyText().encode(list(prompts[some]), weight.device, weight.dtype)
-            past = history and history.map(lambda x, some=some: x[some].to(weight))
-            noise, blocks = seeded_noise(seeds[some], weight), []
-            for block in rollout(model, causal, text, noise, codec.grid, frames, history=past):
-                blocks.append(block)
-                bar.update()
-            made.append(join(blocks))
-    return AV(*zip(*made, strict=True)).map(torch.cat)
-
-
-def true_clips(prompts: Sequence[str], seeds: Sequence[int], seconds: int) -> list[AV[np.ndarray]]:
-    """Render clips of the world, one a prompt and seed."""
-    return [world.render(world.scene(s, p), seconds=seconds) for s, p in zip(seeds, prompts, strict=True)]
-
-
-@torch.no_grad()
-def decoded(codec: TinyCodec, latents: AV[Tensor], batch: int = 18) -> list[AV[np.ndarray]]:
-    """Decode latents to clips. Shapes: AV([n, F, h, w, C], [n, T, C])."""
-    pieces = list(zip(*(stream.split(batch) for stream in latents), strict=True))
-    bar = tqdm(pieces, desc=f"decoding {len(latents.video)} clips", delay=2, leave=False)
-    return [clip for piece in bar for clip in to_clips(codec.decode(AV(*piece)))]
 
 
 def ahead(seen: np.ndarray, frames: int) -> np.ndarray:
@@ -185,24 +141,6 @@ def _ratio(counts: np.ndarray) -> np.ndarray:
     return part / np.where(whole > 0, whole, np.nan)
 
 
-def drift(
-    readings: Sequence[Reading], prompts: Sequence[str], width: int, *, seed: int = 0
-) -> dict[int, dict[str, Estimate]]:
-    """Score a roll-out span by span of `width` seconds, pooled over clips: what it loses as it goes on.
-
-    The keys are the spans' first seconds; a rest shorter than a span joins the last one.
-    """
-    length = math.floor(min(reading.seconds for reading in readings))
-    starts = range(0, max(length - width, 0) + 1, width)
-    ends = [*starts[1:], math.inf]
-    return {
-        start: evaluate.estimates(
-            [evaluate.tally(r, p, start, end) for r, p in zip(readings, prompts, strict=True)], seed=seed
-        )
-        for start, end in zip(starts, ends, strict=True)
-    }
-
-
 def kept(first: Sequence[Tally], last: Sequence[Tally], *, draws: int = 1000, seed: int = 0) -> dict[str, Estimate]:
     """Divide the pooled measures of one span by another's, clip by clip: 1 where nothing is lost; 95 % intervals.
 
@@ -243,22 +181,14 @@ def seam(
     return float(np.nanmedian(np.concatenate(across)) / np.nanmedian(np.concatenate(inside)))
 
 
-def _ball_steps(reading: Reading) -> np.ndarray:
-    steps = np.linalg.norm(np.diff(reading.track.centre, axis=0), axis=1)
-    for turn in reading.turns:
-        steps[max(round(turn * reading.clock.fps) - 1, 0) : round(turn * reading.clock.fps) + 1] = np.nan
-    return steps
-
-
 def _picture_steps(reading: Reading) -> np.ndarray:
-    frames = reading.clip.video
-    return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(frames)])
+    return np.array([np.abs(b.astype(np.int16) - a).mean() for a, b in pairwise(reading.clip.video)])
 
 
 def _sound_steps(reading: Reading) -> np.ndarray:
-    hops = reading.clip.audio[: len(reading.clip.audio) // reading.clock.hop * reading.clock.hop]
-    power = np.square(hops.reshape(-1, reading.clock.hop), dtype=np.float64).mean(1)
+    hop, samples = reading.clock.hop, reading.clip.audio
+    power = np.square(samples[: len(samples) // hop * hop].reshape(-1, hop), dtype=np.float64).mean(1)
     return np.abs(np.diff(10 * np.log10(power + QUIET)))
 
 
-STEPS = {"ball": _ball_steps, "picture": _picture_steps, "sound": _sound_steps}
+STEPS = {"ball": evaluate.speeds, "picture": _picture_steps, "sound": _sound_steps}

@@ -8,18 +8,16 @@ Shapes: K blocks, F video and T audio latents, R rows (queries), C columns (keys
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
-from bisect import bisect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from omniforcing_lib import masks
 from omniforcing_lib.attention import attend
@@ -28,6 +26,8 @@ from omniforcing_lib.flow import noise_like, noised
 from omniforcing_lib.layout import AV, BlockLayout, Clock
 from omniforcing_lib.masks import AttentionMask, BlockRows, Masks
 from omniforcing_lib.transformer import Transformer
+from studies.bench import alternate
+from studies.distill import by_ratio
 
 CLOCK = Clock()
 SIDES = {"video_self": AV(0, 0), "audio_self": AV(1, 1), "a2v": AV(0, 1), "v2a": AV(1, 0)}
@@ -40,9 +40,9 @@ class Inputs(NamedTuple):
     sigma: AV[Tensor]
     text: AV[Tensor]
 
-    def to(self, *kind: object) -> Inputs:
+    def to(self, target: torch.device | torch.dtype) -> Inputs:
         """Move all tensors to a device or dtype."""
-        return Inputs(*(pair.map(lambda t: t.to(*kind)) for pair in self))
+        return Inputs(*(pair.map(lambda t: t.to(target)) for pair in self))
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def noisy_clip(x0: AV[Tensor], text: AV[Tensor], seed: int, layout: BlockLayout)
 
 
 def block_rows(layout: BlockLayout, seconds: int, clock: Clock = CLOCK) -> list[dict[str, object]]:
-    """Table a clip's blocks, one a row: latents, what they decode to, and when each stream ends (spec 3.2, 3.3)."""
+    """Table a clip's blocks, one per row: latents, what they decode to, and when each stream ends (spec 3.2, 3.3)."""
     rows = []
     for k, block in enumerate(layout.blocks(clock.latents(seconds).video)):
         frames, samples = clock.frames(block.video), clock.samples(block.audio)
@@ -85,9 +85,9 @@ def leftovers(layout: BlockLayout, seconds: Iterable[int], clock: Clock = CLOCK)
     missing = AV(0, 0)
     for length in seconds:
         last = layout.block(layout.count(clock.latents(length).video) - 1)
-        held = AV(clock.frames(last.video).stop, clock.mels(last.audio).stop)
+        ends = AV(clock.frames(last.video).stop, clock.mels(last.audio).stop)
         expected = AV(clock.fps, clock.mel_rate).map(lambda rate, length=length: rate * length + 1)
-        missing = missing.map(lambda total, a, b: total + abs(a - b), held, expected)
+        missing = missing.map(lambda total, a, b: total + abs(a - b), ends, expected)
     return missing
 
 
@@ -98,15 +98,9 @@ def lags(layout: BlockLayout, blocks: int, clock: Clock = CLOCK) -> set[Fraction
 
 
 def misplaced_by_ratio(layout: BlockLayout, seconds: int, clock: Clock = CLOCK) -> int:
-    """Count audio latents that the released code gives the sigma of another block (spec 5.4, 8.1.2).
-
-    It lets video latent f own the audio latents from round(f T / F) on, in place of the block table.
-    """
-    latents = clock.latents(seconds)
-    table = layout.block_index(latents.video)
-    starts = [round(f * latents.audio / latents.video) for f in range(latents.video)]
-    by_ratio = [table.video[bisect(starts, t) - 1] for t in range(latents.audio)]
-    return sum(a != b for a, b in zip(table.audio, by_ratio, strict=True))
+    """Count audio latents that the released code gives the sigma of another block, see `distill.by_ratio`."""
+    frames = clock.latents(seconds).video
+    return sum(a != b for a, b in zip(layout.block_index(frames).audio, by_ratio(layout, frames), strict=True))
 
 
 def rule(layout: BlockLayout, video_latents: int, tokens_per_frame: int) -> dict[str, Tensor]:
@@ -157,18 +151,18 @@ def off_by_one(right: Masks, name: str) -> Masks:
 
 
 @torch.no_grad()
-def leak_matrix(model: Transformer, inputs: Inputs, layout: BlockLayout, kind: Masks) -> dict[str, np.ndarray]:
+def leak_matrix(model: Transformer, inputs: Inputs, layout: BlockLayout, built: Masks) -> dict[str, np.ndarray]:
     """Change each block of each stream in turn and measure which blocks of which output move (invariant 1).
 
     Shapes: [K, K] for "video → audio" and the other three; row = block changed, column = block of the output,
     value = largest absolute change. Zero means equal to the bit: every pass has the same shapes.
     """
     blocks = layout.blocks(inputs.x.video.shape[1])
-    before = model(*inputs, masks=kind)
+    before = model(*inputs, masks=built)
     moved = {f"{a} → {b}": np.zeros((len(blocks),) * 2) for a in AV._fields for b in AV._fields}
     for stream, name in enumerate(AV._fields):
         for k, block in enumerate(blocks):
-            after = model(touched(inputs.x, stream, block[stream]), inputs.sigma, inputs.text, masks=kind)
+            after = model(touched(inputs.x, stream, block[stream]), inputs.sigma, inputs.text, masks=built)
             change = before.map(lambda a, b: (a - b).abs().flatten(2).amax(2)[0], after)
             for out, other in enumerate(AV._fields):
                 largest = [change[out][span[out].start : span[out].stop].max().item() for span in blocks]
@@ -195,12 +189,12 @@ def cached_pass(model: Transformer, inputs: Inputs, layout: BlockLayout) -> AV[T
     Shapes: to AV([1, F, h, w, C], [1, T, C]).
     """
     x, sigma, text = inputs
-    kind = {"device": x.video.device, "dtype": x.video.dtype}
-    cache, parts = KVCache(model.config, layout, tuple(x.video.shape[2:4]), len(x.video), **kind), []
+    where = {"device": x.video.device, "dtype": x.video.dtype}
+    cache, parts = KVCache(model.config, layout, tuple(x.video.shape[2:4]), len(x.video), **where), []
     for k, block in enumerate(layout.blocks(x.video.shape[1])):
-        own = x.map(lambda t, span: t[:, span.start : span.stop], block)
+        piece = x.map(lambda t, span: t[:, span.start : span.stop], block)
         level = sigma.map(lambda t, span: t if t.ndim == 1 else t[:, span.start : span.stop], block)
-        parts.append(model(own, level, text, cache=cache, blocks=(cache.open(k, block),)))
+        parts.append(model(piece, level, text, cache=cache, blocks=(cache.open(k, block),)))
     return AV(*zip(*parts, strict=True)).map(lambda part: torch.cat(part, dim=1))
 
 
@@ -244,42 +238,24 @@ def attention_cost(
     repeats: int = 9,
     device: str | torch.device = "cpu",
 ) -> dict[int, Cost]:
-    """Time video self-attention by clip length: all pairs, under a dense mask, and one call a block.
+    """Time video self-attention by clip length: all pairs, under a dense mask, and one call per block.
 
     The ways take turns after a warm-up, so that a machine that slows down slows all of them.
     """
-    return {length: _cost(layout, length, tokens_per_frame, heads, dim, repeats, device) for length in seconds}
-
-
-def _cost(layout, seconds, tokens_per_frame, heads, dim, repeats, device) -> Cost:
-    latents = CLOCK.latents(seconds).video
-    sliced = masks.build(layout, latents, tokens_per_frame, rendering="sliced").video_self
-    dense = replace(sliced, rendering="dense")
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, heads, sliced.rows, dim, generator=generator).to(device)
-    ways = {"no mask": None, "dense mask": dense, "block slices": sliced}
-    ms = in_turn({name: lambda way=way: attend(q, k, v, way) for name, way in ways.items()}, repeats, device)
-    pairs = sum(len(rows) * sum(map(len, columns)) for rows, columns in sliced.by_block)
-    return Cost(sliced.rows, pairs / sliced.rows**2, 1e3 * dense_mask_gb(seconds, tokens_per_frame), ms)
+    costs = {}
+    for length in seconds:
+        latents = CLOCK.latents(length).video
+        sliced = masks.build(layout, latents, tokens_per_frame, rendering="sliced").video_self
+        q, k, v = torch.randn(3, 1, heads, sliced.rows, dim, generator=torch.Generator().manual_seed(0)).to(device)
+        ways = {"no mask": None, "dense mask": replace(sliced, rendering="dense"), "block slices": sliced}
+        times = alternate({name: partial(attend, q, k, v, way) for name, way in ways.items()}, repeats)
+        ms = {name: 1000 * statistics.median(took) for name, took in times.items()}
+        pairs = sum(len(rows) * sum(map(len, columns)) for rows, columns in sliced.by_block)
+        mask_mb = 1e3 * dense_mask_gb(length, tokens_per_frame)
+        costs[length] = Cost(sliced.rows, pairs / sliced.rows**2, mask_mb, ms)
+    return costs
 
 
 def dense_mask_gb(seconds: int, tokens_per_frame: int, clock: Clock = CLOCK) -> float:
-    """Give the gigabytes of a clip's dense mask of video self-attention, a byte a pair."""
+    """Give the gigabytes of a clip's dense mask of video self-attention, one byte per pair."""
     return (clock.latents(seconds).video * tokens_per_frame) ** 2 / 1e9
-
-
-def in_turn(
-    calls: Mapping[str, Callable[[], object]], repeats: int, device: str | torch.device = "cpu"
-) -> dict[str, float]:
-    """Time calls in alternation after one warm-up of each; median milliseconds by name."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in tqdm(range(repeats + 1), desc="timing", unit="turn", delay=2, leave=False):
-        for name, call in calls.items():
-            wait()
-            began = time.perf_counter()
-            call()
-            wait()
-            if turn:
-                times[name].append(1000 * (time.perf_counter() - began))
-    return {name: statistics.median(values) for name, values in times.items()}

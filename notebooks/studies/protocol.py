@@ -1,38 +1,33 @@
 """The protocol of what is reported: held-out seeds, through an mp4, judged from pixels and samples.
 
 Teacher and students get the same prompts and the same seeds; the prompts are those of training. Ceiling (real clips),
-codec round trip and floor (sound of another clip) stand beside them; every measure has a bootstrap interval over
-clips, and sync F1 is given by seed too. Sets are compared with as many real clips of other seeds, and with codec round
-trips of these, which no model of latents can surpass: variety (see `bounce.variety`) and distances.
+codec round trip and floor (sound of another clip) stand beside them; every measure has a 95 % interval over clips, and
+sync F1 is given by seed too. Sets are compared with as many real clips of other seeds, and with codec round trips of
+these, which no model of latents can surpass: variety (see `bounce.variety`) and distances.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from tqdm.auto import tqdm
 
-from omniforcing_lib import files, media, rollout, stream
-from omniforcing_lib.bounce import codecs, distributions, evaluate, variety, world
+from omniforcing_lib import files
+from omniforcing_lib.bounce import codecs, distributions, evaluate, sampling, variety, world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
-from omniforcing_lib.bounce.codecs import TinyCodec
-from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.bounce.evaluate import Estimate, Reading, Table, Tally
+from omniforcing_lib.bounce.sampling import Clip
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
-from series import claims, origins, plots
-from studies import distill, exposure_bias, stored_runs
+from studies import distill, exposure_bias, store
 
-Clip = AV[np.ndarray]
 OTHER_SEEDS = 5_000
-STORED = files.DATA.parent / "reports" / "scores"
+STORED = store.ROOT / "reports" / "scores"
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Trial:
     """Say which clips are made: the same for every system.
 
     Attributes:
-        clips: clips a seed; prompts take turns.
+        clips: clips per seed; prompts take turns.
         seeds: number of disjoint sets of seeds.
         seconds: length of a clip.
         prompt: the prompt of all clips; without one the world's take turns.
@@ -63,8 +58,8 @@ class Trial:
     @property
     def prompts(self) -> list[str]:
         """Prompt of every clip."""
-        names = [self.prompt] if self.prompt else world.prompts()
-        return [names[i % len(names)] for i in range(self.clips * self.seeds)]
+        count = self.clips * self.seeds
+        return [self.prompt] * count if self.prompt else world.prompts_in_turn(count)
 
     def asked(self, system: System) -> list[str]:
         """Prompt of every clip, empty for a system that gets none."""
@@ -78,8 +73,12 @@ class Trial:
 
     def real(self, offset: int = 0) -> list[Clip]:
         """Render true clips of the same prompts."""
-        pairs = zip(self.numbers, self.prompts, strict=True)
-        return [world.render(world.scene(n + offset, p), seconds=self.seconds) for n, p in pairs]
+        return sampling.true_clips(self.prompts, [n + offset for n in self.numbers], self.seconds)
+
+    def named(self, systems: Mapping[str, System]) -> dict[str, object]:
+        """Say in a record which clips were made, and by what."""
+        record = {"clips": self.clips, "seeds": self.seeds, "seconds": self.seconds}
+        return record | {"systems": {name: system.named() for name, system in systems.items()}}
 
 
 SELECTION = 500_000
@@ -106,7 +105,7 @@ def systems_of(models: Sequence[str], steps: Sequence[int], *, unprompted: bool 
     Raises:
         ValueError: two have one name, or a model makes other latents than the world's.
     """
-    found: list[tuple[str, System]] = []
+    systems: list[tuple[str, System]] = []
     for model in models:
         checkpoint, name = checkpoints.fitting(model), Path(model).stem
         wanted, there = CodecConfig().channels.video, checkpoint.config.in_channels
@@ -115,55 +114,22 @@ def systems_of(models: Sequence[str], steps: Sequence[int], *, unprompted: bool 
                 f"{model} makes latents of {there} channels, the world's have {wanted}: nothing judges them"
             )
         if checkpoint.causal is not None:
-            found.append((name, System(model)))
+            systems.append((name, System(model)))
             continue
-        found += [(f"{name}, {n} steps", System(model, n)) for n in steps]
+        systems += [(f"{name}, {n} steps", System(model, n)) for n in steps]
         if unprompted:
-            found.append((f"{name}, no prompt", System(model, min(steps), prompted=False)))
-    names = [name for name, _ in found]
+            systems.append((f"{name}, no prompt", System(model, min(steps), prompted=False)))
+    names = [name for name, _ in systems]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two columns would be called {', '.join(twice)}: give each model once, and files other names")
-    return dict(found)
+    return dict(systems)
 
 
-@torch.inference_mode()
 def sample(system: System, trial: Trial, *, batch: int = 16) -> list[Clip]:
     """Make the clips of a trial."""
-    codec, loaded, causal = (
-        codecs.shipped_codec(),
-        checkpoints.load(system.model),
-        checkpoints.read(system.model).causal,
-    )
-    made: list[Clip] = []
-    for start in tqdm(range(0, len(trial.numbers), batch), desc=f"sampling {Path(system.model).stem}", leave=False):
-        prompts, numbers = (x[start : start + batch] for x in (trial.asked(system), trial.numbers))
-        if causal is None:
-            made += stream.teacher_clips(loaded, codec, TinyText(), prompts, numbers, trial.seconds, steps=system.steps)
-            continue
-        text = TinyText().encode(prompts)
-        noise = rollout.seeded_noise(numbers, text.video)
-        length = codec.clock.latents(trial.seconds).video
-        blocks = rollout.rollout(loaded, causal, text, noise, codec.grid, length)
-        made += stream.to_clips(codec.decode(rollout.join(list(blocks))))
-    return made
-
-
-@torch.inference_mode()
-def through_codec(clips: Sequence[Clip], codec: TinyCodec, batch: int = 16) -> list[Clip]:
-    """Encode and decode clips."""
-    made: list[Clip] = []
-    for start in range(0, len(clips), batch):
-        video, audio = zip(*clips[start : start + batch], strict=True)
-        frames = torch.from_numpy(np.stack(video)).float() / 127.5 - 1
-        made += stream.to_clips(codec.decode(codec.encode(AV(frames, torch.from_numpy(np.stack(audio))))))
-    return made
-
-
-def through_file(clips: Sequence[Clip]) -> list[Clip]:
-    """Write every clip to an mp4 and read it back."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        return [media.read_clip(media.write_clip(path, clip)) for clip in tqdm(clips, desc="mp4", leave=False)]
+    model, causal = checkpoints.load(system.model), checkpoints.read(system.model).causal
+    asked = (trial.asked(system), trial.numbers, trial.seconds)
+    return sampling.sample(model, causal, codecs.shipped_codec(), *asked, steps=system.steps, batch=batch)
 
 
 class Reference(NamedTuple):
@@ -176,66 +142,83 @@ class Reference(NamedTuple):
     @classmethod
     def of(cls, trial: Trial, *, mp4: bool = True) -> Reference:
         """Render as many clips as the trial has, `OTHER_SEEDS` further on."""
-        clips = trial.real(OTHER_SEEDS)
-        passed = through_codec(clips, codecs.shipped_codec())
-        clips, passed = (through_file(found) if mp4 else found for found in (clips, passed))
-        sets = (distributions.feature_sets(found) for found in (clips, passed))
-        return cls(variety.described(evaluate.read_all(clips, "real clips")), *sets)
+        sets = [trial.real(OTHER_SEEDS)]
+        sets.append(sampling.round_trip(codecs.shipped_codec(), sets[0]))
+        sets = [sampling.through_file(clips) if mp4 else clips for clips in sets]
+        described = variety.described(evaluate.read_all(sets[0], "real clips"))
+        return cls(described, *map(distributions.feature_sets, sets))
 
 
 def run(
-    systems: dict[str, System], trial: Trial, out: str | Path, *, floor: bool = True, one_prompt: Trial = ONE_PROMPT
-) -> evaluate.Table:
+    systems: dict[str, System],
+    trial: Trial,
+    out: str | Path,
+    draw: Callable[[list[Clip], Sequence[str], list[AV]], object] | None = None,
+    *,
+    floor: bool = True,
+    one_prompt: Trial = ONE_PROMPT,
+) -> Table:
     """Measure systems by name; write `scores.json`, `scores.md`, `motions.json` and a contact sheet of each.
 
     Distances and neighbours are to real clips of other seeds, equal in number. The first system without blocks is the
     teacher that the others' distances are divided by; without one there are no such ratios. Clips of one prompt are
-    judged as they are made, through no file.
+    judged as they are made, through no file. `draw` makes the figure of some clips, their prompts and their events;
+    without it there are no contact sheets.
 
     Returns the table.
     """
-    out, judged = Path(out), origins.of(*dict.fromkeys(system.model for system in systems.values()), "codec")
+    out, judged = Path(out), store.origin(*dict.fromkeys(system.model for system in systems.values()), "codec")
     _check_size(trial)
-    reference = Reference.of(trial)
-    made = {"real clips": trial.real, "codec round trip": lambda: through_codec(trial.real(), codecs.shipped_codec())}
-    made |= {"shuffled sound": lambda: evaluate.shuffled(trial.real())} if floor else {}
-    made |= {name: partial(sample, system, trial) for name, system in systems.items()}
-    rows, extra, motions, features = {}, {}, {}, {}
-    for name, make in made.items():
-        clips = through_file(make())
+    reference, codec = Reference.of(trial), codecs.shipped_codec()
+    makers = {"real clips": trial.real, "codec round trip": lambda: sampling.round_trip(codec, trial.real())}
+    makers |= {"shuffled sound": lambda: evaluate.shuffled(trial.real())} if floor else {}
+    makers |= {name: partial(sample, system, trial) for name, system in systems.items()}
+    rows, more, motions, features = {}, {}, {}, {}
+    for name, make in makers.items():
+        clips = sampling.through_file(make())
         wanted = trial.asked(systems[name]) if name in systems else trial.prompts
         readings = evaluate.read_all(clips, name)
-        tallies = [evaluate.tally(reading, prompt) for reading, prompt in zip(readings, wanted, strict=True)]
-        if name in systems:
-            _sheet(out / f"{stored_runs.slug(name)}.png", readings[:8], wanted[:8])
-        found = variety.described(readings)
-        rows[name] = evaluate.estimates(tallies) | variety.compared(reference.described, found)
+        tallies = evaluate.tallies(readings, wanted)
+        if draw and name in systems:
+            _sheet(draw, out / f"{store.slug(name)}.png", readings[:8], wanted[:8])
+        described = variety.described(readings)
+        rows[name] = evaluate.estimates(tallies) | variety.compared(reference.described, described)
         rows[name] |= _one_prompt(name, systems.get(name), one_prompt)
-        features[name], motions[name] = distributions.feature_sets(clips), found.moves
-        extra[name] = distances(reference, features[name]) | {"sync_f1_by_seed": by_seed(tallies, trial)}
-        extra[name]["quadrants"] = variety.quadrants(motions[name]).tolist()
+        features[name], motions[name] = distributions.feature_sets(clips), described.moves
+        more[name] = distances(reference, features[name]) | {"sync_f1_by_seed": by_seed(tallies, trial)}
+        more[name]["quadrants"] = variety.quadrants(motions[name]).tolist()
         if all(wanted):
-            extra[name]["lowest_of_prompts"] = worst(tallies, trial.prompts)
-    if teacher := _teacher(systems):
+            more[name]["lowest_of_prompts"] = worst(tallies, trial.prompts)
+    teacher = next((name for name, system in systems.items() if checkpoints.read(system.model).causal is None), "")
+    if teacher:
         for name in systems:
-            rows[name] |= _ratios(reference, features[name], features[teacher])
-    table = evaluate.Table(rows)
-    _store(out, trial, systems, table, extra, judged)
+            ratios = distill.frechet_ratio(reference.codec, features[name], features[teacher])
+            rows[name] |= {f"frechet_{s}_to_codec_by_teacher": ratio for s, ratio in ratios._asdict().items()}
+    table = Table(rows)
+    record = judged | trial.named(systems) | {"measures": _plain(table), "more": more}
+    files.write_json(out / "scores.json", record)
+    size = f"{trial.seeds} seeds × {trial.clips} clips of {trial.seconds} s"
+    notes = (
+        f"{size}, held-out seeds, through an mp4; mean and 95 % interval.",
+        "Distances are on named, hand-made features, to as many real clips of other seeds, or to codec round trips of "
+        "these. Quadrants: clips that start to the lower right, lower left, upper left, upper right.",
+    )
+    files.write_text(out / "scores.md", "\n\n".join([notes[0], str(table), notes[1], _columns(more)]) + "\n")
     shown = {name: np.round(moves, 2).tolist() for name, moves in motions.items()}
     files.write_text(out / "motions.json", json.dumps(shown) + "\n")
     return table
 
 
-def stored_motions(folder: str | Path = STORED) -> dict[str, np.ndarray]:
-    """Read the motions that `run` stored, by the names that the report's columns have (`claims.SYSTEMS`).
+def stored_motions(columns: Mapping[str, str], folder: str | Path = STORED) -> dict[str, np.ndarray]:
+    """Read the motions that `run` stored, under other names: `columns` gives that of each system.
 
     Shapes: each [n, 4], see `variety.motions`. Raises ValueError where none are stored.
     """
     path = Path(folder) / "motions.json"
     if not path.exists():
         raise ValueError(f"{path} is not there; `python -m omniforcing_lib score` writes it beside scores.json")
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {column: np.array(found[name]) for name, column in claims.SYSTEMS.items() if name in found}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    return {column: np.array(stored[name]) for name, column in columns.items() if name in stored}
 
 
 def _check_size(trial: Trial) -> None:
@@ -243,12 +226,7 @@ def _check_size(trial: Trial) -> None:
         raise ValueError(f"neighbours need {variety.NEIGHBOURS + 1} clips or more, found {len(trial.numbers)}")
 
 
-def _teacher(systems: dict[str, System]) -> str:
-    """Name the first system without blocks; nothing where there is none."""
-    return next((name for name, system in systems.items() if checkpoints.read(system.model).causal is None), "")
-
-
-def _one_prompt(name: str, system: System | None, trial: Trial) -> dict[str, evaluate.Estimate]:
+def _one_prompt(name: str, system: System | None, trial: Trial) -> dict[str, Estimate]:
     """Measure how far apart clips of one prompt are, and how evenly their directions are spread."""
     if not (system.prompted if system else name == "real clips"):
         return {}
@@ -260,76 +238,48 @@ def _one_prompt(name: str, system: System | None, trial: Trial) -> dict[str, eva
     }
 
 
-def _ratios(reference: Reference, found: AV[np.ndarray], teacher: AV[np.ndarray]) -> dict[str, evaluate.Estimate]:
-    """Divide the distances to codec round trips by the teacher's, with intervals over clips."""
-    ratios = distill.frechet_ratio(reference.codec, found, teacher)._asdict()
-    return {f"frechet_{s}_to_codec_by_teacher": ratio for s, ratio in ratios.items()}
-
-
-def _sheet(path: Path, readings: Sequence[evaluate.Reading], titles: Sequence[str]) -> None:
+def _sheet(draw: Callable, path: Path, readings: Sequence[Reading], titles: Sequence[str]) -> None:
     events = [AV([*(p.seen for p in r.pairs), *r.seen], [*(p.heard for p in r.pairs), *r.heard]) for r in readings]
-    picture = plots.contact_sheet([r.clip for r in readings], titles, events)
-    with files.replacing(path) as partial:
-        picture.savefig(partial, format="png")
+    picture = draw([r.clip for r in readings], titles, events)
+    with files.replacing(path) as unfinished:
+        picture.savefig(unfinished, format="png")
 
 
 def brief(model: str, clips: int) -> dict[str, float]:
-    """Measure a miniature in little, for its file's own metadata: the mean of every measure over a few clips."""
-    trial = Trial(clips, seeds=1)
-    made = through_file(sample(System(model, steps=20), trial))
-    row = evaluate.table(made, trial.prompts, name=model, draws=1).rows[model]
-    return {"clips": clips} | {name: round(e.mean, 4) for name, e in row.items() if np.isfinite(e.mean)}
+    """Measure a miniature in little, for its file's own metadata, see `evaluate.brief`."""
+    return evaluate.brief(checkpoints.load(model), checkpoints.read(model).causal, clips)
 
 
-def distances(reference: Reference, found: AV[np.ndarray]) -> dict[str, float]:
+def distances(reference: Reference, features: AV[np.ndarray]) -> dict[str, float]:
     """Fréchet and energy distance of hand-made features to real clips and to codec round trips, for each stream."""
-    measures = {"frechet": distributions.frechet, "energy": distributions.energy_distance}
     sides = {"": reference.real, "_to_codec": reference.codec}
     return {
-        f"{name}_{s}{to}": round(measure(a, b), 4)
+        f"{name}_{stream}{to}": round(value, 4)
         for to, side in sides.items()
-        for name, measure in measures.items()
-        for s, a, b in zip(AV._fields, side, found, strict=True)
+        for name, pair in distill.distance(side, features)._asdict().items()
+        for stream, value in pair._asdict().items()
     }
 
 
-def by_seed(tallies: Sequence[evaluate.Tally], trial: Trial) -> list[float]:
-    """Sync F1 of each set of seeds on its own."""
+def by_seed(tallies: Sequence[Tally], trial: Trial) -> list[float | None]:
+    """Sync F1 of each set of seeds on its own; None where there is no event."""
     parts = [tallies[start : start + trial.clips] for start in range(0, len(tallies), trial.clips)]
-    return [round(evaluate.estimates(part, draws=1)["sync_f1"].mean, 4) for part in parts]
+    scores = [evaluate.estimates(part, draws=1)["sync_f1"].mean for part in parts]
+    return [round(score, 4) if np.isfinite(score) else None for score in scores]
 
 
-def worst(tallies: Sequence[evaluate.Tally], prompts: Sequence[str]) -> dict[str, float]:
-    """Give each measure of prompt and sync for the prompt that does worst at it."""
-    found: dict[str, float] = {}
+def worst(tallies: Sequence[Tally], prompts: Sequence[str]) -> dict[str, float]:
+    """Give each measure of prompt and sync for the prompt that does worst at it; prompts without one do not count."""
+    lowest: dict[str, float] = {}
     for prompt in dict.fromkeys(prompts):
         row = evaluate.estimates([t for t, p in zip(tallies, prompts, strict=True) if p == prompt], draws=1)
         for name in ("one_ball", "colour", "timbre", "sync_f1", "wall_pitch"):
-            found[name] = min(found.get(name, 1.0), round(row[name].mean, 4))
-    return found
+            if np.isfinite(row[name].mean):
+                lowest[name] = min(lowest.get(name, 1.0), round(row[name].mean, 4))
+    return lowest
 
 
-def _store(
-    out: Path,
-    trial: Trial,
-    systems: dict[str, System],
-    table: evaluate.Table,
-    extra: dict[str, dict],
-    judged: dict[str, dict],
-) -> None:
-    record = judged | {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds}
-    record["systems"] = {name: system.named() for name, system in systems.items()}
-    files.write_json(out / "scores.json", record | {"measures": _plain(table), "more": extra})
-    size = f"{trial.seeds} seeds × {trial.clips} clips of {trial.seconds} s"
-    title = f"{size}, held-out seeds, through an mp4; mean and 95 % interval."
-    more = (
-        "Distances are on named, hand-made features, to as many real clips of other seeds, or to codec round trips of "
-        "these. Quadrants: clips that start to the lower right, lower left, upper left, upper right."
-    )
-    files.write_text(out / "scores.md", "\n\n".join([title, str(table), more, _columns(extra)]) + "\n")
-
-
-def _plain(table: evaluate.Table) -> dict[str, dict[str, list[float] | None]]:
+def _plain(table: Table) -> dict[str, dict[str, list[float] | None]]:
     """Give a table as JSON can hold it: mean, low, high of each measure, None where nothing was to be measured."""
     rows = {name: {k: [round(float(v), 5) for v in e] for k, e in row.items()} for name, row in table.rows.items()}
     return {n: {k: v if np.isfinite(v).all() else None for k, v in row.items()} for n, row in rows.items()}
@@ -345,55 +295,46 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
     """
     if trial.seconds % width or trial.seconds < 2 * width:
         raise ValueError(f"long roll-outs last two or more whole spans of {width} s, found {trial.seconds} s")
-    layouts = {"real clips": PAPER}
-    for name, system in systems.items():
-        layouts[name] = checkpoints.student(system.model).layout
+    layouts = {"real clips": PAPER} | {n: checkpoints.student(s.model).layout for n, s in systems.items()}
     _check_size(trial)
     size = f"{trial.clips * trial.seeds} roll-outs of {trial.seconds} s"
     parts, record = [f"{size}, held-out seeds, through an mp4; mean and 95 % interval."], {}
-    judged = origins.of(*dict.fromkeys(system.model for system in systems.values()), "codec")
+    judged = store.origin(*dict.fromkeys(system.model for system in systems.values()), "codec")
     other = evaluate.read_all(trial.real(OTHER_SEEDS), "real clips")
     for name, layout in layouts.items():
-        made = sample(systems[name], trial, batch=8) if name in systems else trial.real()
-        readings = evaluate.read_all(through_file(made), name)
+        clips = sample(systems[name], trial, batch=8) if name in systems else trial.real()
+        readings = evaluate.read_all(sampling.through_file(clips), name)
         wanted = trial.asked(systems[name]) if name in systems else trial.prompts
-        table, seams = _spans(other, readings, wanted, layout, range(0, trial.seconds, width), width)
+        table, seams = _spans(other, readings, wanted, layout, range(0, trial.seconds, width))
         parts += [f"## {name}", str(table), _columns(seams)]
         record[name] = {"measures": _plain(table), "seams": seams}
-    settings = judged | {"clips": trial.clips, "seeds": trial.seeds, "seconds": trial.seconds, "width": width}
-    settings["systems"] = {name: system.named() for name, system in systems.items()}
-    files.write_json(Path(out) / "long.json", settings | {"spans": record})
-    files.write_text(Path(out) / "long.md", "\n\n".join(parts) + "\n")
-    return "\n\n".join(parts)
+    files.write_json(Path(out) / "long.json", judged | trial.named(systems) | {"width": width, "spans": record})
+    text = "\n\n".join(parts)
+    files.write_text(Path(out) / "long.md", text + "\n")
+    return text
 
 
 def _spans(
-    other: Sequence[evaluate.Reading],
-    readings: Sequence[evaluate.Reading],
-    prompts: Sequence[str],
-    layout: BlockLayout,
-    starts: range,
-    width: int,
-) -> tuple[evaluate.Table, dict[str, dict[str, float]]]:
-    counts = [
-        [evaluate.tally(r, p, start, start + width) for r, p in zip(readings, prompts, strict=True)] for start in starts
-    ]
-    names = [f"{start} to {start + width} s" for start in starts]
+    other: Sequence[Reading], readings: Sequence[Reading], prompts: Sequence[str], layout: BlockLayout, starts: range
+) -> tuple[Table, dict[str, dict[str, float]]]:
+    spans = {f"{start} to {start + starts.step} s": (start, start + starts.step) for start in starts}
+    counts = {name: evaluate.tallies(readings, prompts, *span) for name, span in spans.items()}
     rows = {
-        name: evaluate.estimates(found) | variety.in_span(other, readings, start, width)
-        for name, found, start in zip(names, counts, starts, strict=True)
+        name: evaluate.estimates(counts[name]) | variety.in_span(other, readings, start, starts.step)
+        for name, (start, _) in spans.items()
     }
+    first, *_, last = counts.values()
     seams = {
         name: {f"seam, {of}": round(exposure_bias.seam(readings, layout, of, *span), 4) for of in exposure_bias.STEPS}
-        for name, span in zip([*names, "all"], [*((s, s + width) for s in starts), (0,)], strict=True)
+        for name, span in (spans | {"all": ()}).items()
     }
-    return evaluate.Table(rows | {"last / first": exposure_bias.kept(counts[0], counts[-1])}), seams
+    return Table(rows | {"last / first": exposure_bias.kept(first, last)}), seams
 
 
-def _columns(extra: dict[str, dict]) -> str:
+def _columns(more: dict[str, dict]) -> str:
     """Write what is known of each system beside its measures, a column each."""
-    flat = {name: {k: v for k, v in row.items() if not isinstance(v, dict)} for name, row in extra.items()}
-    for name, row in extra.items():
+    flat = {name: {k: v for k, v in row.items() if not isinstance(v, dict)} for name, row in more.items()}
+    for name, row in more.items():
         flat[name] |= {f"{k}: {m}": v for k, d in row.items() if isinstance(d, dict) for m, v in d.items()}
     keys = dict.fromkeys(k for row in flat.values() for k in row)
-    return claims.markdown_table([{"": k} | {n: str(row.get(k, "–")) for n, row in flat.items()} for k in keys])
+    return evaluate.markdown([{"": k} | {n: str(row.get(k, "–")) for n, row in flat.items()} for k in keys])

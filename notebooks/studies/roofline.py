@@ -31,34 +31,29 @@ ROWS = 1152
 
 
 class Machine(NamedTuple):
-    """What this machine does at best: GFLOP/s of matrix products by dtype, of attention, GB/s of copies."""
+    """What this machine does at best: GFLOP/s of matrix products by dtype, and of attention."""
 
     gemm: dict[str, float]
     attention: float
-    bandwidth: float
 
 
 @torch.inference_mode()
 def machine(device: str = "cpu", turns: int = 5, size: int = 1024) -> Machine:
-    """Measure the roofs: square products in fp32 and bf16, attention of 1152 on 6144 tokens, copies; best of turns."""
+    """Measure the roofs: square products in fp32 and bf16, attention of 1152 on 6144 tokens; best of turns."""
     return _machine({name: min(times) for name, times in alternate(_probes(device, size), turns).items()}, size)
 
 
 def _probes(device: str, size: int) -> dict[str, Callable[[], object]]:
-    length = 8 * size
-    square = {kind: torch.randn(size, size, device=device, dtype=kind) for kind in (torch.float32, torch.bfloat16)}
+    square = {d: torch.randn(size, size, device=device, dtype=getattr(torch, d)) for d in ("float32", "bfloat16")}
     query, key = (torch.randn(1, 4, n, 64, device=device) for n in (ROWS, 6 * size))
-    source, target = (torch.zeros(length, size, device=device) for _ in range(2))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    calls = {str(kind).removeprefix("torch."): (lambda x=x: x @ x) for kind, x in square.items()}
-    return calls | {"attention": lambda: attend(query, key, key), "copy": lambda: target.copy_(source)}
+    calls = {dtype: (lambda x=x: x @ x) for dtype, x in square.items()}
+    return calls | {"attention": lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key)}
 
 
 def _machine(seconds: Mapping[str, float], size: int) -> Machine:
     """Turn seconds of the probes into rates."""
     products = {name: 2 * size**3 / seconds[name] / 1e9 for name in ("float32", "bfloat16")}
-    attended, copied = 4 * ROWS * 6 * size * 256, 2 * 4 * 8 * size**2
-    return Machine(products, attended / seconds["attention"] / 1e9, copied / seconds["copy"] / 1e9)
+    return Machine(products, 4 * ROWS * 6 * size * 256 / seconds["attention"] / 1e9)
 
 
 @torch.inference_mode()
@@ -82,13 +77,13 @@ def over_floor(
 @contextmanager
 def silent() -> Iterator[None]:
     """Keep what is written past Python to standard error off the screen: the profiler's library says when it starts."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    standard_error, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
         os.close(nowhere)
 
 
@@ -129,20 +124,26 @@ def training_rows(
     The two ratios are of median seconds and of peak memory over what was held before.
     """
     model = copy.deepcopy(model).requires_grad_(True)
-    steps = {kind: bench.training_step(model, causal, grid, seconds, kind) for kind in ("sliced", "dense")}
-    took = {kind: statistics.median(times) for kind, times in alternate(steps, turns).items()}
-    held = {kind: peak_bytes(step) for kind, step in steps.items()}
+    steps = {
+        rendering: bench.training_step(model, causal, grid, seconds, rendering) for rendering in ("sliced", "dense")
+    }
+    took = {rendering: statistics.median(times) for rendering, times in alternate(steps, turns).items()}
+    peaks = {rendering: peak_bytes(step) for rendering, step in steps.items()}
     rows = [
-        {"attention": kind, "forward + backward, s": f"{took[kind]:.2f}", "peak memory, MB": f"{held[kind] / 1e6:.0f}"}
-        for kind in steps
+        {
+            "attention": rendering,
+            "forward + backward, s": f"{took[rendering]:.2f}",
+            "peak memory, MB": f"{peaks[rendering] / 1e6:.0f}",
+        }
+        for rendering in steps
     ]
-    return rows, took["sliced"] / took["dense"], held["sliced"] / held["dense"]
+    return rows, took["sliced"] / took["dense"], peaks["sliced"] / peaks["dense"]
 
 
 def shares(splits: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float, float]]:
     """Give each kind's share in per cent: mean over the calls, least and most."""
-    found = {kind: [100 * split[kind] / sum(split.values()) for split in splits] for kind in splits[0]}
-    return {kind: (float(np.mean(parts)), min(parts), max(parts)) for kind, parts in found.items()}
+    percent = {kind: [100 * split[kind] / sum(split.values()) for split in splits] for kind in splits[0]}
+    return {kind: (float(np.mean(parts)), min(parts), max(parts)) for kind, parts in percent.items()}
 
 
 def floor_s(work: Work, roofs: Machine) -> float:

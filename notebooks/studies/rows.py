@@ -82,11 +82,11 @@ def _measure(seen: Seen, sinks: int) -> tuple[Tensor, ...]:
     """Measure one layer. Shapes: entropy, share on sinks, gain, size, spread of the logits, each [B, H, R]."""
     logits, values = logits_values(seen)
     visible = _visible(seen, logits.shape[-1])
-    found = of_softmax(logits, values, visible)
+    rows = of_softmax(logits, values, visible)
     keys = visible.sum(-1)
     mean = (logits * visible).sum(-1, keepdim=True) / keys[:, None]
     spread = (((logits - mean).square() * visible).sum(-1) / keys).sqrt()
-    return found.entropy, found.p[..., :sinks].sum(-1), found.gain, found.size, spread
+    return rows.entropy, rows.p[..., :sinks].sum(-1), rows.gain, rows.size, spread
 
 
 def _visible(seen: Seen, tokens: int) -> Tensor:

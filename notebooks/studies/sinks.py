@@ -1,7 +1,7 @@
 """What audio sinks do for a teacher that is made causal: short Stage 2 runs with one thing changed at a time.
 
 The paper reports that causal distillation without sinks explodes, because early audio rows see very few keys, and that
-learnable sinks with identity RoPE cure it (paper Sec. 3.2; spec 4). A `variants.Variant` is one recipe, `train` runs it
+learnable sinks with identity RoPE cure it (paper Sec. 3.2). A `variants.Variant` is one recipe, `train` runs it
 and records every step; what single rows of attention do is in `rows`.
 
 Shapes: B batch, F video and T audio latents, S sinks, D width of the audio stream.
@@ -19,28 +19,28 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import files, flow, masks
+from omniforcing_lib import flow, masks
 from omniforcing_lib.bounce.evaluate import Estimate
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.model_bundle import ModelBundle
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.training import dataset, stages
+from omniforcing_lib.training import stages
 from omniforcing_lib.training import train as training
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.transformer import Transformer
-from studies import exposure_bias, rows
+from studies import distill, exposure_bias, rows
 from studies.variants import Variant, build, masks_of
 
-STORED_PAIRS = files.DATA / "ode_pairs.safetensors"
-CLIP_SECONDS = 5
+STORED_PAIRS = 90
+"""Trajectories of the shipped teacher that `data` has."""
 
 
 class Reported(NamedTuple):
     """What the paper reports of one variant: infinite and NaN for a run that broke, None where it is silent."""
 
     norm: float | None
-    loss: float
+    loss: float | None
 
 
 PAPER = {
@@ -52,13 +52,13 @@ PAPER = {
     16: Reported(9.23, 0.081),
     24: Reported(9.15, 0.110),
 }
-"""Largest gradient norm and one-step loss at sigma 0.5 by number of sinks (spec 4.4)."""
+"""Largest gradient norm and one-step loss at sigma 0.5 by number of sinks."""
 PAPER_OTHERS = {
     "counted": Reported(None, 0.402),
     "qk_norm": Reported(None, 0.232),
     "tanh_gate": Reported(None, 1.258),
 }
-"""The same for S = 16 with counted positions and for other stabilisers without sinks (spec 4.4)."""
+"""The same for S = 16 with counted positions and for other stabilisers without sinks."""
 
 
 @dataclass(frozen=True)
@@ -114,46 +114,33 @@ def prepare(beside: ModelBundle, *, pairs: int, held: int, seconds: int, steps: 
     Trajectories last 5 seconds, as in training; the last `held` of them are kept for judging.
     """
     prompts, codec = beside.context(), beside.codec
-    if beside.source == "teacher" and STORED_PAIRS.exists():
-        found = Pairs.load(STORED_PAIRS, beside.device)
-    else:
-        shape, seeds = (codec.clock.latents(CLIP_SECONDS), codec.grid), range(pairs + held)
-        how = {"steps": steps, "progress": False}
-        found = dataset.ode_pairs(beside.load(), prompts, beside.guidance, RolloutConfig().steps, seeds, *shape, **how)
-    if len(found) < pairs + held:
-        raise ValueError(f"{pairs} + {held} trajectories wanted, found {len(found)} in {STORED_PAIRS.name}")
-    first, last = range(pairs), range(len(found) - held, len(found))
-    return Study(beside.source, prompts, *(_cut(found, span, codec.clock.latents(seconds)) for span in (first, last)))
-
-
-def _cut(pairs: Pairs, span: range, latents: AV[int]) -> Pairs:
-    part = slice(span.start, span.stop)
-    states = pairs.states.map(lambda s, n: s[part, :, :n].contiguous(), latents)
-    return Pairs(states, pairs.sigmas, pairs.prompt[part])
+    count = max(pairs + held, STORED_PAIRS if beside.source == "teacher" else 0)
+    made_by = {"guidance": beside.guidance, "steps": steps}
+    every = distill.teacher_pairs(beside.source, codec, prompts, RolloutConfig(), count, **made_by)
+    latents = codec.clock.latents(seconds)
+    rows = slice(pairs), slice(count - held, count)
+    return Study(beside.source, prompts, *(distill.cut(every, some, latents) for some in rows))
 
 
 def one_step(
-    model: Transformer, kind: masks.Masks | None, study: Study, *, clips: slice = slice(None), autocast: bool = False
+    model: Transformer, built: masks.Masks | None, study: Study, *, clips: slice = slice(None), autocast: bool = False
 ) -> AV[Tensor]:
-    """Predict the held-out ends in one step from sigma 0.5: squared errors, whose mean is the paper's (spec 4.4).
+    """Predict the held-out ends in one step from sigma 0.5: squared errors, whose mean is the paper's.
 
     Shapes: AV([n, F], [n, T]), of every clip and latent.
     """
     x, sigma, text, clean = (streams.map(lambda part: part[clips]) for streams in study.half_noisy())
     with torch.autocast(torch.device(study.device).type, torch.bfloat16, enabled=autocast):
-        velocity = model(x, sigma, text, masks=kind)
-    return x.map(flow.x0_of, velocity, sigma).map(_squared, clean)
-
-
-def _squared(made: Tensor, clean: Tensor) -> Tensor:
-    return (flow.precise(made) - flow.precise(clean)).square().flatten(2).mean(2)
+        velocity = model(x, sigma, text, masks=built)
+    ends = x.map(flow.x0_of, velocity, sigma)
+    return ends.map(lambda a, b: (flow.precise(a) - flow.precise(b)).square().flatten(2).mean(2), clean)
 
 
 def look(study: Study, variant: Variant | None) -> rows.Rows:
     """Measure the audio rows of an untrained variant, or of the teacher itself, on the held-out states at sigma 0.5."""
     x, sigma, text, _ = study.half_noisy()
-    model, kind = study.untrained(variant)
-    return rows.probe(model, x, sigma, text, kind)
+    model, built = study.untrained(variant)
+    return rows.probe(model, x, sigma, text, built)
 
 
 class ByLatent(NamedTuple):
@@ -170,7 +157,7 @@ class ByLatent(NamedTuple):
 
 def by_latent(study: Study, variant: Variant | None) -> ByLatent:
     """Take the one-step loss apart by audio latent, and the gradient that the first one sends."""
-    model, kind = study.untrained(variant)
+    model, built = study.untrained(variant)
     model.requires_grad_(True)
     weights = [weight for name, weight in model.named_parameters() if name != "audio_sink_tokens"]
 
@@ -178,12 +165,12 @@ def by_latent(study: Study, variant: Variant | None) -> ByLatent:
         parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
         return float(torch.stack([part.norm() for part in parts if part is not None]).norm())
 
-    found, pull = [], []
+    losses, pull = [], []
     for i in range(len(study.held)):
-        loss = one_step(model, kind, study, clips=slice(i, i + 1)).audio[0]
-        found.append(loss.detach())
+        loss = one_step(model, built, study, clips=slice(i, i + 1)).audio[0]
+        losses.append(loss.detach())
         pull.append((norm(loss[0]), norm(loss[1:].mean())))
-    return ByLatent(torch.stack(found).cpu().numpy(), np.array(pull))
+    return ByLatent(torch.stack(losses).cpu().numpy(), np.array(pull))
 
 
 SPANS = {"0": slice(1), "1": slice(1, 2), "2 to 5": slice(2, 6), "6 on": slice(6, None)}
@@ -240,7 +227,7 @@ class Trace:
     def rest_norm(self) -> float:
         """Largest norm of the gradient without the sinks' part; infinite where the run broke."""
         pairs = zip(self.norm, self.sink_norm, strict=True)
-        return math.inf if self.diverged else max(math.sqrt(max(0.0, n**2 - own**2)) for n, own in pairs)
+        return math.inf if self.diverged else max(math.sqrt(max(0.0, n**2 - sinks**2)) for n, sinks in pairs)
 
     @property
     def start(self) -> float:
@@ -254,40 +241,36 @@ class Trace:
 
 
 def train(variant: Variant, study: Study, *, steps: int, batch: int = 4, seed: int = 0, every: int = 20) -> Trace:
-    """Run Stage 2 for a few steps (spec 5.4) and record each of them; `every` so many the held-out loss.
+    """Run Stage 2 for a few steps (paper Sec. 3.2) and record each of them; `every` so many the held-out loss.
 
     A run that breaks, by a gradient that is not finite, ends there.
     """
-    model, kind = study.untrained(variant)
-    player, trace = training.Learner(model, variant.recipe), Trace()
-    stage = stages.ode_stage(player, study.pairs, study.prompts, variant.causal, batch)
+    model, built = study.untrained(variant)
+    learner, trace = training.Learner(model, variant.recipe), Trace()
+    stage = stages.ode_stage(learner, study.pairs, study.prompts, variant.causal, batch)
 
     @torch.no_grad()
     def judge() -> None:
-        found, done = one_step(model, kind, study, autocast=variant.recipe.amp), len(trace.norm)
-        trace.one_step[done] = found.map(lambda errors: float(errors.mean()))
-        trace.latents[done] = found.audio.mean(0).tolist()
+        errors, done = one_step(model, built, study, autocast=variant.recipe.amp), len(trace.norm)
+        trace.one_step[done] = errors.map(lambda values: float(values.mean()))
+        trace.latents[done] = errors.audio.mean(0).tolist()
 
     def step(i: int, generator: torch.Generator) -> training.Metrics:
         if i % every == 0:
             judge()
-        numbers = stage(i, generator)
-        norm = float(numbers["norm"])
+        metrics = stage(i, generator)
+        norm = float(metrics["norm"])
         trace.norm.append(norm)
-        trace.sink_norm.append(_sink_norm(player.model, norm, variant.clip))
-        trace.loss.append(float(numbers["video"] + numbers["audio"]))
-        return numbers
+        # The norm is that before clipping; the sinks' gradient is clipped already.
+        tokens = getattr(learner.model, "audio_sink_tokens", None)
+        sinks = 0.0 if tokens is None else float(tokens.grad.float().norm())
+        trace.sink_norm.append(sinks * max(1.0, norm / variant.clip))
+        trace.loss.append(float(metrics["video"] + metrics["audio"]))
+        return metrics
 
-    training.fit(step, {"student": player}, steps, seed=seed, progress=False, stop=lambda: trace.diverged)
+    training.fit(step, {"student": learner}, steps, seed=seed, progress=False, stop=lambda: trace.diverged)
     judge()
     return trace
-
-
-def _sink_norm(model: Transformer, norm: float, clip: float) -> float:
-    """Norm of the sinks' gradient, with the clipping undone."""
-    if not model.config.num_audio_sink_tokens:
-        return 0.0
-    return float(model.audio_sink_tokens.grad.float().norm()) * max(1.0, norm / clip)
 
 
 class Summary(NamedTuple):
@@ -308,7 +291,7 @@ class Summary(NamedTuple):
 def compare(
     variants: Mapping[str, Variant], study: Study, seeds: Sequence[int], *, steps: int, batch: int = 4
 ) -> dict[str, Summary]:
-    """Train every variant once a seed and sum up; the same seed draws the same batches for all of them."""
+    """Train every variant once per seed and sum up; the same seed draws the same batches for all of them."""
     jobs = [(name, seed) for name in variants for seed in seeds]
     traces: dict[str, list[Trace]] = {name: [] for name in variants}
     for name, seed in tqdm(jobs, desc="short stage 2 runs", unit="run", delay=2, leave=False):
@@ -340,11 +323,8 @@ def table(summaries: Mapping[str, Summary], paper: Mapping[str, Reported] | None
         line |= {"largest gradient norm": s.norm, "the sinks' own": s.sink_norm, "without it": s.rest_norm}
         line |= {"broke": s.broken}
         if paper:
-            found = paper.get(name)
-            line |= {
-                "paper: norm": _or_dash(found and found.norm),
-                "paper: loss": _or_dash(found and found.loss),
-            }
+            reported = paper.get(name, Reported(None, None))
+            line |= {f"paper: {field}": _or_dash(getattr(reported, field)) for field in Reported._fields}
         lines.append(line)
     return lines
 
@@ -376,9 +356,10 @@ def by_sinks(summaries: Mapping[int, Summary]) -> dict[str, dict[str, tuple]]:
     counts = list(summaries)
     known = [s for s in counts if s in PAPER]
     ours = {name: (counts, [getattr(summaries[s], name) for s in counts]) for name in Summary._fields}
-    own = ([s for s in counts if s], [summaries[s].sink_norm for s in counts if s])
+    with_sinks = [s for s in counts if s]
+    of_sinks = (with_sinks, [summaries[s].sink_norm for s in with_sinks])
     paper = {name: (known, [getattr(PAPER[s], name) for s in known]) for name in Reported._fields}
     return {
-        "largest gradient norm": {"ours": ours["norm"], "the sinks' own": own, "paper": paper["norm"]},
+        "largest gradient norm": {"ours": ours["norm"], "the sinks' own": of_sinks, "paper": paper["norm"]},
         "one-step loss at sigma 0.5": {"ours": ours["final"], "paper": paper["loss"]},
     }

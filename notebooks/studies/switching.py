@@ -57,17 +57,12 @@ def seam_rows(trials: Mapping[str, Sequence[Sequence[Chunk]]], at: int) -> list[
     """Table the edges at which the prompt changed, before block `at`, beside all other edges: median and 95 %."""
     rows = []
     for name, runs in trials.items():
-        found = [seams(chunks) for chunks in runs]
-        for which, picked in (("prompt changes", [at - 2]), ("other edges", None)):
-            numbers = AV(*zip(*found, strict=True)).map(np.stack)
-            kept = numbers.map(lambda x, p=picked: x[:, p] if p else np.delete(x, at - 2, axis=1))
-            pixels, bends = (np.nanpercentile(x, (50, 95)) for x in kept)
-            rows.append(
-                {
-                    "stream": name,
-                    "edge": which,
-                    "ball off its way, px": f"{pixels[0]:.2f} (95 %: {pixels[1]:.2f})",
-                    "bend of the sound": f"{bends[0]:.4f} (95 %: {bends[1]:.4f})",
-                }
-            )
+        numbers = AV(*zip(*map(seams, runs), strict=True)).map(np.stack)
+        for edge, of in (
+            ("prompt changes", lambda x: x[:, at - 2]),
+            ("other edges", lambda x: np.delete(x, at - 2, 1)),
+        ):
+            pixels, bends = (np.nanpercentile(of(x), (50, 95)) for x in numbers)
+            row = {"stream": name, "edge": edge, "ball off its way, px": f"{pixels[0]:.2f} (95 %: {pixels[1]:.2f})"}
+            rows.append(row | {"bend of the sound": f"{bends[0]:.4f} (95 %: {bends[1]:.4f})"})
     return rows

@@ -19,6 +19,7 @@ from omniforcing_lib import masks, rope
 from omniforcing_lib.attention import Attention
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.ltx2.formats import RELEASED_CODE
 from omniforcing_lib.masks import AttentionMask, BlockRows, Masks
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.rope import Rotation
@@ -26,15 +27,8 @@ from omniforcing_lib.training import train as training
 from omniforcing_lib.transformer import Transformer
 from studies import rows
 
-SETTINGS: dict[str, Mapping[str, object]] = {
-    "right": {},
-    "released": {
-        "rope_type": "interleaved",
-        "frequencies_precision": "float32",
-        "av_ca_timestep_scale_multiplier": 1,
-    },
-}
-"""Config fields that a student is built with; `released` is what the official causal model hard-wires (spec 1.9)."""
+SETTINGS: dict[str, Mapping[str, object]] = {"right": {}, "released": RELEASED_CODE}
+"""Config fields that a student is built with; `released` is what the official causal model hard-wires."""
 
 
 class CountedSinks(Transformer):
@@ -122,8 +116,8 @@ class Biased(nn.Module):
         """Attend from [B, T, D] to itself."""
         logits, values = rows.logits_values(rows.Seen(self.plain, x, rotations[0], None))
         logits = logits.masked_fill(~visibility.dense.to(x.device), -torch.inf)
-        own = self.logit.expand(len(x), -1, logits.shape[2], 1)
-        return self.plain._out(x, torch.cat([logits, own], -1).softmax(-1)[..., :-1].to(values) @ values)
+        bias = self.logit.expand(len(x), -1, logits.shape[2], 1)
+        return self.plain._out(x, torch.cat([logits, bias], -1).softmax(-1)[..., :-1].to(values) @ values)
 
 
 class TanhGate(nn.Module):
@@ -156,12 +150,12 @@ STABILISERS = {"none": lambda attention: attention, "qk_norm": _norm_heads, "tan
 
 
 @lru_cache
-def row_causal(kind: Masks) -> Masks:
+def row_causal(built: Masks) -> Masks:
     """Let audio row i see the sinks and the audio up to itself, in place of its whole block."""
-    block, first = kind.audio_self, kind.sinks + 1
+    block, first = built.audio_self, built.sinks + 1
     rest = (BlockRows(range(row, row + 1), (range(row + 1),)) for row in range(first, block.rows))
     runs = (BlockRows(range(first), (range(first),)), *rest)
-    return kind._replace(audio_self=AttentionMask(runs, block.columns, "dense"))
+    return built._replace(audio_self=AttentionMask(runs, block.columns, "dense"))
 
 
 def _row_by_row(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -230,6 +230,6 @@ class OscillatorBank(nn.Module):
 
 
 def bank_cycles(config: CodecConfig, clock: Clock) -> Tensor:
-    """Return the cycles a sample of each oscillator, a semitone apart. Shapes: [k] float64."""
+    """Return the cycles per sample of each oscillator, a semitone apart. Shapes: [k] float64."""
     semitones = torch.arange(config.oscillators, dtype=torch.float64)
     return config.base_hz * 2 ** (semitones / 12) / clock.sample_rate

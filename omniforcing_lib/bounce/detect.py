@@ -34,7 +34,7 @@ from omniforcing_lib.bounce.world import (
 DARK, BRIGHT = 70, 150
 # Frames on either side of a turn: few to find it, more to date it.
 LOOK, FIT, FEWEST = 5, 8, 3
-# A turn changes the speed along its axis by at least this many pixels a frame (the world's slowest: 1.57) ...
+# A turn changes the speed along its axis by at least this many pixels per frame (the world's slowest: 1.57) ...
 LEAST_TURN = 0.7
 # ... and both legs are straight to within a pixel.
 STRAIGHT = 1.0
@@ -124,7 +124,7 @@ def turns(centre: np.ndarray, fps: float = CLOCK.fps) -> list[Impact]:
     A turn is where straight legs before and after point opposite ways; its time is where they cross.
     Shapes: [F, 2] pixels, NaN where no ball was found.
     """
-    found = []
+    impacts = []
     for axis, walls in enumerate((WALLS[:2], WALLS[2:])):
         splits = _splits(centre[:, axis])
         for i, split in enumerate(splits):
@@ -132,8 +132,8 @@ def turns(centre: np.ndarray, fps: float = CLOCK.fps) -> list[Impact]:
             low = max(split - FIT, splits[i - 1] if i else 0)
             high = min(split + FIT, splits[i + 1] if i + 1 < len(splits) else len(centre))
             time, leaving = _crossing(centre[:, axis], low, split, high)
-            found.append(Impact(time / fps, walls[0] if leaving > 0 else walls[1]))
-    return sorted(found)
+            impacts.append(Impact(time / fps, walls[0] if leaving > 0 else walls[1]))
+    return sorted(impacts)
 
 
 def _splits(x: np.ndarray) -> list[int]:
@@ -185,11 +185,11 @@ def heard_onsets(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> list[Ons
     level = _levels(samples)
     rise = _rise(level)
     loudest = ndimage.maximum_filter1d(rise.max(axis=1), 2 * SPLASH_STEPS + 1)
-    found = []
+    onsets = []
     for wall in range(len(WALLS)):
         steps = _peaks(np.where(rise[:, wall] > SPLASH * loudest, rise[:, wall], 0.0))
-        found += [hit for step in steps for hit in _judge(level, rise[:, wall], wall, step)]
-    return sorted(found)
+        onsets += [onset for step in steps for onset in _judge(level, rise[:, wall], wall, step)]
+    return sorted(onsets)
 
 
 @cache
@@ -219,13 +219,13 @@ def _rise(level: np.ndarray) -> np.ndarray:
 
 def _peaks(rise: np.ndarray) -> list[int]:
     """Pick the highest steps above the threshold, none within 120 ms of a higher one."""
-    kept: list[int] = []
+    peaks: list[int] = []
     inner = rise[1:-1]
     tops = np.nonzero((inner >= rise[:-2]) & (inner > rise[2:]) & (inner > LEAST_RISE))[0] + 1
     for step in tops[np.argsort(-rise[tops])]:
-        if all(abs(step - other) > APART for other in kept):
-            kept.append(int(step))
-    return sorted(kept)
+        if all(abs(step - other) > APART for other in peaks):
+            peaks.append(int(step))
+    return sorted(peaks)
 
 
 def _judge(level: np.ndarray, rise: np.ndarray, wall: int, step: int) -> list[Onset]:

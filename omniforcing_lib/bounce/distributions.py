@@ -46,8 +46,8 @@ def features(clip: AV[np.ndarray], clock: Clock = CLOCK) -> AV[np.ndarray]:
 
 def _picture_features(frames: np.ndarray, fps: int) -> np.ndarray:
     track = detect.track(frames)
-    found = np.isfinite(track.centre[:, 0])
-    centre = track.centre[found] if found.any() else np.zeros((1, 2))
+    seen = np.isfinite(track.centre[:, 0])
+    centre = track.centre[seen] if seen.any() else np.zeros((1, 2))
     steps = np.diff(track.centre, axis=0)
     steps = steps[np.isfinite(steps[:, 0])] if np.isfinite(steps).any() else np.zeros((1, 2))
     light = frames.mean(axis=(1, 2), dtype=np.float64)
@@ -68,8 +68,8 @@ def _sound_features(samples: np.ndarray, rate: int) -> np.ndarray:
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::HOP] * np.hanning(WINDOW)
     power = np.abs(np.fft.rfft(windows)) ** 2 / WINDOW
     edges = np.searchsorted(np.fft.rfftfreq(WINDOW, 1 / rate), BAND_HZ[:-1])
-    bands = _decibels(np.add.reduceat(power, edges, axis=1))
-    loudness = _decibels(power.sum(1))
+    bands = decibels(np.add.reduceat(power, edges, axis=1) + 1e-12, QUIET_DB)
+    loudness = decibels(power.sum(1) + 1e-12, QUIET_DB)
     # The last step counts as still, so that one window alone has no rise and no fall.
     step = np.diff(loudness, append=loudness[-1:])
     rise, fall = np.maximum(step, 0).mean(), np.minimum(step, 0).mean()
@@ -78,8 +78,9 @@ def _sound_features(samples: np.ndarray, rate: int) -> np.ndarray:
     return np.array([*bands.mean(0), *bands.std(0), rise, fall, flatness, onsets])
 
 
-def _decibels(power: np.ndarray) -> np.ndarray:
-    return np.maximum(10 * np.log10(power + 1e-12), QUIET_DB)
+def decibels(power: np.ndarray | float, least: float) -> np.ndarray:
+    """Write power in dB of full scale, no less than `least`."""
+    return np.maximum(10 * np.log10(np.maximum(power, 1e-30)), least)
 
 
 def feature_sets(clips: Sequence[AV[np.ndarray]], clock: Clock = CLOCK) -> AV[np.ndarray]:

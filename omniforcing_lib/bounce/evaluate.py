@@ -6,13 +6,13 @@ together when they are at most a frame and a half apart; among all such assignme
 these the one with the smallest delays. An event within 0.1 s of a clip's end that finds no partner is not counted:
 the other half of it may lie outside.
 
-Shapes: `F` frames, `N` samples, `n` clips, `d` features.
+Shapes: F frames, N samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,31 +20,13 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from tqdm.auto import tqdm
 
-from omniforcing_lib.bounce import detect
-from omniforcing_lib.bounce.distributions import energy_distance, feature_sets, features, frechet
+from omniforcing_lib.bounce import codecs, detect, sampling, world
+from omniforcing_lib.bounce.distributions import decibels
 from omniforcing_lib.bounce.world import CLOCK, WALLS, Impact, parse
 from omniforcing_lib.layout import AV, Clock
+from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.transformer import Transformer
 
-__all__ = [
-    "MEASURES",
-    "Estimate",
-    "Pair",
-    "Reading",
-    "Table",
-    "drift",
-    "energy_distance",
-    "estimates",
-    "feature_sets",
-    "features",
-    "frechet",
-    "match",
-    "read",
-    "read_all",
-    "score",
-    "shuffled",
-    "table",
-    "tally",
-]
 TOLERANCE_S = 1.5 / 24
 EDGE_S = 0.1
 # Of two partners that are equally near, a corner's two tones, the one of the same wall is taken.
@@ -143,8 +125,8 @@ def tally(reading: Reading, prompt: str, start_s: float = 0.0, end_s: float = ma
     * sync_precision, sync_recall, sync_f1: pairs of onsets, of impacts, of their mean.
     * offset_ms: onset less impact, over pairs; positive when sound is late.
     * wall_pitch: pairs whose pitch belongs to the wall that is hit, of all pairs.
-    * speed_cv: standard deviation by mean of the steps from frame to frame that hold no turn; one a clip.
-    * motion: mean of these steps in pixels a second; loudness_db: rms of the samples; one a clip.
+    * speed_cv: standard deviation by mean of the steps from frame to frame that hold no turn; one per clip.
+    * motion: mean of these steps in pixels per second; loudness_db: rms of the samples; one per clip.
 
     An empty prompt asks for no colour and no timbre: there is nothing to be measured.
     """
@@ -165,8 +147,15 @@ def tally(reading: Reading, prompt: str, start_s: float = 0.0, end_s: float = ma
         "offset_ms": (1000 * sum(p.heard.time_s - p.seen.time_s for p in pairs), count),
         "wall_pitch": (sum(p.seen.wall == p.heard.wall for p in pairs), count),
         **_motion(reading, frames),
-        "loudness_db": (_decibels(reading.clip.audio[samples]), 1),
+        "loudness_db": (_loudness(reading.clip.audio[samples]), 1),
     }
+
+
+def tallies(
+    readings: Sequence[Reading], prompts: Sequence[str], start_s: float = 0.0, end_s: float = math.inf
+) -> list[Tally]:
+    """Count every measure of many clips within a span, see `tally`."""
+    return [tally(r, p, start_s, end_s) for r, p in zip(readings, prompts, strict=True)]
 
 
 def _span(length: int, rate: int, start_s: float, end_s: float) -> slice:
@@ -176,7 +165,7 @@ def _span(length: int, rate: int, start_s: float, end_s: float) -> slice:
 
 
 def _motion(reading: Reading, frames: slice) -> Tally:
-    steps = _speeds(reading.track.centre, reading.turns, reading.clock.fps)[frames]
+    steps = speeds(reading)[frames]
     steps = steps[np.isfinite(steps)]
     # A ball that is not there, or stands still, has no steadiness to measure.
     if len(steps) < 2 or steps.mean() < 1e-6:
@@ -184,18 +173,19 @@ def _motion(reading: Reading, frames: slice) -> Tally:
     return {"speed_cv": (float(steps.std() / steps.mean()), 1), "motion": (float(steps.mean()), 1)}
 
 
-def _speeds(centre: np.ndarray, turns: Sequence[float], fps: int) -> np.ndarray:
-    """Speed from each frame to the next in pixels a second, NaN where the ball is missing or turns: [F]."""
-    speed = np.append(np.linalg.norm(np.diff(centre, axis=0), axis=1) * fps, np.nan)
+def speeds(reading: Reading) -> np.ndarray:
+    """Speed from each frame to the next in pixels per second, NaN where the ball is missing or turns: [F]."""
+    fps = reading.clock.fps
+    speed = np.append(np.linalg.norm(np.diff(reading.track.centre, axis=0), axis=1) * fps, np.nan)
     # A turn dated a hair before a frame belongs to the step on either side.
-    for turn in turns:
+    for turn in reading.turns:
         speed[max(round(turn * fps) - 1, 0) : round(turn * fps) + 1] = np.nan
     return speed
 
 
-def _decibels(samples: np.ndarray) -> float:
-    power = float(np.mean(np.square(samples, dtype=np.float64))) if len(samples) else 0.0
-    return max(10 * math.log10(max(power, 1e-30)), SILENCE_DB)
+def _loudness(samples: np.ndarray) -> float:
+    power = np.square(samples, dtype=np.float64).mean() if len(samples) else 0.0
+    return float(decibels(power, SILENCE_DB))
 
 
 def score(clip: AV[np.ndarray], prompt: str, clock: Clock = CLOCK) -> dict[str, float]:
@@ -211,7 +201,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 class Estimate(NamedTuple):
-    """Give a pooled mean and its 95 % bootstrap interval over clips."""
+    """Give a mean over clips and its 95 % interval."""
 
     mean: float
     low: float
@@ -237,30 +227,52 @@ class Table:
         return Table({**self.rows, **other.rows})
 
     def __str__(self) -> str:
-        names = list(dict.fromkeys(name for row in self.rows.values() for name in row))
-        cells = [["", *self.rows]]
-        cells += [[name, *(str(row[name]) if name in row else "–" for row in self.rows.values())] for name in names]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
-        return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+        names = dict.fromkeys(name for row in self.rows.values() for name in row)
+        return markdown([{"": name} | {n: str(row.get(name, "–")) for n, row in self.rows.items()} for name in names])
 
 
-def estimates(tallies: Sequence[Tally], *, draws: int = 1000, seed: int = 0) -> dict[str, Estimate]:
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Write rows as a Markdown table; the first one names the columns."""
+    cells = [[*rows[0]], *([*row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def estimates(counts: Sequence[Tally], *, draws: int = 1000, seed: int = 0) -> dict[str, Estimate]:
     """Pool tallies of clips and resample the clips: mean and 95 % interval of every measure.
 
     A resample in which nothing was to be measured is left out of the interval.
     """
-    if not tallies:
+    if not counts:
         raise ValueError("a mean needs at least one clip, found none")
-    picks = np.random.default_rng(seed).integers(len(tallies), size=(draws, len(tallies)))
+    picks = np.random.default_rng(seed).integers(len(counts), size=(draws, len(counts)))
     result = {}
-    for name in tallies[0]:
-        part, whole = np.array([t[name] for t in tallies], dtype=float).T
+    for name in counts[0]:
+        part, whole = np.array([count[name] for count in counts], dtype=float).T
         parts, wholes = part[picks].sum(1), whole[picks].sum(1)
         drawn = parts[wholes > 0] / wholes[wholes > 0]
         low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (math.nan, math.nan)
         result[name] = Estimate(_ratio(part.sum(), whole.sum()), float(low), float(high))
     return result
+
+
+def by_halves(
+    measure: Callable[..., Mapping[str, float]], *sets: np.ndarray, draws: int = 300, seed: int = 0
+) -> dict[str, Estimate]:
+    """Measure sets of clips together, with 95 % intervals from halves of all sets, drawn without replacement.
+
+    A half varies about the whole as the whole does about the truth. The mean of all halves is subtracted, and with it
+    what every half is off by because it is small: Fréchet distances and recall depend on the number of clips. In a
+    bootstrap a clip may stand beside itself, which shrinks neighbourhoods and spoils distances near their floor.
+
+    Shapes: sets [n, d], [m, d] and so on, as `measure` takes them.
+    """
+    whole, rng = measure(*sets), np.random.default_rng(seed)
+    halves = ([rng.permutation(x)[: len(x) // 2] for x in sets] for _ in range(draws))
+    drawn = np.array([[*measure(*half).values()] for half in halves])
+    low, high = np.quantile(drawn - drawn.mean(0), (0.025, 0.975), axis=0)
+    return {n: Estimate(v, float(v + a), float(v + b)) for (n, v), a, b in zip(whole.items(), low, high, strict=True)}
 
 
 def table(
@@ -273,24 +285,39 @@ def table(
     clock: Clock = CLOCK,
 ) -> Table:
     """Score clips against their prompts: one row with the mean and 95 % interval of every measure."""
-    tallies = [tally(reading, p) for reading, p in zip(read_all(clips, name, clock), prompts, strict=True)]
-    return Table({name: estimates(tallies, draws=draws, seed=seed)})
+    counts = tallies(read_all(clips, name, clock), prompts)
+    return Table({name: estimates(counts, draws=draws, seed=seed)})
 
 
 def drift(
-    readings: Sequence[Reading], prompts: Sequence[str], *, draws: int = 1000, seed: int = 0
-) -> list[dict[str, Estimate]]:
-    """Score second by second, pooled over clips: what a roll-out loses as it goes on (paper Sec. 4).
+    readings: Sequence[Reading], prompts: Sequence[str], width: int = 1, *, draws: int = 1000, seed: int = 0
+) -> dict[int, dict[str, Estimate]]:
+    """Score a roll-out span by span of `width` seconds, pooled over clips: what it loses as it goes on (paper Sec. 4).
 
-    A pair counts in the second of its impact; frames and samples in the second in which they begin.
+    The keys are the first seconds of the spans; a rest shorter than a span joins the last one. A pair counts in the
+    second of its impact; frames and samples in the second in which they begin.
     """
-    spans = range(math.floor(min(reading.seconds for reading in readings)))
-    return [
-        estimates(
-            [tally(r, p, second, second + 1) for r, p in zip(readings, prompts, strict=True)], draws=draws, seed=seed
-        )
-        for second in spans
-    ]
+    starts = range(0, max(math.floor(min(r.seconds for r in readings)) - width, 0) + 1, width)
+    return {
+        start: estimates(tallies(readings, prompts, start, end), draws=draws, seed=seed)
+        for start, end in zip(starts, [*starts[1:], math.inf], strict=True)
+    }
+
+
+def brief(model: Transformer, causal: RolloutConfig | None, count: int, *, steps: int = 20) -> dict[str, float]:
+    """Measure a miniature on a few held-out clips, through an mp4: the mean of every measure, for its file's metadata.
+
+    Args:
+        model: a student, or a teacher that is sampled in `steps`.
+        causal: how the student rolls out; None for a teacher.
+        count: clips of 5 seconds; prompts take turns.
+        steps: of a teacher.
+    """
+    asked, first = world.prompts_in_turn(count), world.HELD_OUT + 10_000
+    seeds = range(first, first + count)
+    clips = sampling.sample(model, causal, codecs.shipped_codec(), asked, seeds, 5, steps=steps)
+    row = table(sampling.through_file(clips), asked, draws=1).rows["clips"]
+    return {"clips": count} | {name: round(e.mean, 4) for name, e in row.items() if math.isfinite(e.mean)}
 
 
 def shuffled(clips: Sequence[AV[np.ndarray]]) -> list[AV[np.ndarray]]:

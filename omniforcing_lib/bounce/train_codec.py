@@ -48,7 +48,7 @@ def true_knots(scenes: Sequence[world.Scene], hops: int, clock: Clock) -> np.nda
 
 @lru_cache(maxsize=4)
 def _spline(hops: int, rate: int, parts: int = 8, lead: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """Return times, eight a hop, and the matrix that fits straight lines between hop ends to values there."""
+    """Return times, eight per hop, and the matrix that fits straight lines between hop ends to values there."""
     times = (np.arange(-lead * parts, (hops + lead) * parts) + 0.5) / (parts * rate)
     ends = np.arange(1 - lead, hops + lead) / rate
     hats = np.clip(1 - np.abs(times[:, None] - ends) * rate, 0, None)
@@ -57,22 +57,22 @@ def _spline(hops: int, rate: int, parts: int = 8, lead: int = 2) -> tuple[np.nda
 
 def _partials(scene: world.Scene, times: np.ndarray) -> np.ndarray:
     """Add up the tones as phasors, oscillator by oscillator. Shapes: [n] -> complex [n, k]."""
-    timbre, found = world.TIMBRES[scene.timbre], np.zeros((len(times), len(world.BANK_HZ)), complex)
+    timbre, phasors = world.TIMBRES[scene.timbre], np.zeros((len(times), len(world.BANK_HZ)), complex)
     for hit in world.impacts(scene, times[0] - timbre.tail_s, times[-1]):
         age = times - hit.time_s
         attack = world.LEVEL * np.clip(age / world.ATTACK_S, 0, 1)
         for up, share, decay in zip(*timbre, strict=True):
             note = world.WALL_NOTES[hit.wall] + up
             phase = np.exp(-2j * np.pi * world.BANK_HZ[note] * hit.time_s)
-            found[:, note] += share * attack * np.exp(-np.maximum(age, 0) / decay) * phase
-    return found
+            phasors[:, note] += share * attack * np.exp(-np.maximum(age, 0) / decay) * phase
+    return phasors
 
 
 def batches(
-    codec: TinyCodec, rng: np.random.Generator, *, size: int, seconds: int, device: torch.device | str, kept: int
+    codec: TinyCodec, rng: np.random.Generator, *, size: int, seconds: int, device: torch.device | str, pooled: int
 ) -> Iterator[Batch]:
-    """Yield batches of clips for ever, drawn from the last `kept` clips; every eighth batch is fresh."""
-    pool: deque[Batch] = deque(maxlen=max(1, kept // size))
+    """Yield batches of clips for ever, drawn from the last `pooled` clips; every eighth batch is fresh."""
+    pool: deque[Batch] = deque(maxlen=max(1, pooled // size))
     for step in count():
         if len(pool) < pool.maxlen or step % 8 == 0:
             pool.append(render(codec, rng.integers(world.HELD_OUT, size=size).tolist(), seconds, device))
@@ -101,7 +101,7 @@ def train_codec(
     seconds: int = 2,
     noise: AV[float] = NOISE,
     rate: float = 2.5e-3,
-    kept: int = 256,
+    pooled: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = True,
@@ -111,11 +111,11 @@ def train_codec(
     Args:
         codec: what to train further; None starts from nothing.
         steps: steps of Adam on a one-cycle cosine rate.
-        batch: clips a step.
+        batch: clips per step.
         seconds: length of a clip.
         noise: largest standard deviation of the noise on the latents of each stream.
         rate: peak learning rate.
-        kept: rendered clips to draw from.
+        pooled: rendered clips to draw from.
         seed: of everything random.
         device: where to train.
         progress: whether to show a bar.
@@ -126,7 +126,7 @@ def train_codec(
     codec = codec.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     adam = torch.optim.AdamW(codec.parameters(), rate, betas=(0.9, 0.98), weight_decay=1e-4)
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1)
-    source = batches(codec, rng, size=batch, seconds=seconds, device=device, kept=kept)
+    source = batches(codec, rng, size=batch, seconds=seconds, device=device, pooled=pooled)
     for step in (bar := tqdm(range(steps), desc="codec", disable=not progress)):
         ramp = min(1.0, 4 * step / steps)
         losses = codec_losses(codec, next(source), noise.map(lambda most, ramp=ramp: most * ramp), dice)
@@ -154,9 +154,9 @@ def codec_losses(codec: TinyCodec, batch: Batch, noise: AV[float], dice: torch.G
     """Return the loss of each stream on one batch, through noisy latents."""
     frames = _moments(batch.clip.video, codec.clock.video_stride, dice)
     with torch.autocast(frames.device.type, torch.bfloat16):
-        made = codec.frames(_shaken(codec.tokens(frames), noise.video, dice))
+        drawn = codec.frames(_shaken(codec.tokens(frames), noise.video, dice))
     latents = codec.encode(AV(frames[:, :0], batch.clip.audio)).audio
-    return AV(video_loss(made, frames), knot_loss(codec, _shaken(latents, noise.audio, dice), batch.knots))
+    return AV(video_loss(drawn, frames), knot_loss(codec, _shaken(latents, noise.audio, dice), batch.knots))
 
 
 def _moments(frames: Tensor, stride: int, dice: torch.Generator) -> Tensor:
@@ -173,18 +173,18 @@ def _shaken(latents: Tensor, most: float, dice: torch.Generator) -> Tensor:
     return latents + level * torch.randn(latents.shape, generator=dice, device=latents.device)
 
 
-def video_loss(made: Tensor, true: Tensor) -> Tensor:
+def video_loss(decoded: Tensor, true: Tensor) -> Tensor:
     """Mix absolute and squared error, the bright pixels (the ball) weighing most. Shapes: [B, f, H, W, 3] -> []."""
     weight = 1 + 3 * (true.amax(-1, keepdim=True) + 1) / 2
-    error = made - true
+    error = decoded - true
     return (weight * (error.abs() / 2 + 4 * error**2)).mean()
 
 
 def knot_loss(codec: TinyCodec, latents: Tensor, true: Tensor) -> Tensor:
     """Compare amplitudes on the codec's own scale of loudness. Shapes: latents [B, T, c], true [B, m, k] -> []."""
-    made = codec.knots(latents)[:, codec.clock.audio_stride - 1 :]
-    loud = AV(made, true).map(lambda knots: torch.log1p(knots / codec.config.quiet))
-    return F.smooth_l1_loss(*loud, beta=0.2) + F.l1_loss(made, true) * 10
+    decoded = codec.knots(latents)[:, codec.clock.audio_stride - 1 :]
+    loud = AV(decoded, true).map(lambda knots: torch.log1p(knots / codec.config.quiet))
+    return F.smooth_l1_loss(*loud, beta=0.2) + F.l1_loss(decoded, true) * 10
 
 
 @torch.no_grad()
@@ -209,10 +209,10 @@ def measure(
     shaken = latents.map(lambda z: z + 0.1 * torch.randn(z.shape, generator=dice, device=z.device))
     stride = codec.clock.audio_stride
     return {
-        "psnr_db": _decibels(codec.decode(latents).video, batch.clip.video, 2.0),
-        "psnr_noise_0.1_db": _decibels(codec.decode(shaken).video, batch.clip.video, 2.0),
-        "knot_snr_db": _decibels(codec.knots(latents.audio)[:, stride - 1 :], batch.knots, _rms(batch.knots)),
-        "knot_snr_noise_0.1_db": _decibels(codec.knots(shaken.audio)[:, stride - 1 :], batch.knots, _rms(batch.knots)),
+        "psnr_db": _snr_db(codec.decode(latents).video, batch.clip.video, 2.0),
+        "psnr_noise_0.1_db": _snr_db(codec.decode(shaken).video, batch.clip.video, 2.0),
+        "knot_snr_db": _snr_db(codec.knots(latents.audio)[:, stride - 1 :], batch.knots, _rms(batch.knots)),
+        "knot_snr_noise_0.1_db": _snr_db(codec.knots(shaken.audio)[:, stride - 1 :], batch.knots, _rms(batch.knots)),
         "video_kurtosis": latents.video.pow(4).mean().item(),
         "audio_kurtosis": latents.audio.pow(4).mean().item(),
     }
@@ -222,5 +222,5 @@ def _rms(signal: Tensor) -> float:
     return signal.pow(2).mean().sqrt().item()
 
 
-def _decibels(made: Tensor, true: Tensor, peak: float) -> float:
-    return 20 * math.log10(peak / _rms(made - true))
+def _snr_db(decoded: Tensor, true: Tensor, peak: float) -> float:
+    return 20 * math.log10(peak / _rms(decoded - true))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from scipy.spatial.distance import cdist
 
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.distributions import LEAST_SPREAD, energy_distance
-from omniforcing_lib.bounce.evaluate import Estimate, Reading
+from omniforcing_lib.bounce.evaluate import Estimate, Reading, by_halves
 
 FASTEST = 1.25 * world.SPEED[1]
 NEIGHBOURS = 3
@@ -33,16 +34,16 @@ def fit(seen: np.ndarray) -> tuple[float, float]:
     """Find the phase and speed of a ball along one axis: the triangle wave that is nearest in the mean.
 
     The phase is that of the first frame, in pixels of the unfolded way, 0 to 2 `world.SPAN`; the speed is in pixels a
-    frame. The search is a grid that closes in, so a few wrong frames move nothing.
+    frame. The search is a grid that closes in, so a few wrong frames change nothing.
 
     Shapes: [F] pixels, NaN where no ball was found; fewer than two frames give NaN.
     """
-    found = np.flatnonzero(np.isfinite(seen))
-    if len(found) < 2:
+    frames = np.flatnonzero(np.isfinite(seen))
+    if len(frames) < 2:
         return math.nan, math.nan
     phases, speeds = np.arange(0, 2 * world.SPAN, 1.5), np.linspace(0, FASTEST / world.CLOCK.fps, 48)
     for _ in range(4):
-        error = np.abs(folded(phases[:, None, None] + speeds[:, None] * found) - seen[found]).mean(-1)
+        error = np.abs(folded(phases[:, None, None] + speeds[:, None] * frames) - seen[frames]).mean(-1)
         i, j = np.unravel_index(error.argmin(), error.shape)
         phase, speed = phases[i], speeds[j]
         phases, speeds = (
@@ -59,7 +60,7 @@ def folded(way: np.ndarray) -> np.ndarray:
 def motion(centre: np.ndarray) -> np.ndarray:
     """Find where a ball starts and where it goes, from a track of about a second.
 
-    Shapes: [F, 2] pixels -> [4]: start x and y in pixels, signed velocity x and y in pixels a second.
+    Shapes: [F, 2] pixels -> [4]: start x and y in pixels, signed velocity x and y in pixels per second.
     """
     fits = [fit(axis) for axis in centre.T]
     signs = [1 if phase % (2 * world.SPAN) < world.SPAN else -1 for phase, _ in fits]
@@ -73,8 +74,8 @@ def motions(readings: Sequence[Reading], start_s: float = 0.0) -> np.ndarray:
     Shapes: n clips -> [n, 4], see `motion`.
     """
     first = round(start_s * world.CLOCK.fps)
-    found = np.stack([motion(r.track.centre[first : first + world.CLOCK.fps]) for r in readings])
-    return np.where(np.isfinite(found).all(1, keepdims=True), found, 0.0)
+    moves = np.stack([motion(r.track.centre[first : first + world.CLOCK.fps]) for r in readings])
+    return np.where(np.isfinite(moves).all(1, keepdims=True), moves, 0.0)
 
 
 def patterns(readings: Sequence[Reading]) -> np.ndarray:
@@ -82,16 +83,16 @@ def patterns(readings: Sequence[Reading]) -> np.ndarray:
 
     Shapes: n clips -> [n, 8], seconds and counts, in the order of `world.WALLS`.
     """
-    return np.array([_pattern(reading) for reading in readings])
+
+    def pattern(reading: Reading) -> list[float]:
+        onsets = [*(pair.heard for pair in reading.pairs), *reading.heard]
+        times = [[onset.time_s for onset in onsets if onset.wall == wall] for wall in world.WALLS]
+        return [*(min(heard, default=reading.seconds) for heard in times), *map(len, times)]
+
+    return np.array([pattern(reading) for reading in readings])
 
 
-def _pattern(reading: Reading) -> list[float]:
-    onsets = [*(pair.heard for pair in reading.pairs), *reading.heard]
-    times = [sorted(onset.time_s for onset in onsets if onset.wall == wall) for wall in world.WALLS]
-    return [*(heard[0] if heard else reading.seconds for heard in times), *(len(heard) for heard in times)]
-
-
-def neighbours(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS) -> dict[str, Estimate]:
+def neighbours(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS, *, draws: int = 300) -> dict[str, Estimate]:
     """Compare a set with real clips by k-nearest neighbours: `precision`, `recall`, `density`, `coverage`.
 
     * precision: clips that lie within the k-th neighbour of some real clip.
@@ -99,27 +100,33 @@ def neighbours(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS) -> dict
     * density: how many real neighbourhoods a clip lies in, by k; 1 in the mean for real clips.
     * coverage: real clips whose own neighbourhood holds a clip.
 
-    Intervals (95 %) are bootstraps over the clips that are counted, with all neighbourhoods as they are: drawing a
-    clip twice would shrink them. Recall grows with the number of clips: compare sets of one size.
+    Intervals (95 %) are from halves of both sets, see `evaluate.by_halves`. Recall grows with the number of clips:
+    compare sets of one size.
 
     Shapes: [n, d], [m, d], any units; both are divided by the real standard deviations.
     """
+    _check_sizes(k, real, other)
+    measured = by_halves(partial(_neighbours, k=k), real, other, draws=draws)
+    shares = {n: Estimate(e.mean, max(e.low, 0.0), min(e.high, 1.0)) for n, e in measured.items() if n != "density"}
+    return measured | shares
+
+
+def _check_sizes(k: int, *sets: np.ndarray) -> None:
+    if (fewest := min(map(len, sets))) <= k:
+        raise ValueError(f"the distance to the {k}-th neighbour needs more than {k} clips, found {fewest}")
+
+
+def _neighbours(real: np.ndarray, other: np.ndarray, k: int) -> dict[str, float]:
     scale = np.maximum(real.std(0), 1e-9)
-    real, other = real / scale, other / scale
-    inside = cdist(real, other) <= _radius(real, k)[:, None]
-    counted = {
-        "precision": inside.any(0),
-        "recall": _reached(real, other, k),
-        "density": inside.sum(0) / k,
-        "coverage": inside.any(1),
-    }
-    return {name: _estimated(values, np.mean) for name, values in counted.items()}
+    inside = cdist(real / scale, other / scale) <= _radius(real / scale, k)[:, None]
+    shares = {"precision": inside.any(0), "recall": _reached(real, other, k)}
+    shares |= {"density": inside.sum(0) / k, "coverage": inside.any(1)}
+    return {name: float(share.mean()) for name, share in shares.items()}
 
 
 def _radius(x: np.ndarray, k: int) -> np.ndarray:
-    if len(x) <= k:
-        raise ValueError(f"the distance to the {k}-th neighbour needs more than {k} clips, found {len(x)}")
-    return np.sort(cdist(x, x), axis=1)[:, k]
+    """Distance to the k-th neighbour, or to the last one in half of a small set. Shapes: [n, d] to [n]."""
+    return np.sort(cdist(x, x), axis=1)[:, min(k, len(x) - 1)]
 
 
 def spread(moves: np.ndarray) -> dict[str, Estimate]:
@@ -238,26 +245,21 @@ def in_span(real: Sequence[Reading], other: Sequence[Reading], start_s: int, wid
     return neighbours(*moves) | spread(moves[1])
 
 
-def ratios(real: np.ndarray, found: np.ndarray, base: np.ndarray, *, draws: int = 300) -> dict[str, Estimate]:
+def ratios(real: np.ndarray, other: np.ndarray, base: np.ndarray, *, draws: int = 300) -> dict[str, Estimate]:
     """Divide a set's variety by another's: `recall`, `angle_sd`, `speed_sd`, `direction_entropy`, 95 % intervals.
 
-    Intervals come from halves of all three sets, drawn without replacement: a half varies about the whole as the
-    whole does about the truth, and no clip stands beside itself, which would shrink neighbourhoods. Drawing the real
-    clips alone, beside neighbourhoods as they are, gives intervals that miss the truth half of the time.
+    Intervals come from halves of all three sets, see `evaluate.by_halves`. Drawing the real clips alone, beside
+    neighbourhoods as they are, gives intervals that miss the truth half of the time.
 
-    Shapes: [n, 4], [m, 4], [l, 4], see `motions`; 2 `NEIGHBOURS` + 2 clips or more in each.
+    Shapes: [n, 4], [m, 4], [l, 4], see `motions`; more than `NEIGHBOURS` clips in each.
     """
-    whole = _ratio(real, found, base)
-    rng = np.random.default_rng(0)
-    halves = ([rng.permutation(x)[: len(x) // 2] for x in (real, found, base)] for _ in range(draws))
-    drawn = np.array([[*_ratio(*half).values()] for half in halves])
-    low, high = np.quantile(drawn - drawn.mean(0), (0.025, 0.975), axis=0)
-    return {n: Estimate(v, float(v + a), float(v + b)) for (n, v), a, b in zip(whole.items(), low, high, strict=True)}
+    _check_sizes(NEIGHBOURS, real, other, base)
+    return by_halves(_ratio, real, other, base, draws=draws)
 
 
-def _ratio(real: np.ndarray, found: np.ndarray, base: np.ndarray) -> dict[str, float]:
-    recalls = [_reached(real, moves).mean() for moves in (found, base)]
-    spreads = ([of(moves) for moves in (found, base)] for of in map(SPREADS.get, RATIOS[1:]))
+def _ratio(real: np.ndarray, other: np.ndarray, base: np.ndarray) -> dict[str, float]:
+    recalls = [_reached(real, moves).mean() for moves in (other, base)]
+    spreads = ([of(moves) for moves in (other, base)] for of in map(SPREADS.get, RATIOS[1:]))
     return {n: float(a / b) if b else math.nan for n, (a, b) in zip(RATIOS, (recalls, *spreads), strict=True)}
 
 

@@ -89,7 +89,7 @@ class Scene:
     Attributes:
         prompt: a prompt of the grammar, see `prompts`.
         position: x, y of the centre at time zero, in pixels.
-        velocity: x, y in pixels a second.
+        velocity: x, y in pixels per second.
     """
 
     prompt: str
@@ -118,6 +118,11 @@ class Scene:
 def prompts() -> list[str]:
     """List the 18 prompts of the grammar."""
     return [f"a {colour} ball, {timbre}" for colour in COLOURS for timbre in TIMBRES]
+
+
+def prompts_in_turn(count: int) -> list[str]:
+    """Give `count` prompts of the grammar, each in its turn."""
+    return [prompts()[i % len(prompts())] for i in range(count)]
 
 
 def parse(prompt: str) -> tuple[str, str]:
@@ -160,12 +165,12 @@ def positions(scene: Scene, times_s: np.ndarray) -> np.ndarray:
 
 def impacts(scene: Scene, start_s: float, end_s: float) -> list[Impact]:
     """List the impacts with start <= time < end in order of time, in closed form."""
-    found = [
+    hits = [
         hit
         for axis, walls in enumerate((WALLS[:2], WALLS[2:]))
         for hit in _axis_impacts(scene.position[axis] - LOW, scene.velocity[axis], walls, start_s, end_s)
     ]
-    return sorted(hit for hit in found if start_s <= hit.time_s < end_s)
+    return sorted(hit for hit in hits if start_s <= hit.time_s < end_s)
 
 
 def _axis_impacts(run: float, speed: float, walls: Sequence[str], start: float, end: float) -> list[Impact]:

@@ -1,0 +1,179 @@
+"""Results that others rest on: where they come from, runs stored one JSON file each, means over training seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from omniforcing_lib import files
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ("teacher", "stage2", "student", "codec", "ode_pairs")
+
+
+def git_state() -> dict:
+    """Return the commit and whether the working tree differs from it; both None outside a clone."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+
+
+def origin(*judged: str | Path) -> dict:
+    """Say on what a result rests, to be stored with it: `git`, and the SHA-256 of the `files` that are judged.
+
+    `judged`: names of shipped files, or checkpoints as `checkpoints.read` takes them, all their shards.
+    Raises ValueError where there is no such checkpoint.
+    """
+    return {"git": git_state(), "files": {_name(path): files.sha256(path) for n in judged for path in _paths(n)}}
+
+
+def _paths(name: str | Path) -> Iterable[Path]:
+    from omniforcing_lib.ltx2 import checkpoints
+
+    if name in SHIPPED:
+        return [files.DATA / f"{name}.safetensors"]
+    return sorted({entry.path for entry in checkpoints.read(name).entries.values()})
+
+
+def _name(path: Path) -> str:
+    path = path.resolve()
+    return path.name if path.parent == ROOT / "data" else "/".join(path.parts[-2:])
+
+
+def slug(name: str) -> str:
+    """Make a name of an arm or a system the name of a file."""
+    return name.replace(" ", "_").replace(",", "")
+
+
+def plain(value: object) -> object:
+    """Give a value as JSON reads it back: floats of four digits, and null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
+
+
+def refuse_unknown(arms: Sequence[str], known: Iterable[str]) -> None:
+    """Raise ValueError for an arm that is not known."""
+    if unknown := sorted({*arms} - {*known}):
+        raise ValueError(f"unknown arms {', '.join(unknown)}; choose from {', '.join(map(repr, known))}")
+
+
+def read(folder: str | Path, settings: Callable[[Mapping], Mapping] = lambda record: {}) -> list[dict]:
+    """Read all runs of a folder, seed by seed.
+
+    Raises ValueError where a run was made under other `settings` than those that are given for it.
+    """
+    runs = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("*.json"))}
+    for path, record in runs.items():
+        for name, wanted in settings(record).items():
+            if (stored := record.get(name, wanted)) != wanted:
+                raise ValueError(f"{path} holds runs of {name} {stored}, asked for {wanted}: use another folder")
+    return sorted(runs.values(), key=lambda record: record["seed"])
+
+
+def by_arm(folder: str | Path, arms: Iterable[str], command: str, records: Sequence[dict] | None = None) -> dict:
+    """Give the runs of a folder by arm, in the order of `arms`: arm -> one record per training seed.
+
+    Raises ValueError where there is none; `command` makes them.
+    """
+    records = read(folder) if records is None else records
+    if not records:
+        raise ValueError(f"{folder} holds no runs; `python -m omniforcing_lib {command}` makes them")
+    runs = {arm: [record for record in records if record["arm"] == arm] for arm in arms}
+    return {arm: trials for arm, trials in runs.items() if trials}
+
+
+def go_on(
+    folder: str | Path,
+    arms: Sequence[str],
+    seeds: int,
+    settings: Callable[[Mapping], Mapping],
+    prepare: Callable[[], Callable[[str, int], Mapping]],
+) -> Path:
+    """Run every arm with every training seed and store each run at once; what is in the folder is kept.
+
+    Args:
+        folder: of one file per run.
+        arms: names.
+        seeds: training seeds, from 0 on; all arms run with one before any runs with the next.
+        settings: gives what all runs of an arm must agree on, from its record; it is stored with each.
+        prepare: gives the trial of an arm and a seed, which returns what else is stored; asked only if one is missing.
+
+    Raises ValueError, before any work, for a folder with runs under other settings.
+    """
+    folder = Path(folder)
+    read(folder, settings)
+    paths = {(arm, seed): folder / f"{slug(arm)}-{seed}.json" for seed in range(seeds) for arm in arms}
+    missing = {job: path for job, path in paths.items() if not path.exists()}
+    trial = prepare() if missing else None
+    for done, ((arm, seed), path) in enumerate(missing.items(), 1):
+        record = {"arm": arm, "seed": seed}
+        record |= {**settings(record), **trial(arm, seed)}
+        # one line, for it holds hundreds of small numbers that nobody reads one by one
+        files.write_text(path, json.dumps(record, allow_nan=False) + "\n")
+        print(f"{time.strftime('%H:%M:%S')} {path.name}, {done} of {len(missing)}", flush=True)
+    return folder
+
+
+OverSeeds = tuple[float, tuple[float, float] | None]
+"""A mean over training seeds and its 95 % interval: none for one seed, nor where a run broke."""
+
+
+def over_seeds(values: Sequence[float], *, comparisons: int = 1) -> OverSeeds:
+    """Give the mean of a number that each seed has once, and its 95 % interval by Student's t; none for one seed.
+
+    With several `comparisons` the intervals of all hold together in 95 % of cases (Bonferroni): each gets wider.
+    """
+    from scipy.special import stdtrit
+
+    mean, count = math.fsum(values) / len(values), len(values)
+    if count < 2 or not math.isfinite(mean):
+        return mean, None
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    reach = float(stdtrit(count - 1, 1 - 0.025 / comparisons)) * spread
+    return mean, (mean - reach, mean + reach)
+
+
+def over_runs(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, OverSeeds]]:
+    """Average the runs of every arm over training seeds: arm -> measure -> mean and interval."""
+    return {
+        arm: {measure: over_seeds([trial[measure] for trial in trials]) for measure in trials[0]}
+        for arm, trials in runs.items()
+    }
+
+
+def over_base(runs: Mapping[str, Mapping[int, Mapping[str, float]]], base: str) -> dict[str, dict[str, OverSeeds]]:
+    """Subtract the base from every other arm, seed by seed: arm -> measure -> mean difference and interval.
+
+    A seed is one pair. Seeds that only one of the two has do not count, and arms without a common seed are left out.
+    Intervals are corrected for the number of arms by Bonferroni: of all differences of one measure together, 95 %
+    hold.
+    """
+    of_base = runs.get(base, {})
+    pairs = {
+        arm: [(trials[seed], of_base[seed]) for seed in trials if seed in of_base]
+        for arm, trials in runs.items()
+        if arm != base and trials.keys() & of_base.keys()
+    }
+    return {
+        arm: {
+            measure: over_seeds([a[measure] - b[measure] for a, b in both], comparisons=len(pairs))
+            for measure in both[0][0]
+        }
+        for arm, both in pairs.items()
+    }

@@ -26,7 +26,7 @@ from omniforcing_lib.flow import MINIATURE_CFG, MINIATURE_GUIDANCE, ONES, Guidan
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, rollout
-from omniforcing_lib.training import dataset, provenance, stages, train
+from omniforcing_lib.training import dataset, records, stages, train
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.training.stages import Sampler
 from omniforcing_lib.training.train import History, Learner, OptimConfig
@@ -58,7 +58,7 @@ def teacher_pairs(
             raise ValueError(
                 f"the stored pairs keep {stored.sigmas.tolist()}, the student steps {causal.sigmas.tolist()}"
             )
-        if found := provenance.differences(stored.notes, dataset.pair_notes(prompts)):
+        if found := records.differences(stored.notes, dataset.pair_notes(prompts)):
             raise ValueError(f"the stored pairs were made under other settings: {'; '.join(found)}")
         if len(stored) >= count:
             return Pairs(stored.states.map(lambda s: s[:count]), stored.sigmas, stored.prompt[:count])

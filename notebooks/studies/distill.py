@@ -173,9 +173,10 @@ def stage3(
     player = Learner(copy.deepcopy(student), OptimConfig(lr=lr[0], ema=max(0.0, 1 - 4 / steps), **recipe))
     critic = Learner(checkpoints.load(teacher, device=device), OptimConfig(lr=lr[1], ema=0.0, **recipe))
     real, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
-    way = {"guidance": guidance, "ratio": ratio, "weights": weights, "sampler": sampler}
-    way |= {"most": most, "pairs": pairs if regression else None, "regression": regression}
-    step = stages.self_forcing_stage(player, critic, real, prompts, causal, codec.grid, frames, batch, **way)
+    clips = stages.StudentClips(prompts, causal, codec.grid, frames, batch)
+    config = stages.DMDConfig(guidance, ratio, weights, most, regression)
+    beside = {"sampler": sampler, "pairs": pairs if regression else None}
+    step = stages.self_forcing_stage(player, critic, real, clips, config, **beside)
     players = {"student": player, "critic": critic}
     history = train.fit(step, players, turns, seed=seed, label="stage 3", leave=False)
     return Lesson(player.best.eval(), history, [])
@@ -201,7 +202,8 @@ def on_policy(
     player = Learner(copy.deepcopy(student), recipe)
     ends_by = checkpoints.load(teacher, device=prompts.context.video.device)
     frames = codec.clock.latents(seconds).video
-    step = stages.on_policy_stage(player, ends_by, pairs, prompts, causal, codec.grid, frames, batch, guidance=guidance)
+    clips = stages.StudentClips(prompts, causal, codec.grid, frames, batch)
+    step = stages.on_policy_stage(player, ends_by, pairs, clips, stages.OnPolicyConfig(guidance))
     history = train.fit(step, {"student": player}, steps, seed=seed, label="on policy", leave=False)
     return Lesson(player.best.eval(), history, [])
 

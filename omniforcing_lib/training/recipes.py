@@ -40,6 +40,11 @@ MODEL_VERSION = "miniature"
 CODEC = str(files.DATA / "codec.safetensors")
 DEVICE = "cpu, cuda, one GPU of several as cuda:1, or auto, a GPU if there is one"
 TEACHER = "teacher, or a checkpoint file, index or folder"
+STUDENT = "stage2, student, or a checkpoint file, index or folder: where the student starts"
+PAIRS = ".safetensors file or folder of shards; what is not there is made and kept there, if a name is given"
+BATCH = "clips of a step, of all processes together"
+PROMPTS = "folder of shards with prompts and their contexts; without one those of the world"
+SCORE = "clips of the world that a finished miniature is measured on, for its file's metadata; 0 measures nothing"
 LAYOUT = f"layout of blocks: {' or '.join(LAYOUTS)}"
 
 
@@ -55,32 +60,16 @@ class TrainConfig(Command):
     stage: ClassVar[str]
     seed: int = option("seed of everything random", 0, low=0, high=2**32 - 1)
     device: str = option(DEVICE, "cpu", setting=False)
-    folder: str = option(
-        "folder of the run's state and history; without one nothing is kept, and nothing goes on",
-        "",
-        setting=False,
-        writes="folder",
-    )
+    folder: str = option("folder of state and history; without one nothing is kept", "", setting=False, writes="folder")
     every: int = option("steps between two checkpoints", 500, setting=False)
-    minutes: float = option(
-        "minutes after which the run ends early, with a checkpoint; 0 has no limit", 0.0, low=0, setting=False
-    )
+    minutes: float = option("minutes after which the run ends early; 0 has no limit", 0.0, low=0, setting=False)
     amp: bool = option("compute in bfloat16; master weights stay float32", False)
     accumulate: int = option("micro-batches that each process cuts its rows of a batch into", 1, setting=False)
-    checkpoint_activations: bool = option(
-        "keep only the inputs of blocks, and run the blocks again for their gradients", False, setting=False
-    )
+    checkpoint_activations: bool = option("run blocks again for their gradients", False, setting=False)
     limit: float = option("gradient norm above which a step changes nothing", 1e4)
     replicas: int = option("copies of the models over the processes; 1 shards over all of them", 1, setting=False)
-    prompts: str = option(
-        "folder of shards with prompts and their contexts; without one those of the world", "", content="data"
-    )
-    score: int = option(
-        "clips of the world that a finished miniature is measured on, for its file's metadata; 0 measures nothing",
-        18,
-        low=0,
-        setting=False,
-    )
+    prompts: str = option(PROMPTS, "", content="data")
+    score: int = option(SCORE, 18, low=0, setting=False)
     group: DistributedContext = ALONE
     keep_bar: bool = True
 
@@ -211,7 +200,7 @@ class TrainTeacher(TrainConfig):
     out: str = option(".safetensors file to write", "teacher.safetensors", setting=False, writes=".safetensors")
     codec: str = option(".safetensors file of the world's codec", CODEC, content="data")
     steps: int = option("steps of the optimiser", 20_000, setting=False)
-    batch: int = option("clips of a step, of all processes together", 16)
+    batch: int = option(BATCH, 16)
     clips: int = option("clips of the world to draw from, rendered at the start", 8_192)
     seconds: int = option("length of a clip in seconds", 5)
     lr: float = option("peak learning rate", 1.5e-3)
@@ -390,11 +379,7 @@ class MakePairs(PairsConfig):
 class TakesPairs(PairsConfig):
     """Say where the pairs of a stage are."""
 
-    pairs: str = option(
-        ".safetensors file or folder of shards; what is not there is made and kept there, if a name is given",
-        "",
-        content="made",
-    )
+    pairs: str = option(PAIRS, "", content="made")
 
     def check(self) -> None:
         """Refuse, before any work, what cannot be trained, and pairs that could not be written."""
@@ -412,7 +397,7 @@ class Stage2(TakesPairs):
     layout: str = option(LAYOUT, "paper")
     sinks: int = option("audio sink tokens; -1 takes the layout's own number", -1, low=-1)
     steps: int = option("steps of the optimiser", 1_500, setting=False)
-    batch: int = option("clips of a step, of all processes together", 8)
+    batch: int = option(BATCH, 8)
     lr: float = option("peak learning rate", 5e-4)
 
     def _run(self) -> Path:
@@ -443,13 +428,9 @@ class Stage3(DistilConfig):
 
     stage = "stage3"
     out: str = option(".safetensors file to write", "student.safetensors", setting=False, writes=".safetensors")
-    student: str = option(
-        "stage2, student, or a checkpoint file, index or folder: where the student starts",
-        "stage2",
-        content="checkpoint",
-    )
+    student: str = option(STUDENT, "stage2", content="checkpoint")
     steps: int = option("steps of the critic", 3_000, setting=False)
-    batch: int = option("clips of a step, of all processes together", 8)
+    batch: int = option(BATCH, 8)
     lr: float = option("peak learning rate of the student", 6e-5)
     critic_lr: float = option("peak learning rate of the critic", 1.5e-4)
     final: float = option("share of both rates that a cosine decay leaves at the end; 1 is none", 1.0, low=0, high=1)
@@ -492,19 +473,11 @@ class OnPolicy(TakesPairs):
 
     stage = "on_policy"
     out: str = option(".safetensors file to write", "student.safetensors", setting=False, writes=".safetensors")
-    student: str = option(
-        "stage2, student, or a checkpoint file, index or folder: where the student starts",
-        "stage2",
-        content="checkpoint",
-    )
-    pairs: str = option(
-        ".safetensors file or folder of shards; what is not there is made and kept there, if a name is given",
-        str(files.DATA / "ode_pairs.safetensors"),
-        content="made",
-    )
+    student: str = option(STUDENT, "stage2", content="checkpoint")
+    pairs: str = option(PAIRS, str(files.DATA / "ode_pairs.safetensors"), content="made")
     count: int = option("trajectories, prompts in turn", 90)
     steps: int = option("steps of the student", 100, setting=False)
-    batch: int = option("clips of a step, of all processes together", 8)
+    batch: int = option(BATCH, 8)
     lr: float = option("peak learning rate", 1e-4)
     final: float = option("share of the rate that a cosine decay leaves at the end; 1 is none", 0.05, low=0, high=1)
     stride: int = option(

@@ -60,7 +60,7 @@ def test_a_run_that_is_told_to_end_stores_its_state_first(tmp_path, capsys):
 
 def test_two_runs_that_share_a_folder_refuse_each_other(tmp_path):
     learners, step = ode_stage()
-    with run_folder.opened(tmp_path, learners, 0, ALONE):
+    with run_folder.RunFolder(tmp_path, learners, 0, ALONE):
         with pytest.raises(ValueError, match=rf"in use by {socket.gethostname()} process {os.getpid()}"):
             train.fit(step, learners, 1, folder=tmp_path, progress=False)
     train.fit(step, learners, 1, folder=tmp_path, progress=False)

@@ -18,7 +18,7 @@ import socket
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -48,30 +48,46 @@ class HasState(Protocol):
 
 
 class RunFolder:
-    """What a run writes to its folder; without a folder it writes nothing.
+    """What a run writes to its folder, which it has for itself within `with`; without a folder it writes nothing.
+
+    Within `with`, SIGTERM sets `told_to_end` and nothing else.
 
     Args:
-        folder: of the run; None keeps nothing.
+        folder: of the run; None or an empty name keeps nothing.
         learners: what learns, by name.
         seed: of the run.
         group: the processes.
         settings: what else the outcome depends on, by name; JSON. A run goes on under the settings that it began with.
         plan: what may change on the way, by name: how long the run is, and how often it is stored.
+
+    Raises:
+        ValueError: on entering, another run has the folder.
     """
 
     def __init__(
         self,
-        folder: Path | None,
+        folder: str | os.PathLike[str] | None,
         learners: Mapping[str, HasState],
         seed: int,
         group: DistributedContext,
         settings: Mapping[str, object] | None = None,
         plan: Mapping[str, int] | None = None,
     ) -> None:
-        self.folder, self.learners, self.seed, self.group = folder, learners, seed, group
+        self.folder, self.learners, self.seed, self.group = Path(folder) if folder else None, learners, seed, group
         self.settings, self.plan, self.changes = {**(settings or {}), "seed": seed}, dict(plan or {}), []
         self.told_to_end = False
         self._history: IO | None = None
+        self._held = ExitStack()
+
+    def __enter__(self) -> RunFolder:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(_locked(self.folder / "lock", self.group.is_main))
+            self._held.enter_context(_heeding(lambda: setattr(self, "told_to_end", True)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {name: learner.state_dict() for name, learner in self.learners.items()}
@@ -134,7 +150,7 @@ class RunFolder:
         path = self.folder / "history.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) < start))
-        self._history = path.open("a", buffering=1, encoding="utf-8")
+        self._history = self._held.enter_context(path.open("a", buffering=1, encoding="utf-8"))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a step to `history.jsonl`; what is not finite is null."""
@@ -152,11 +168,6 @@ class RunFolder:
         path = self.folder / "diverged.json"
         write_json(path, {"seed": self.seed, "steps": rows})
         return Diverged(f"{message}; their seeds, norms and losses are in {path}")
-
-    def close(self) -> None:
-        """Close the history."""
-        if self._history:
-            self._history.close()
 
 
 def newest_state(folder: Path, asked: Mapping[str, object]) -> tuple[int, Path, Mapping[str, object]] | None:
@@ -199,13 +210,8 @@ def _load(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
         entries = reader.read_metadata().state_dict_metadata
-        stored, wanted = (
-            {k: tuple(v) for k, v in sizes.items()}
-            for sizes in (
-                {name: entry.size for name, entry in entries.items()},
-                {name: t.shape for name, t in tensors.items()},
-            )
-        )
+        stored = {name: tuple(entry.size) for name, entry in entries.items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         for name in {**stored, **wanted}:
             if stored.get(name) != wanted.get(name):
                 raise ValueError(
@@ -231,32 +237,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-@contextmanager
-def opened(
-    folder: str | os.PathLike[str] | None,
-    learners: Mapping[str, HasState],
-    seed: int,
-    group: DistributedContext,
-    settings: Mapping[str, object] | None = None,
-    plan: Mapping[str, int] | None = None,
-) -> Iterator[RunFolder]:
-    """Open the folder of a run for this run alone, and heed SIGTERM until it is closed; see `RunFolder`.
-
-    Raises:
-        ValueError: another run has the folder.
-    """
-    run = RunFolder(Path(folder) if folder else None, learners, seed, group, settings, plan)
-    if run.folder is None:
-        yield run
-        return
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(run.folder / "lock", group.is_main), _heeding(lambda: setattr(run, "told_to_end", True)):
-        try:
-            yield run
-        finally:
-            run.close()
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from omniforcing_lib import losses
 from omniforcing_lib.flow import ONES
 from omniforcing_lib.layout import AV
-from omniforcing_lib.training import run_folder
 from omniforcing_lib.training.distributed import ALONE, LONG_TIMEOUT_S, STEP_TIMEOUT_S, DistributedContext, MicroBatch
 from omniforcing_lib.training.distributed import local as local_tensor
+from omniforcing_lib.training.run_folder import SIGTERM_CODE, RunFolder
 from omniforcing_lib.transformer import Transformer
 
 Metrics = dict[str, float | Tensor]
@@ -263,8 +263,7 @@ def fit(
     first, history = next(iter(learners.values())), History()
     group, device, generator = first.group, first.device, torch.Generator(first.device)
     skipped, unread, bad, fatal = sum(learner.skipped for learner in learners.values()), [], [], []
-    plan = {"steps": steps, "every": every}
-    with run_folder.opened(folder, learners, seed, group, settings=settings, plan=plan) as run:
+    with RunFolder(folder, learners, seed, group, settings, {"steps": steps, "every": every}) as run:
         start = run.resume()
         history.done, history.changes = start, run.changes
         hidden = not (progress and group.is_main)
@@ -298,7 +297,7 @@ def fit(
                 raise run.diverged(fatal)
             if told_to_end:
                 print(f"{label}: told to end after step {i + 1}; the same command goes on from there", flush=True)
-                raise SystemExit(run_folder.SIGTERM_CODE)
+                raise SystemExit(SIGTERM_CODE)
             if stopped:
                 break
         group.set_timeout(LONG_TIMEOUT_S)

@@ -121,7 +121,8 @@ class TrainConfig(Command):
         if self.group.mesh is None:
             return checkpoints.load(model, device=self.place, sinks=sinks)
         checkpoint = checkpoints.read(model)
-        stored = torch.bfloat16 if set(checkpoint.dtypes.values()) == {"BF16"} else torch.float32
+        dtypes = {checkpoint.entries[name].dtype for name in checkpoint.transformer.values()}
+        stored = torch.bfloat16 if dtypes == {"BF16"} else torch.float32
         mapped = checkpoints.load(model, dtype=stored, sinks=sinks)
         with torch.device("meta"):
             sharded = Transformer(mapped.config, mapped.clock)

@@ -1,4 +1,4 @@
-"""What the processes of a test do: stages of a tiny model, alone or in a team; torchrun starts this file as a script.
+"""What the processes of a test do: stages of a tiny model, alone or together; torchrun starts this file as a script.
 
 python tests/team.py STAGE STEPS FOLDER [nap=SECONDS] [die=RANK:STEP] [silent=RANK:STEP]
 """
@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from test_train import CAUSAL, FRAMES, GRID, QUICK, pairs, prompts
+from test_train import CAUSAL, QUICK, clips, pairs, prompts
 from test_transformer import TINY
 
 from omniforcing_lib.files import write_json, write_tensors
 from omniforcing_lib.training import distributed, stages, train
 from omniforcing_lib.training.distributed import DistributedContext
+from omniforcing_lib.training.stages import DMDConfig
 from omniforcing_lib.training.train import Learner, OptimConfig
 from omniforcing_lib.transformer import Transformer
 
@@ -32,28 +33,28 @@ def model(sinks: int, seed: int = 0) -> Transformer:
     return made
 
 
-def stage(name: str, team: DistributedContext, **changes: object) -> tuple[dict[str, Learner], train.Step]:
-    """Build Stage 2 (`ode`) or Stage 3 (`forcing`) for a team."""
-    recipe = replace(QUICK, **changes)
+def stage(name: str, group: DistributedContext, **changes: object) -> tuple[dict[str, Learner], train.Step]:
+    """Build Stage 2 (`ode`) or Stage 3 (`forcing`) for a group of processes."""
+    config = replace(QUICK, **changes)
 
-    def learner(recipe: OptimConfig, sinks: int, seed: int = 0) -> Learner:
-        return Learner(model(sinks, seed), recipe, team)
+    def learner(config: OptimConfig, sinks: int, seed: int = 0) -> Learner:
+        return Learner(model(sinks, seed), config, group)
 
     if name == "ode":
-        student = learner(recipe, 2)
+        student = learner(config, 2)
         return {"student": student}, stages.ode_stage(student, pairs(), prompts(), CAUSAL, batch=4)
-    student, critic = learner(recipe, 2, 1), learner(replace(recipe, ema=0.0), 0)
-    teacher = team.shard(model(0).requires_grad_(False).eval(), amp=recipe.amp)
-    step = stages.self_forcing_stage(student, critic, teacher, prompts(), CAUSAL, GRID, FRAMES, batch=4, ratio=4)
+    student, critic = learner(config, 2, 1), learner(replace(config, ema=0.0), 0)
+    teacher = group.shard(model(0).requires_grad_(False).eval(), amp=config.amp)
+    step = stages.self_forcing_stage(student, critic, teacher, clips(4), DMDConfig(ratio=4))
     return {"student": student, "critic": critic}, step
 
 
 def run(
-    name: str, team: DistributedContext, steps: int, folder: str | None = None, **changes: object
+    name: str, group: DistributedContext, steps: int, folder: str | None = None, **changes: object
 ) -> dict[str, list[float]]:
     """Train; give the numbers of the steps that ran."""
-    players, step = stage(name, team, **changes)
-    return train.fit(step, players, steps, folder=folder, every=7, progress=False).numbers
+    learners, step = stage(name, group, **changes)
+    return train.fit(step, learners, steps, folder=folder, every=7, progress=False).numbers
 
 
 def work(rank: int, size: int, port: int, out: str, jobs: list[tuple[str, int, str | None, dict]]) -> None:
@@ -62,11 +63,11 @@ def work(rank: int, size: int, port: int, out: str, jobs: list[tuple[str, int, s
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     changes = dict(jobs[0][3])
-    with distributed.joined(replicas=changes.pop("replicas", 1)) as team:
+    with distributed.joined(replicas=changes.pop("replicas", 1)) as group:
         for number, (name, steps, folder, changes) in enumerate(jobs):
             changes.pop("replicas", None)
-            numbers = run(name, team, steps, folder, **changes)
-            if team.is_main:
+            numbers = run(name, group, steps, folder, **changes)
+            if group.is_main:
                 write_json(Path(out) / f"{number}.json", numbers)
 
 
@@ -74,8 +75,8 @@ def main(name: str, steps: str, folder: str, *faults: str) -> None:
     """Train with faults; the first process writes the weights that it ends with."""
     fault = dict(text.split("=") for text in faults)
     rank = os.environ.get("RANK", "0")
-    with distributed.joined() as team:
-        players, plain = stage(name, team)
+    with distributed.joined() as group:
+        learners, plain = stage(name, group)
 
         def step(i: int, generator: torch.Generator) -> train.Metrics:
             time.sleep(float(fault.get("nap", 0)))
@@ -85,8 +86,8 @@ def main(name: str, steps: str, folder: str, *faults: str) -> None:
                 time.sleep(600)
             return plain(i, generator)
 
-        train.fit(step, players, int(steps), folder=folder, every=3, progress=False)
-        whole = team.gathered(players["student"].best, torch.float32)
+        train.fit(step, learners, int(steps), folder=folder, every=3, progress=False)
+        whole = group.gather_model(learners["student"].best, torch.float32)
         if whole is not None:
             write_tensors(Path(folder) / "final.safetensors", whole.state_dict())
 

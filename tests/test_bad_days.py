@@ -130,7 +130,7 @@ def no_locks(monkeypatch):
 
 
 def opened(folder):
-    with run_folder.opened(folder, {}, 0, ALONE):
+    with run_folder.RunFolder(folder, {}, 0, ALONE):
         return (folder / "lock").read_text()
 
 

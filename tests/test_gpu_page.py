@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import re
 import shlex
 from dataclasses import replace
@@ -17,8 +15,9 @@ from tiny_ltx2 import MODEL, gemma_folder, whole_file
 from omniforcing_lib import __main__ as cli
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_json, write_tensors
+from omniforcing_lib.options import Parser, options_of
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.training import distributed, recipes
+from omniforcing_lib.training import recipes
 from series import claims
 from studies import cost
 
@@ -42,29 +41,29 @@ def words(command: str) -> list[str]:
     return rest[at + 2 :]
 
 
-def options(command: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+def options(command: str) -> dict[str, object]:
     """Parse a command of training; give what its stage is asked for."""
-    arguments = cli._parser().parse_args(words(command))
-    stage = recipes.STAGES[arguments.stage]
-    monkeypatch.setitem(recipes.STAGES, arguments.stage, functools.wraps(stage)(lambda **given: given))
-    monkeypatch.setattr(distributed, "joined", lambda *a, **k: contextlib.nullcontext(distributed.DistributedContext()))
-    return recipes.main([arguments.stage, *arguments.rest])
+    train = cli.parse(words(command))
+    parser = Parser()
+    parser.add_options(recipes.STAGES[train.stage])
+    return vars(parser.parse_args(train.rest))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(words(c)[:2]))
-def test_every_command_parses(command, monkeypatch):
+def test_every_command_parses(command):
     if words(command)[0] == "train":
-        assert options(command, monkeypatch)
+        assert options(command)
     else:
-        assert cli._parser().parse_args(words(command)).run
+        assert cli.parse(words(command)).run
 
 
 @pytest.mark.parametrize("text", [PAGE, DATA], ids=["page", "data"])
-def test_stage_2_asks_for_the_pairs_that_the_command_before_it_makes(text, monkeypatch):
+def test_stage_2_asks_for_the_pairs_that_the_command_before_it_makes(text):
     lines = [line for line in text.splitlines() if " -m omniforcing_lib train " in line]
-    made, used = (options(next(x for x in lines if f"train {name} " in x), monkeypatch) for name in ("pairs", "stage2"))
-    assert used["pairs"] == made["out"] and used["job"].prompts == made["job"].prompts
-    assert all(used[name] == value for name, value in made.items() if name not in ("out", "job"))
+    made, used = (options(next(x for x in lines if f"train {name} " in x)) for name in ("pairs", "stage2"))
+    assert used["pairs"] == made["out"] and used["prompts"] == made["prompts"]
+    own = {"out"} | {entry.name for entry, _, _ in options_of(recipes.TrainConfig)}
+    assert all(used[name] == value for name, value in made.items() if name not in own)
 
 
 def test_there_are_commands_for_every_step():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_train import CAUSAL, GRID, player
+from test_train import CAUSAL, GRID, new_learner
 from test_transformer import TINY
 
 from omniforcing_lib.config import ModelConfig
@@ -28,7 +28,7 @@ def test_two_layers_tell_what_three_keep():
 def test_a_dry_run_keeps_what_a_real_one_keeps():
     """Bytes that autograd saves in a roll-out, and bytes of the cache."""
     counted = plan.dry_run(TINY, CAUSAL, CLIP, torch.float32)
-    model = player().model
+    model = new_learner().model
     frames = model.clock.latents(CLIP.seconds).video
     text = AV(torch.randn(2, 4, 6), torch.randn(2, 4, 6))
     with plan._saving(model) as found:
@@ -38,9 +38,9 @@ def test_a_dry_run_keeps_what_a_real_one_keeps():
 
 
 def test_components_are_what_a_player_holds():
-    counted, learner = plan.count(TINY, CAUSAL, CLIP, torch.float32), player()
+    counted, learner = plan.count(TINY, CAUSAL, CLIP, torch.float32), new_learner()
     learner.update(learner.model.proj_out.weight.sum() + sum(p.sum() for p in learner.model.parameters()))
-    parts, held = plan.components(counted, 1, amp=False), learner.state()
+    parts, held = plan.components(counted, 1, amp=False), learner.state_dict()
     size = {name: sum(v.nbytes for k, v in held.items() if k.startswith(name)) for name in ("model.", "average.")}
     assert size["model."] == parts["generator: weights, fp32"] == parts["generator: gradients, fp32"]
     assert size["average."] == parts["generator: average"]
@@ -57,7 +57,7 @@ def test_the_19b_needs_what_its_makers_used():
 
 
 def test_the_plan_is_a_stage_of_the_command_line(capsys):
-    recipes.main(["plan", "--model", "teacher", "--grid", "4", "4", "--text", "6", "--gpus", "1", "2", "4"])
+    recipes.main(*"plan --model teacher --grid 4 4 --text 6 --gpus 1 2 4".split())
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[-6:] == ["1", "GPU", "2", "GPUs", "4", "GPUs"]
     assert any(line.startswith("fits 80 GB, activations kept") and line.endswith("yes") for line in lines)

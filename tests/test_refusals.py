@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import pickle
 import re
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from synthetic import PREFIX
 
 from omniforcing_lib import __main__ as cli
-from omniforcing_lib import files
+from omniforcing_lib import files, options
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.ltx2 import checkpoints
@@ -267,25 +266,25 @@ def idle(monkeypatch, tmp_path):
 
 
 TRAIN = {
-    "stage3 --steps 0 --batch 0": "--steps is above 0, found 0",
-    "stage3 --batch -3": "--batch is above 0, found -3",
+    "stage3 --steps 0 --batch 0": "--steps: expected a whole number, 1 or more, found 0",
+    "stage3 --batch -3": "--batch: expected a whole number, 1 or more, found -3",
     "stage2 --batch 3 --accumulate 2": "a batch of 3 cannot be cut into 1 processes x 2 parts; use a multiple of 2",
-    "stage2 --lr nan": "--lr is above 0, found nan",
-    "stage2 --sinks -2": "--sinks is at least -1, found -2",
-    "stage3 --critic-lr 0": "--critic-lr is above 0, found 0.0",
-    "stage3 --final 1.5": "--final is at least 0, at most 1, found 1.5",
-    "stage3 --ratio 0": "--ratio is above 0, found 0",
-    "stage3 --every 0": "--every is above 0, found 0",
-    "stage3 --minutes -1": "--minutes is at least 0.0, found -1.0",
-    "pairs --count 0": "--count is above 0, found 0",
+    "stage2 --lr nan": "--lr: expected a number above 0, found nan",
+    "stage2 --sinks -2": "--sinks: expected a whole number, -1 or more, found -2",
+    "stage3 --critic-lr 0": "--critic-lr: expected a number above 0, found 0.0",
+    "stage3 --final 1.5": "--final: expected a number, 0 to 1, found 1.5",
+    "stage3 --ratio 0": "--ratio: expected a whole number, 1 or more, found 0",
+    "stage3 --every 0": "--every: expected a whole number, 1 or more, found 0",
+    "stage3 --minutes -1": "--minutes: expected a number, 0 or more, found -1.0",
+    "pairs --count 0": "--count: expected a whole number, 1 or more, found 0",
     "pairs --grid 4 0": "--grid is two numbers above 0, found 4 0",
-    "pairs --cfg inf 3": "--cfg is above 0, found inf",
-    "pairs --seconds 0": "--seconds is above 0, found 0",
+    "pairs --cfg inf 3": "--cfg: expected a number above 0, found inf",
+    "pairs --seconds 0": "--seconds: expected a whole number, 1 or more, found 0",
     "pairs --layout papr": "unknown layout 'papr'",
     "teacher --seed 1220": "draws clips that are held out",
-    "codec --steps 0": "--steps is above 0, found 0",
-    "plan --gpus 0": "--gpus is above 0, found 0",
-    "stage3 --step three": "argument --steps: invalid int value: 'three'",
+    "codec --steps 0": "--steps: expected a whole number, 1 or more, found 0",
+    "plan --gpus 0": "--gpus: expected a whole number, 1 or more, found 0",
+    "stage3 --step three": "argument --steps: expected a whole number, 1 or more, found 'three'",
     "stage3 --device gpu": "a device is cpu, cuda (one of several: cuda:1) or auto, found 'gpu'",
     "codec --device mps": "a device is cpu, cuda (one of several: cuda:1) or auto, found 'mps'",
     "prompts --device cuda:99": "device 'cuda:99' asked for, but torch",
@@ -347,25 +346,22 @@ def test_contexts_that_only_stand_in_are_not_stored_to_train_on(good, idle):
     (idle / "x.safetensors").write_bytes(good)
     (idle / "lines.txt").write_text("rain falls\n")
     with pytest.raises(ValueError, match=r"no Gemma folder .* name a Gemma folder"):
-        recipes.prompts("prompts", "lines.txt", "x.safetensors")
+        recipes.EncodePrompts(out="prompts", lines="lines.txt", model="x.safetensors").run()
     assert not (idle / "prompts").exists()
 
 
 def test_clips_of_the_world_are_not_trained_under_prompts_in_another_order(idle):
-    turned = dataset.Prompts.of(TinyText(), world.prompts()[::-1]).save(idle / "turned")
+    turned = dataset.store_prompts(idle / "turned", TinyText(), world.prompts()[::-1])
     with pytest.raises(ValueError, match="the world's own prompts, in its order"):
-        recipes.teacher(job=recipes.TrainConfig(prompts=str(turned)))
+        recipes.TrainTeacher(prompts=str(turned)).run()
 
 
 @pytest.mark.parametrize("stage", recipes.STAGES)
 def test_every_option_of_training_says_what_it_is_and_its_default(stage, capsys):
     with pytest.raises(SystemExit):
-        recipes.main([stage, "--help"])
+        recipes.main(stage, "--help")
     said = " ".join(capsys.readouterr().out.split("show this help message and exit\n")[1].split())
     parts = re.split(r" (?=--)", said.replace(", --no-", "/--no-"))
-    asked = inspect.signature(recipes.STAGES[stage]).parameters
-    names = {name for name in asked if name != "job"} | (
-        recipes.TrainConfig.usual().keys() if "job" in asked else set()
-    )
+    names = {entry.name for entry, _, _ in options.options_of(recipes.STAGES[stage])}
     assert {re.match(r"--([a-z0-9-]+)", part)[1].replace("-", "_") for part in parts} == names
-    assert all(re.search(r"[a-z]{2} .*\(default: .+\)$", part) for part in parts), parts
+    assert all(re.search(r"[a-z]{2} .*\(default:? .+\)$", part) for part in parts), parts

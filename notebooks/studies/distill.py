@@ -27,7 +27,7 @@ from omniforcing_lib.flow import MINIATURE_CFG, MINIATURE_GUIDANCE, Guidance, no
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, rollout
-from omniforcing_lib.training import dataset, provenance, stages, train
+from omniforcing_lib.training import dataset, records, stages, train
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.training.train import History, Learner, OptimConfig
 from omniforcing_lib.transformer import Transformer
@@ -78,7 +78,7 @@ def _stored_pairs(prompts: Prompts, causal: RolloutConfig) -> Pairs:
     levels = stored.sigmas.double().cpu()
     if levels.shape != causal.sigmas.shape or not torch.allclose(levels, causal.sigmas, atol=1e-4):
         raise ValueError(f"the stored pairs keep {stored.sigmas.tolist()}, the student steps {causal.sigmas.tolist()}")
-    if differences := provenance.differences(stored.notes, dataset.pair_notes(prompts)):
+    if differences := records.differences(stored.notes, dataset.pair_notes(prompts)):
         raise ValueError(f"the stored pairs were made under other settings: {'; '.join(differences)}")
     return stored
 
@@ -190,20 +190,24 @@ def stage3(
     ratio: int = 5,
     guidance: Guidance = MINIATURE_CFG,
     seed: int = 0,
+    sampler: stages.Sampler | None = None,
+    pairs: Pairs | None = None,
     **terms: object,
 ) -> Lesson:
     """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic.
 
-    They learn at the rates `lr`. `terms` are further arguments of `stages.self_forcing_stage`: `weights`, `sampler`,
-    `most`, `pairs` and `regression`.
+    They learn at the rates `lr`; see `stages.self_forcing_stage` for `sampler` and `pairs`. `terms` are further fields
+    of `stages.DMDConfig`: `weights`, `most` and `regression`.
     """
     device = prompts.context.video.device
     optim = OptimConfig(lr=lr[0], betas=(0.0, 0.999), warmup=3, ema=last_part(steps, 4))
     learner = Learner(copy.deepcopy(student), optim)
     critic = Learner(checkpoints.load(teacher, device=device), replace(optim, lr=lr[1], ema=0.0))
     frozen, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
-    parts = (learner, critic, frozen, prompts, causal, codec.grid, frames, batch)
-    step = stages.self_forcing_stage(*parts, guidance=guidance, ratio=ratio, **terms)
+    clips = stages.StudentClips(prompts, causal, codec.grid, frames, batch)
+    step = stages.self_forcing_stage(
+        learner, critic, frozen, clips, stages.DMDConfig(guidance, ratio, **terms), sampler=sampler, pairs=pairs
+    )
     # It ends on a step of the student: no step of the critic need follow.
     return _lesson(step, {"student": learner, "critic": critic}, (steps - 1) * ratio + 1, seed, "stage 3")
 
@@ -228,7 +232,8 @@ def on_policy(
     learner = Learner(copy.deepcopy(student), optim)
     frozen = checkpoints.load(teacher, device=prompts.context.video.device)
     frames = codec.clock.latents(seconds).video
-    step = stages.on_policy_stage(learner, frozen, pairs, prompts, causal, codec.grid, frames, batch, guidance=guidance)
+    clips = stages.StudentClips(prompts, causal, codec.grid, frames, batch)
+    step = stages.on_policy_stage(learner, frozen, pairs, clips, stages.OnPolicyConfig(guidance))
     return _lesson(step, {"student": learner}, steps, seed, "on policy")
 
 

@@ -1,4 +1,4 @@
-"""What the stages train on: prompts, clips as latents, and the teacher's trajectories (ODE pairs). Plain safetensors.
+"""What the stages train on: prompts, clips as latents, and the teacher's trajectories (ODE pairs), in safetensors.
 
 Prompts and pairs are held in memory, or read row by row from a folder of shards (`records`): `live` tells which.
 
@@ -21,7 +21,7 @@ from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import Guidance, block_noise, guided_denoiser, ltx2_sigmas, snap_indices, trajectory
 from omniforcing_lib.interfaces import TextEncoder
 from omniforcing_lib.layout import AV
-from omniforcing_lib.training import provenance, records
+from omniforcing_lib.training import records
 from omniforcing_lib.training.distributed import ALONE, DistributedContext
 from omniforcing_lib.transformer import Transformer
 
@@ -70,22 +70,14 @@ class Prompts:
         check_numbers(index, len(self))
         return self.context.map(lambda c: c[index])
 
-    def save(self, folder: str | Path, *, a_shard: int = 64) -> Path:
-        """Write as a folder of shards, the unconditional prompt last."""
-
-        def make(rows: range) -> dict[str, Tensor]:
-            return {k: v[rows.start : rows.stop].cpu() for k, v in self.context._asdict().items()}
-
-        return records.write(folder, len(self) + 1, a_shard, make, _prompt_notes(self.names, self.text))
-
 
 class StoredPrompts:
-    """Contexts of a folder that `Prompts.save` wrote, read when they are asked for.
+    """Contexts of a folder that `store_prompts` wrote, read when they are asked for.
 
     Args:
         folder: of shards.
         device: where contexts are given.
-        team: the processes.
+        group: the processes.
 
     Raises:
         ValueError: see `records.Records`; or the folder holds something else.
@@ -94,9 +86,9 @@ class StoredPrompts:
     live = True
 
     def __init__(
-        self, folder: str | Path, device: str | torch.device = "cpu", team: DistributedContext = ALONE
+        self, folder: str | Path, device: str | torch.device = "cpu", group: DistributedContext = ALONE
     ) -> None:
-        self._records, self.device = _opened(folder, "prompts", team), torch.device(device)
+        self._records, self.device = _records_of("prompts", folder, group), torch.device(device)
         self.names, self.text = tuple(self._records.notes["names"]), self._records.notes.get("text", "")
         self.negative = self.take(torch.tensor([-1]))
 
@@ -104,33 +96,26 @@ class StoredPrompts:
         return len(self.names)
 
     def take(self, index: Tensor) -> AV[Tensor]:
-        """Read the contexts of prompt numbers; -1 is the unconditional prompt. Shapes: [B] to AV [B, L, C].
-
-        Raises:
-            ValueError: a number that is no prompt.
-        """
+        """Read the contexts of prompt numbers; see `Prompts.take`."""
         check_numbers(index, len(self))
         rows = self._records.rows([i if i >= 0 else len(self) for i in index.tolist()])
         return AV(rows["video"], rows["audio"]).map(lambda c: c.to(self.device, torch.float32))
 
 
-def store_prompts(folder: str | Path, text: TextEncoder, names: Sequence[str], *, a_shard: int = 64) -> Path:
-    """Encode prompts shard by shard, in bf16, as `StoredPrompts` reads them; what was cut off goes on."""
-    asked = [*names, ""]
+def store_prompts(folder: str | Path, text: TextEncoder, names: Sequence[str], *, rows_per_shard: int = 64) -> Path:
+    """Encode prompts shard by shard, in bf16, as `StoredPrompts` reads them; shards that are there are kept."""
+    rows = [*names, ""]
 
-    def make(rows: range) -> dict[str, Tensor]:
-        return text.encode(asked[rows.start : rows.stop], dtype=torch.bfloat16)._asdict()
+    def encode(span: range) -> dict[str, Tensor]:
+        return text.encode(rows[span.start : span.stop], dtype=torch.bfloat16)._asdict()
 
-    return records.write(folder, len(asked), a_shard, make, _prompt_notes(names, identity(text)))
+    notes = {"kind": "prompts", "names": list(names), "text": identity(text)}
+    return records.write(folder, len(rows), rows_per_shard, encode, notes)
 
 
 def identity(text: TextEncoder) -> str:
     """Say which encoder it is, and with which weights."""
     return getattr(text, "identity", None) or repr(text)
-
-
-def _prompt_notes(names: Sequence[str], text: str) -> dict[str, object]:
-    return {"kind": "prompts", "names": list(names)} | ({"text": text} if text else {})
 
 
 def check_numbers(index: Tensor, count: int) -> None:
@@ -161,7 +146,7 @@ class Clips:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Hold teacher trajectories at the student's noise levels, noise first, clean last (spec 5.4).
+    """Hold teacher trajectories at the student's noise levels, noise first, clean last (Stage 2, paper Sec. 4).
 
     Shapes: states AV([N, K, F, h, w, C], [N, K, T, C]), sigmas [K], prompt [N].
 
@@ -169,7 +154,7 @@ class Pairs:
         states: the trajectories.
         sigmas: their noise levels.
         prompt: number of each one's prompt.
-        notes: what they were made under, see `pair_notes`; a file or folder says it.
+        notes: the settings that they were made under, see `pair_notes`; stored with them.
     """
 
     states: AV[Tensor]
@@ -192,22 +177,20 @@ class Pairs:
 
     def save(self, path: str | Path, names: Sequence[str], notes: Mapping[str, object] | None = None) -> Path:
         """Write as safetensors, atomically, with prompts and notes; states in bf16."""
-        tensors = {"video": self.states.video, "audio": self.states.audio}
-        tensors = {k: v.to("cpu", torch.bfloat16).contiguous() for k, v in tensors.items()}
+        tensors = self.states.map(lambda s: s.to("cpu", torch.bfloat16).contiguous())._asdict()
         tensors |= {"sigmas": self.sigmas.cpu(), "prompt": self.prompt.cpu()}
-        said = {"prompts": json.dumps(list(names)), "notes": json.dumps(dict(notes or {}))}
-        return write_tensors(path, tensors, said)
+        metadata = {"prompts": json.dumps(list(names)), "notes": json.dumps(dict(notes or {}))}
+        return write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Pairs:
         """Read what `save` wrote."""
         with safe_open(path, "pt") as file:
-            video, audio, sigmas, prompt = (
-                file.get_tensor(n).to(device) for n in ("video", "audio", "sigmas", "prompt")
-            )
-            said = {name: json.loads(text) for name, text in file.metadata().items()}
-        notes = {"prompts": named(said["prompts"])} | said.get("notes", {})
-        return cls(AV(video.float(), audio.float()), sigmas, prompt, notes)
+            tensors = {name: file.get_tensor(name).to(device) for name in ("video", "audio", "sigmas", "prompt")}
+            metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+        states = AV(tensors["video"], tensors["audio"]).map(torch.Tensor.float)
+        notes = {"prompts": by_names(metadata["prompts"])} | metadata.get("notes", {})
+        return cls(states, tensors["sigmas"], tensors["prompt"], notes)
 
 
 class StoredPairs:
@@ -216,7 +199,7 @@ class StoredPairs:
     Args:
         folder: of shards.
         device: where states are given.
-        team: the processes.
+        group: the processes.
 
     Raises:
         ValueError: see `records.Records`; or the folder holds something else.
@@ -225,9 +208,9 @@ class StoredPairs:
     live = True
 
     def __init__(
-        self, folder: str | Path, device: str | torch.device = "cpu", team: DistributedContext = ALONE
+        self, folder: str | Path, device: str | torch.device = "cpu", group: DistributedContext = ALONE
     ) -> None:
-        self._records, self._device = _opened(folder, "pairs", team), torch.device(device)
+        self._records, self._device = _records_of("pairs", folder, group), torch.device(device)
         self.notes = self._records.notes
         self.sigmas = torch.tensor(self.notes["sigmas"])
         self.shapes = self.take(torch.tensor([0]))[0].map(lambda s: tuple(s.shape[1:]))
@@ -236,47 +219,46 @@ class StoredPairs:
         return len(self._records)
 
     def take(self, index: Tensor) -> tuple[AV[Tensor], Tensor]:
-        """Read trajectories and the numbers of their prompts. Shapes: [B] to AV [B, K, ...] and [B]."""
+        """Read trajectories and the numbers of their prompts; see `Pairs.take`."""
         rows = self._records.rows(index.tolist())
         states = AV(rows["video"], rows["audio"]).map(lambda s: s.to(self._device).float())
         return states, rows["prompt"].to(self._device)
 
 
-def named(names: Sequence[str]) -> dict[str, str]:
+def by_names(names: Sequence[str]) -> dict[str, str]:
     """Give the setting of a list of prompts."""
-    return provenance.by_content(f"{len(names)} prompts", provenance.digest(list(names)))
+    return records.by_content(f"{len(names)} prompts", records.digest(list(names)))
 
 
 def pair_notes(prompts: Prompts | StoredPrompts, **more: object) -> dict[str, object]:
-    """Say what pairs are made under: prompts, what encoded them, and more by name."""
-    return {"prompts": named(prompts.names), **more} | ({"text": prompts.text} if prompts.text else {})
+    """Give the settings that pairs are made under: prompts, what encoded them, and more by name."""
+    return {"prompts": by_names(prompts.names), **more} | ({"text": prompts.text} if prompts.text else {})
 
 
 def check_pairs(path: str | Path, pairs: Pairs | StoredPairs, notes: Mapping[str, object]) -> None:
-    """Refuse pairs that were made under other settings; what their file says nothing of is named and taken on trust.
+    """Refuse pairs that were made under other settings; settings that their file does not say are printed.
 
     Raises:
         ValueError: with the settings that differ.
     """
     frames, height, width = pairs.shapes.video[1:4]
-    seen = {"count": len(pairs), "latents": [frames, pairs.shapes.audio[1]], "grid": [height, width]}
-    kept = {**pairs.notes, **seen, "sigmas": _rounded(pairs.sigmas.tolist())}
-    notes = notes | ({"sigmas": _rounded(notes["sigmas"])} if "sigmas" in notes else {})
-    if found := provenance.differences(kept, notes):
-        raise ValueError(f"{path} was made under other settings: {'; '.join(found)}; use those, or other pairs")
-    if silent := provenance.unsaid(kept, notes):
-        print(f"{path} does not say its {', '.join(silent)}: taken on trust", flush=True)
+    sizes = {"count": len(pairs), "latents": [frames, pairs.shapes.audio[1]], "grid": [height, width]}
+    kept = {**pairs.notes, **sizes, "sigmas": pairs.sigmas.tolist()}
+    kept, notes = (
+        settings | {"sigmas": [round(sigma, 4) for sigma in settings["sigmas"]]} if "sigmas" in settings else settings
+        for settings in (kept, notes)
+    )
+    if changed := "; ".join(records.differences(kept, notes)):
+        raise ValueError(f"{path} was made under other settings: {changed}; use those, or other pairs")
+    if names := ", ".join(records.unknown(kept, notes)):
+        print(f"{path} does not say its {names}: taken on trust", flush=True)
 
 
-def _rounded(sigmas: Sequence[float]) -> list[float]:
-    return [round(sigma, 4) for sigma in sigmas]
-
-
-def _opened(folder: str | Path, kind: str, team: DistributedContext) -> records.Records:
-    found = records.Records(folder, team)
-    if found.notes.get("kind") != kind:
-        raise ValueError(f"{folder} holds {found.notes.get('kind')!r}, expected {kind!r}")
-    return found
+def _records_of(kind: str, folder: str | Path, group: DistributedContext) -> records.Records:
+    opened = records.Records(folder, group)
+    if opened.notes.get("kind") != kind:
+        raise ValueError(f"{folder} holds {opened.notes.get('kind')!r}, expected {kind!r}")
+    return opened
 
 
 @torch.no_grad()
@@ -294,21 +276,21 @@ def ode_pairs(
     progress: bool = True,
     first: int = 0,
 ) -> Pairs:
-    """Run the guided teacher and keep its states at the student's noise levels (spec 5.4).
+    """Run the guided teacher and keep its states at the student's noise levels (paper Sec. 4).
 
-    Prompt of clip i is `first` + i modulo the number of prompts; its noise comes from its seed alone.
+    The prompt of clip i is `first` + i modulo the number of prompts; its noise comes from its seed alone.
     """
     device = teacher.proj_out.weight.device
     sigmas, keep = ltx2_sigmas(steps), snap_indices(step_list, steps)
     shapes = latent_shapes(teacher, latents, grid)
     index = torch.arange(first, first + len(seeds), device=device) % len(prompts)
-    kept = []
+    batches = []
     for start in tqdm(range(0, len(seeds), batch), desc="teacher trajectories", disable=not progress, leave=False):
         noise = block_noise(seeds[start : start + batch], 0, shapes).map(lambda x: x.to(device))
         text = prompts.take(index[start : start + batch])
         denoise = guided_denoiser(teacher, text, prompts.negative, guidance)
-        kept.append(trajectory(denoise, noise, sigmas.to(device), keep))
-    return Pairs(AV(*map(torch.cat, zip(*kept, strict=True))), sigmas[list(keep)].float(), index)
+        batches.append(trajectory(denoise, noise, sigmas.to(device), keep))
+    return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float(), index)
 
 
 def store_pairs(
@@ -317,26 +299,26 @@ def store_pairs(
     count: int,
     notes: Mapping[str, object],
     *,
-    a_shard: int = 16,
-    team: DistributedContext = ALONE,
+    rows_per_shard: int = 16,
+    group: DistributedContext = ALONE,
 ) -> Path:
-    """Make trajectories shard by shard, each process its share; what was cut off goes on where it was.
+    """Make trajectories shard by shard, each process its share; shards that are there are kept.
 
     Args:
         folder: of shards.
         make: gives the trajectories of some clips.
         count: clips in all.
         notes: what the trajectories depend on, their `sigmas` among it; JSON.
-        a_shard: clips a shard.
-        team: the processes.
+        rows_per_shard: clips of a shard.
+        group: the processes.
     """
 
     def tensors(rows: range) -> dict[str, Tensor]:
-        made = make(rows)
-        states = made.states.map(lambda s: s.to("cpu", torch.bfloat16).contiguous())
-        return states._asdict() | {"prompt": made.prompt.cpu()}
+        pairs = make(rows)
+        states = pairs.states.map(lambda s: s.to("cpu", torch.bfloat16).contiguous())
+        return states._asdict() | {"prompt": pairs.prompt.cpu()}
 
-    return records.write(folder, count, a_shard, tensors, {"kind": "pairs", **notes}, team)
+    return records.write(folder, count, rows_per_shard, tensors, {"kind": "pairs", **notes}, group)
 
 
 def latent_shapes(model: Transformer, latents: AV[int], grid: tuple[int, int]) -> AV[tuple[int, ...]]:

@@ -1,96 +1,77 @@
 """How every shipped file is made, from nothing: codec, teacher, Stage 2, Stage 3.
 
-Each function runs one stage, resumes from its working folder, and writes one file with its settings and last numbers
-in the metadata. `python -m omniforcing_lib train STAGE --help` lists the options, which are the arguments here and the
-fields of `TrainConfig`, each with what its docstring says. Under torchrun the same
+Each stage is a config whose fields are the options of `python -m omniforcing_lib train STAGE`. Its `run` checks all
+that it is asked for, loads models and data, trains, resuming from its folder, and writes one file with its settings
+and last metrics in the metadata. Its `train` takes models and data that are loaded already. Under torchrun the same
 command trains with all its processes.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import inspect
-import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from tqdm.auto import tqdm
 
-from omniforcing_lib import backends, files
-from omniforcing_lib.bounce import world
-from omniforcing_lib.bounce.codecs import TinyCodec, load_codec
+from omniforcing_lib import files
+from omniforcing_lib.bounce import evaluate, world
+from omniforcing_lib.bounce.codecs import TinyCodec, load_codec, save_codec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.flow import Guidance
-from omniforcing_lib.layout import AV, Clock
+from omniforcing_lib.layout import AV, LAYOUTS, Clock
 from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.options import Command, Parser, check_output, option, options_of
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.training import dataset, distributed, provenance, records, run_folder, stages, train
-from omniforcing_lib.training import plan as memory_plan
+from omniforcing_lib.training import dataset, distributed, plan, records, run_folder, stages, train
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, StoredPairs, StoredPrompts
-from omniforcing_lib.training.distributed import DistributedContext
-from omniforcing_lib.training.train import Learner, OptimConfig
+from omniforcing_lib.training.distributed import ALONE, DistributedContext
+from omniforcing_lib.training.stages import DMDConfig, OnPolicyConfig, StudentClips
+from omniforcing_lib.training.train import History, Learner, OptimConfig
 from omniforcing_lib.transformer import Transformer, fresh_sinks, initialise
-from studies import protocol
 
-MADE = "miniature"
+MODEL_VERSION = "miniature"
 """`model_version` of what is trained here from nothing; a student has its teacher's."""
 CODEC = str(files.DATA / "codec.safetensors")
-FILE = ".safetensors"
-MODELS, DATA = ("teacher", "student", "model"), ("codec", "pairs", "prompts")
-"""Options whose content counts, and not what the file is called: checkpoints; files and folders of shards."""
-ASIDE = {"team", "options", "out", "folder", "steps", "every", "minutes", "score"}
-ASIDE |= {"device", "accumulate", "checkpoint_activations", "replicas"}
-"""Options that a run may change on the way: where it runs, how long, in which parts; they are no settings."""
-LEAST, MOST = {"score": 0, "final": 0, "rescale": 0}, {"final": 1, "rescale": 1, "seed": 2**32 - 1}
-"""Bounds of numbers; of any other option the default tells: above 0, or at least a default that is not."""
+DEVICE = "cpu, cuda, one GPU of several as cuda:1, or auto, a GPU if there is one"
+TEACHER = "teacher, or a checkpoint file, index or folder"
+STUDENT = "stage2, student, or a checkpoint file, index or folder: where the student starts"
+PAIRS = ".safetensors file or folder of shards; what is not there is made and kept there, if a name is given"
+BATCH = "clips of a step, of all processes together"
+PROMPTS = "folder of shards with prompts and their contexts; without one those of the world"
+SCORE = "clips of the world that a finished miniature is measured on, for its file's metadata; 0 measures nothing"
+LAYOUT = f"layout of blocks: {' or '.join(LAYOUTS)}"
 
 
-@dataclass(frozen=True)
-class TrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Command):
     """Say what every stage wants to know: how a run runs, whatever it learns.
 
     Attributes:
-        seed: seed of everything random.
-        device: cpu, cuda, one GPU of several as cuda:1, or auto, a GPU if there is one.
-        folder: folder of the run's state and history; without one nothing is kept, and nothing goes on.
-        every: steps between two checkpoints.
-        minutes: minutes after which the run ends early, with a checkpoint; 0 has no limit.
-        amp: compute in bfloat16; master weights stay float32.
-        accumulate: parts that each process cuts its rows of a batch into.
-        checkpoint_activations: keep the inputs of blocks alone, and run the blocks again for their gradients.
-        limit: gradient norm above which a step changes nothing.
-        replicas: copies of the models over the processes; 1 shards over all of them.
-        prompts: folder of shards with prompts and their contexts; without one those of the world.
-        score: clips of the world that a finished miniature is measured on, for its file's metadata; 0 measures nothing.
-        team: the processes, see `distributed.joined`.
-        options: what the stage was asked for, its name among it, see `stage`.
+        group: the processes, see `distributed.joined`.
+        keep_bar: the progress bar stays when the run has ended.
     """
 
-    seed: int = 0
-    device: str = "cpu"
-    folder: str = ""
-    every: int = 500
-    minutes: float = 0.0
-    amp: bool = False
-    accumulate: int = 1
-    checkpoint_activations: bool = False
-    limit: float = 1e4
-    replicas: int = 1
-    prompts: str = ""
-    score: int = 18
-    team: DistributedContext = field(default_factory=DistributedContext)
-    options: Mapping[str, object] = field(default_factory=dict)
-
-    @classmethod
-    def usual(cls) -> dict[str, object]:
-        """Give the default of each field that is an option."""
-        return {f.name: f.default for f in fields(cls) if f.name not in ("team", "options")}
+    stage: ClassVar[str]
+    seed: int = option("seed of everything random", 0, low=0, high=2**32 - 1)
+    device: str = option(DEVICE, "cpu", setting=False)
+    folder: str = option("folder of state and history; without one nothing is kept", "", setting=False, writes="folder")
+    every: int = option("steps between two checkpoints", 500, setting=False)
+    minutes: float = option("minutes after which the run ends early; 0 has no limit", 0.0, low=0, setting=False)
+    amp: bool = option("compute in bfloat16; master weights stay float32", False)
+    accumulate: int = option("micro-batches that each process cuts its rows of a batch into", 1, setting=False)
+    checkpoint_activations: bool = option("run blocks again for their gradients", False, setting=False)
+    limit: float = option("gradient norm above which a step changes nothing", 1e4)
+    replicas: int = option("copies of the models over the processes; 1 shards over all of them", 1, setting=False)
+    prompts: str = option(PROMPTS, "", content="data")
+    score: int = option(SCORE, 18, low=0, setting=False)
+    group: DistributedContext = ALONE
+    keep_bar: bool = True
 
     @property
     def settings(self) -> dict[str, object]:
@@ -99,507 +80,112 @@ class TrainConfig:
         Raises:
             ValueError: a file is not there, or cannot be read.
         """
-        asked = {name: getattr(self, name) for name in self.usual()} | dict(self.options)
-        if any(asked.get("grid", ())):
+        asked = {entry.name: entry.metadata for entry, _, _ in options_of(type(self)) if entry.metadata["setting"]}
+        if any(getattr(self, "grid", ())):
             asked.pop("codec", None)
-        return {name: known(name, value) for name, value in asked.items() if name not in ASIDE}
+        contents = {name: known(getattr(self, name), about["content"]) for name, about in asked.items()}
+        return {"stage": self.stage, **contents}
 
     def check(self) -> None:
         """Refuse, before any work, what cannot be trained, and a folder whose run began under other settings."""
-        if "batch" in self.options:
-            self.team.parts(self.options["batch"], self.accumulate)
-        asked, made = self.settings, str(self.options.get("pairs", ""))
-        if made and not records.there(made):
-            _check_out(made)
+        if self.group.is_main:
+            super().check()
+        self.group.micro_batches(getattr(self, "batch", 0), self.accumulate)
+        settings = self.settings
         if self.folder:
-            files.check_folder(Path(self.folder))
-            run_folder.agreeing(Path(self.folder), asked)
+            run_folder.newest_state(Path(self.folder), settings)
 
     @property
     def place(self) -> torch.device:
         """The device of this process."""
-        return self.team.device if self.team.mesh else backends.device(self.device)
+        return self.group.device if self.group.mesh else torch.device(self.device)
+
+    @property
+    def optim(self) -> OptimConfig:
+        """What all learners of the run share."""
+        shared = OptimConfig(limit=self.limit, accumulate=self.accumulate)
+        return replace(shared, amp=self.amp, recompute=self.checkpoint_activations)
 
     def contexts(self) -> Prompts | StoredPrompts:
         """Give the prompts to train on."""
         if self.prompts:
-            return StoredPrompts(self.prompts, self.place, self.team)
+            return StoredPrompts(self.prompts, self.place, self.group)
         return Prompts.of(TinyText(), world.prompts(), self.place)
 
     def load(self, model: str, sinks: int | None = None, *, frozen: bool = False) -> Transformer:
-        """Load a model onto this process, or its shards onto every process."""
-        return load_sharded(model, self.team, self.place, amp=self.amp, sinks=sinks, frozen=frozen)
+        """Load a model in float32: whole onto one process, or each process's shards alone.
 
-    def player(self, model: Transformer, **recipe: object) -> Learner:
-        """Let a model learn as this job says."""
-        how = {"amp": self.amp, "accumulate": self.accumulate, "recompute": self.checkpoint_activations}
-        return Learner(model, OptimConfig(limit=self.limit, **how, **recipe), self.team)
+        Several processes map the file and copy what they need of it, a tensor at a time: none ever holds a whole
+        model. With `amp` a `frozen` model of a bfloat16 file is kept as it is stored.
+        """
+        if self.group.mesh is None:
+            return checkpoints.load(model, device=self.place, sinks=sinks)
+        checkpoint = checkpoints.read(model)
+        dtypes = {checkpoint.entries[name].dtype for name in checkpoint.transformer.values()}
+        stored = torch.bfloat16 if dtypes == {"BF16"} else torch.float32
+        mapped = checkpoints.load(model, dtype=stored, sinks=sinks)
+        with torch.device("meta"):
+            sharded = Transformer(mapped.config, mapped.clock)
+        sharded = sharded.to(mapped.proj_out.weight.dtype if self.amp and frozen else torch.float32)
+        sharded = self.group.shard(sharded, amp=self.amp).to_empty(device=self.place).requires_grad_(False).eval()
+        sources = dict(mapped.named_parameters())
+        if sinks and sinks != checkpoint.config.num_audio_sink_tokens:
+            # The mapped model has new sinks in the file's dtype.
+            sources["audio_sink_tokens"] = fresh_sinks(sharded.config)
+        for name, shard in sharded.named_parameters():
+            distributed.local(shard).copy_(distributed.local(self.group.distribute(sources[name], shard)))
+        return sharded
 
-    def run(self, step: train.Step, players: Mapping[str, Learner], steps: int, label: str) -> train.History:
-        """Fit, within the limit in minutes."""
-        deadline = time.monotonic() + 60 * self.minutes if self.minutes else float("inf")
-        how = {"seed": self.seed, "folder": self.folder or None, "every": self.every, "label": label}
-        how["settings"] = self.settings
-        return train.fit(step, players, steps, **how, stop=lambda: time.monotonic() > deadline)
+    def fit(self, step: train.Step, learners: Mapping[str, Learner], label: str) -> History:
+        """Run a stage for its steps, within the limit in minutes."""
+        deadline = time.monotonic() + 60 * self.minutes if self.minutes else inf
+        return train.fit(
+            step,
+            learners,
+            self.steps,
+            seed=self.seed,
+            folder=self.folder or None,
+            every=self.every,
+            label=label,
+            leave=self.keep_bar,
+            stop=lambda: time.monotonic() > deadline,
+            settings=self.settings if self.folder else None,
+        )
 
     def save(
-        self,
-        player: Learner,
-        out: str,
-        history: train.History,
-        names: Sequence[str],
-        causal: RolloutConfig | None = None,
+        self, learner: Learner, history: History, names: Sequence[str], causal: RolloutConfig | None = None
     ) -> Path:
-        """Write what was learnt, with its settings, the steps taken, last means of the named numbers and its scores."""
-        whole, teacher = self.team.gathered(player.best, torch.bfloat16), self.options.get("teacher")
-        if whole is None:
-            return Path(out)
-        version = checkpoints.read(teacher).metadata.get("model_version", "LTX-2") if teacher else MADE
-        how, planned = {"causal": causal, "version": version}, self.options["steps"]
-        notes = self.settings | {"steps": history.done} | ({"of": planned} if planned != history.done else {})
+        """Write what was learnt, with its settings, the steps taken, last means of the named metrics and its scores."""
+        model, teacher = self.group.gather_model(learner.best, torch.bfloat16), getattr(self, "teacher", "")
+        if model is None:
+            return Path(self.out)
+        version = checkpoints.read(teacher).metadata.get("model_version", "LTX-2") if teacher else MODEL_VERSION
+        notes = self.settings | {"steps": history.done}
+        notes |= {"of": self.steps} if self.steps != history.done else {}
         notes |= {"changes": history.changes} if history.changes else {}
         notes |= {name: round(history.mean(name), 5) for name in names if name in history.numbers}
-        path = checkpoints.save(whole, out, notes=notes, **how)
-        if self.score and version == MADE:
-            checkpoints.save(whole, out, notes=notes | {"scores": protocol.brief(out, self.score)}, **how)
+        path = checkpoints.save(model, self.out, notes=notes, causal=causal, version=version)
+        if self.score and version == MODEL_VERSION:
+            notes |= {"scores": evaluate.brief(checkpoints.load(path), causal, self.score)}
+            checkpoints.save(model, self.out, notes=notes, causal=causal, version=version)
         return path
 
 
-def known(name: str, value: object) -> object:
-    """Give an option as a setting: a checkpoint, a file or a folder of shards by its content, if it is there yet.
+def known(value: object, content: str) -> object:
+    """Give an option as a setting: a checkpoint, a file or a folder of shards by its content, where it is there.
+
+    Args:
+        value: of the option.
+        content: "checkpoint", "data", "made" for data that a stage makes if they are not there, or empty.
 
     Raises:
         ValueError: it is not there, and no stage makes it; or it cannot be read.
     """
-    if name in MODELS:
-        return provenance.by_content(value, checkpoints.read(value).fingerprint)
-    if name in DATA and value and (name != "pairs" or records.there(value)):
+    if content == "checkpoint":
+        return records.by_content(value, checkpoints.read(value).fingerprint)
+    if content and value and (content == "data" or records.complete(value)):
         return records.content(value)
-    return value
-
-
-def stage(function: Callable[..., object]) -> Callable[..., object]:
-    """Let a stage begin when all that it is asked for has a meaning and can be done; then its job knows it too.
-
-    Raises:
-        ValueError: a number without a meaning, a file that is not there, a place that cannot be written.
-    """
-    usual = {name: p.default for name, p in inspect.signature(function).parameters.items()}
-
-    @functools.wraps(function)
-    def begun(*args: object, **given: object) -> object:
-        bound = inspect.signature(function).bind(*args, **given)
-        bound.apply_defaults()
-        job = bound.arguments.pop("job", None)
-        asked = _checked(bound.arguments, usual)
-        if "out" in asked and (job is None or job.team.is_main):
-            if usual["out"].endswith(FILE) and not asked["out"].endswith(FILE):
-                raise ValueError(f"--out is a {FILE} file, found {asked['out']}")
-            _check_out(asked["out"])
-        if job is not None:
-            own = _checked({name: getattr(job, name) for name in TrainConfig.usual()}, TrainConfig.usual())
-            job = asked["job"] = replace(job, **own, options={"stage": function.__name__, **asked})
-            job.check()
-        return function(**asked)
-
-    return begun
-
-
-def _checked(asked: Mapping[str, object], usual: Mapping[str, object]) -> dict[str, object]:
-    """Refuse numbers without a meaning and devices that are not there; give the paths that are meant."""
-    found = {}
-    for name, value in asked.items():
-        numbers = value if isinstance(value, Sequence) else (value,)
-        for number in numbers:
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                _check_number(name, number, usual[name])
-        if name == "grid" and any(numbers) and not all(numbers):
-            raise ValueError(f"--grid is two numbers above 0, found {' '.join(map(str, numbers))}")
-        value = str(backends.device(value)) if name == "device" else value
-        found[name] = str(files.given(value)) if isinstance(value, str) and value.startswith("~") else value
-    return found
-
-
-def _check_number(name: str, number: float, usual: object) -> None:
-    usual = usual[0] if isinstance(usual, Sequence) else usual
-    least, most = LEAST.get(name, usual if usual <= 0 else None), MOST.get(name, math.inf)
-    low = number <= 0 if least is None else number < least
-    if not math.isfinite(number) or low or number > most:
-        bounds = "above 0" if least is None else f"at least {least}"
-        bounds += f", at most {most}" if name in MOST else ""
-        raise ValueError(f"--{name.replace('_', '-')} is {bounds}, found {number}")
-
-
-def _check_out(out: str) -> None:
-    (files.check_file if out.endswith(FILE) else files.check_folder)(Path(out))
-
-
-@stage
-def teacher(
-    out: str = "teacher.safetensors",
-    codec: str = CODEC,
-    steps: int = 20_000,
-    batch: int = 16,
-    clips: int = 8_192,
-    seconds: int = 5,
-    lr: float = 1.5e-3,
-    job: TrainConfig = TrainConfig(),
-) -> Path:
-    """Train the bidirectional miniature LTX-2 on clips of the world by flow matching.
-
-    Args:
-        out: .safetensors file to write.
-        codec: .safetensors file of the world's codec.
-        steps: steps of the optimiser.
-        batch: clips a step, of all processes together.
-        clips: clips of the world to draw from, rendered at the start.
-        seconds: length of a clip in seconds.
-        lr: peak learning rate.
-        job: how the run runs.
-    """
-    seed, place, prompts = job.seed, job.place, job.contexts()
-    if tuple(prompts.names) != tuple(world.prompts()):
-        raise ValueError(f"--prompts {job.prompts}: clips of the world have the world's own prompts, in its order")
-    if (seed + 1) * clips > world.HELD_OUT:
-        raise ValueError(f"--seed {seed} draws clips that are held out; (seed + 1) x clips is at most {world.HELD_OUT}")
-    data = world_clips(
-        load_codec(codec, place),
-        range(seed * clips, (seed + 1) * clips),
-        seconds,
-        device=place,
-        progress=job.team.is_main,
-    )
-    model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(seed)).to(place)
-    player = job.player(model, lr=lr, steps=steps, warmup=min(500, steps // 10), ema=average(steps))
-    step = stages.flow_stage(player, data, prompts, batch)
-    history = job.run(step, {"teacher": player}, steps, "teacher")
-    return job.save(player, out, history, ("video", "audio"))
-
-
-@torch.no_grad()
-def world_clips(
-    codec: TinyCodec,
-    seeds: Sequence[int],
-    seconds: int,
-    *,
-    device: str | torch.device = "cpu",
-    batch: int = 64,
-    dtype: torch.dtype = torch.float32,
-    progress: bool = True,
-) -> Clips:
-    """Render and encode clips of the world; prompts are numbered as in `world.prompts()`."""
-    codec, names = codec.to(device), world.prompts()
-    latents, numbers = [], []
-    for start in tqdm(range(0, len(seeds), batch), desc="rendering clips", disable=not progress, leave=False):
-        scenes = [world.scene(seed) for seed in seeds[start : start + batch]]
-        encoded = codec.encode(world.render_batch(scenes, seconds, device))
-        latents.append(encoded.map(lambda x: x.to(dtype)))
-        numbers += [names.index(f"a {s.colour} ball, {s.timbre}") for s in scenes]
-    return Clips(AV(*map(torch.cat, zip(*latents, strict=True))), torch.tensor(numbers, device=device))
-
-
-@stage
-def prompts(
-    out: str = "prompts", lines: str = "prompts.txt", model: str = "teacher", gemma: str = "", device: str = "cpu"
-) -> Path:
-    """Encode a text file, a prompt a line, by a model's own Gemma and connectors: what `--prompts` takes.
-
-    Args:
-        out: folder of shards to write.
-        lines: text file in UTF-8, a prompt a line.
-        model: teacher, or a checkpoint file, index or folder; its prompts are encoded.
-        gemma: folder of Gemma 3; without one, gemma* beside the model.
-        device: cpu, cuda, one GPU of several as cuda:1, or auto, a GPU if there is one.
-    """
-    from omniforcing_lib import model_bundle
-
-    names = files.read_lines(lines)
-    beside = model_bundle.of(model, device=device, dtype="bfloat16", gemma=gemma)
-    if isinstance(beside.text, model_bundle.StandInText):
-        raise ValueError(f"{beside}; training needs real ones: name a Gemma folder (--gemma)")
-    if beside.has_ground_truth:
-        beside.text.encode(names)  # one outside the world's grammar is refused before any is stored
-    return dataset.store_prompts(out, beside.text, names)
-
-
-@stage
-def pairs(
-    out: str = "pairs",
-    teacher: str = "teacher",
-    codec: str = CODEC,
-    count: int = 512,
-    layout: str = "paper",
-    seconds: int = 5,
-    grid: Sequence[int] = (0, 0),
-    cfg: Sequence[float] = (3.0, 3.0),
-    job: TrainConfig = TrainConfig(),
-) -> Path:
-    """Make the teacher's ODE pairs, and train nothing: what Stage 2 takes as `--pairs`.
-
-    Args:
-        out: folder of shards, or .safetensors file, to write; what was cut off goes on.
-        teacher: teacher, or a checkpoint file, index or folder.
-        codec: .safetensors file of the world's codec, for clock and grid.
-        count: trajectories, prompts in turn.
-        layout: blocks whose noise levels are kept: paper or released.
-        seconds: length of a clip in seconds.
-        grid: height and width of a video frame in tokens, on LTX-2's clock; 0 0 takes the codec's of both.
-        cfg: guidance scales of video and audio.
-        job: how the run runs.
-    """
-    causal, (clock, shape) = RolloutConfig.from_layout(layout), geometry(codec, grid)
-    made = ode_pairs(out, teacher, job.contexts(), causal, count, clock.latents(seconds), shape, tuple(cfg), job)
-    dataset.check_pairs(out, made, {"seed": job.seed, "amp": job.amp})
-    return Path(out)
-
-
-@stage
-def stage2(
-    out: str = "stage2.safetensors",
-    teacher: str = "teacher",
-    codec: str = CODEC,
-    pairs: str = "",
-    count: int = 512,
-    layout: str = "paper",
-    sinks: int = -1,
-    steps: int = 1_500,
-    batch: int = 8,
-    seconds: int = 5,
-    grid: Sequence[int] = (0, 0),
-    lr: float = 5e-4,
-    cfg: Sequence[float] = (3.0, 3.0),
-    job: TrainConfig = TrainConfig(),
-) -> Path:
-    """Make the teacher causal: ODE pairs, then regression under the causal masks.
-
-    Args:
-        out: .safetensors file to write.
-        teacher: teacher, or a checkpoint file, index or folder: where the student starts, and who makes pairs.
-        codec: .safetensors file of the world's codec, for clock and grid.
-        pairs: .safetensors file or folder of shards; what is not there is made and kept there, if a name is given.
-        count: trajectories, prompts in turn.
-        layout: layout of blocks: paper or released.
-        sinks: audio sink tokens; -1 takes the layout's own number.
-        steps: steps of the optimiser.
-        batch: clips a step, of all processes together.
-        seconds: length of a clip in seconds.
-        grid: height and width of a video frame in tokens, on LTX-2's clock; 0 0 takes the codec's of both.
-        lr: peak learning rate.
-        cfg: guidance scales of video and audio, of the pairs.
-        job: how the run runs.
-    """
-    causal = RolloutConfig.from_layout(layout, None if sinks < 0 else sinks)
-    prompts, (clock, shape) = job.contexts(), geometry(codec, grid)
-    data = ode_pairs(pairs, teacher, prompts, causal, count, clock.latents(seconds), shape, tuple(cfg), job)
-    model = job.load(teacher, causal.layout.sinks)
-    player = job.player(model, lr=lr, steps=steps, warmup=min(100, steps // 10), ema=average(steps))
-    step = stages.ode_stage(player, data, prompts, causal, batch)
-    history = job.run(step, {"student": player}, steps, "stage 2")
-    return job.save(player, out, history, ("video", "audio"), causal)
-
-
-@stage
-def stage3(
-    out: str = "student.safetensors",
-    student: str = "stage2",
-    teacher: str = "teacher",
-    codec: str = CODEC,
-    steps: int = 3_000,
-    batch: int = 8,
-    seconds: int = 5,
-    grid: Sequence[int] = (0, 0),
-    lr: float = 6e-5,
-    critic_lr: float = 1.5e-4,
-    final: float = 1.0,
-    ratio: int = 5,
-    cfg: Sequence[float] = (3.0, 3.0),
-    job: TrainConfig = TrainConfig(),
-) -> Path:
-    """Distil on the student's own roll-outs: joint self-forcing DMD.
-
-    Args:
-        out: .safetensors file to write.
-        student: stage2, student, or a checkpoint file, index or folder: where the student starts.
-        teacher: teacher, or a checkpoint file, index or folder: of the scores, and where the critic starts.
-        codec: .safetensors file of the world's codec, for clock and grid.
-        steps: steps of the critic.
-        batch: clips a step, of all processes together.
-        seconds: length of a clip in seconds.
-        grid: height and width of a video frame in tokens, on LTX-2's clock; 0 0 takes the codec's of both.
-        lr: peak learning rate of the student.
-        critic_lr: peak learning rate of the critic.
-        final: share of both rates that a cosine decay leaves at the end; 1 is none.
-        ratio: critic steps for each step of the student.
-        cfg: guidance scales of video and audio, of the teacher's scores.
-        job: how the run runs.
-    """
-    causal = checkpoints.student(student)
-    clock, shape = geometry(codec, grid)
-    recipe = {"betas": (0.0, 0.999), "warmup": 10, "steps": steps, "final": final}
-    player = job.player(job.load(student), lr=lr, ema=average(steps // ratio, 1 / 4), **recipe)
-    critic = job.player(job.load(teacher), lr=critic_lr, ema=0.0, **recipe)
-    how = {"guidance": Guidance(cfg=AV(*cfg)), "ratio": ratio}
-    frames = clock.latents(seconds).video
-    step = stages.self_forcing_stage(
-        player, critic, job.load(teacher, frozen=True), job.contexts(), causal, shape, frames, batch, **how
-    )
-    history = job.run(step, {"student": player, "critic": critic}, steps, "stage 3")
-    return job.save(player, out, history, ("dmd_video", "dmd_audio", "critic_video", "critic_audio"), causal)
-
-
-@stage
-def on_policy(
-    out: str = "student.safetensors",
-    student: str = "stage2",
-    teacher: str = "teacher",
-    codec: str = CODEC,
-    pairs: str = str(files.DATA / "ode_pairs.safetensors"),
-    count: int = 90,
-    steps: int = 100,
-    batch: int = 8,
-    seconds: int = 5,
-    grid: Sequence[int] = (0, 0),
-    lr: float = 1e-4,
-    final: float = 0.05,
-    stride: int = 2,
-    regression: float = 0.2,
-    cfg: Sequence[float] = (3.0, 3.0),
-    rescale: Sequence[float] = (0.7, 0.7),
-    job: TrainConfig = TrainConfig(),
-) -> Path:
-    """Distil on the student's own roll-outs without a critic: regress them on the teacher's ends of their states.
-
-    Args:
-        out: .safetensors file to write.
-        student: stage2, student, or a checkpoint file, index or folder: where the student starts.
-        teacher: teacher, or a checkpoint file, index or folder: whose ODE ends the student's states.
-        codec: .safetensors file of the world's codec, for clock and grid.
-        pairs: .safetensors file or folder of shards; what is not there is made and kept there, if a name is given.
-        count: trajectories, prompts in turn.
-        steps: steps of the student.
-        batch: clips a step, of all processes together.
-        seconds: length of a clip in seconds.
-        grid: height and width of a video frame in tokens, on LTX-2's clock; 0 0 takes the codec's of both.
-        lr: peak learning rate.
-        final: share of the rate that a cosine decay leaves at the end; 1 is none.
-        stride: the teacher takes every so many-th of the 40 levels of its schedule, from the student's level on.
-        regression: weight of the loss on the pairs.
-        cfg: guidance scales of video and audio, of the teacher and of the pairs.
-        rescale: shares of the guided result, of video and audio, that take the spread of the unguided one.
-        job: how the run runs.
-    """
-    causal, prompts = checkpoints.student(student), job.contexts()
-    clock, shape = geometry(codec, grid)
-    data = ode_pairs(pairs, teacher, prompts, causal, count, clock.latents(seconds), shape, tuple(cfg), job)
-    recipe = {"betas": (0.9, 0.999), "warmup": 3, "steps": steps, "final": final, "ema": average(steps, 1 / 10)}
-    player, frozen = job.player(job.load(student), lr=lr, **recipe), job.load(teacher, frozen=True)
-    how = {"guidance": Guidance(cfg=AV(*cfg), rescale=AV(*rescale)), "stride": stride, "regression": regression}
-    frames = clock.latents(seconds).video
-    step = stages.on_policy_stage(player, frozen, data, prompts, causal, shape, frames, batch, **how)
-    history = job.run(step, {"student": player}, steps, "on policy")
-    return job.save(player, out, history, ("own_video", "own_audio"), causal)
-
-
-@stage
-def codec(out: str = "codec.safetensors", steps: int = 4_000, seed: int = 0, device: str = "cpu") -> Path:
-    """Train the codec on clips of the world.
-
-    Args:
-        out: .safetensors file to write.
-        steps: steps of the optimiser.
-        seed: seed of everything random.
-        device: cpu, cuda, one GPU of several as cuda:1, or auto, a GPU if there is one.
-    """
-    from omniforcing_lib.bounce.codecs import save_codec
-    from omniforcing_lib.bounce.train_codec import train_codec
-
-    return save_codec(train_codec(seed=seed, steps=steps, device=device), out)
-
-
-def load_sharded(
-    model: str,
-    team: DistributedContext,
-    device: torch.device,
-    *,
-    amp: bool = False,
-    sinks: int | None = None,
-    frozen: bool = False,
-) -> Transformer:
-    """Load a model in float32: whole onto one process, or each process's shards alone.
-
-    A team maps the file and copies what it needs of it, a tensor at a time: no process ever holds a whole model. With
-    `amp` it keeps a `frozen` model of a bfloat16 file as it is stored.
-    """
-    if team.mesh is None:
-        return checkpoints.load(model, device=device, sinks=sinks)
-    found = checkpoints.read(model)
-    kinds = set(found.dtypes.values())
-    mapped = checkpoints.load(model, dtype=torch.bfloat16 if kinds == {"BF16"} else torch.float32, sinks=sinks)
-    with torch.device("meta"):
-        made = Transformer(mapped.config, mapped.clock)
-    made = made.to(mapped.proj_out.weight.dtype if amp and frozen else torch.float32)
-    made = team.shard(made, amp=amp).to_empty(device=device).requires_grad_(False).eval()
-    for mine, whole in zip(made.parameters(), mapped.parameters(), strict=True):
-        distributed.local(mine).copy_(distributed.local(team.cut(whole, mine)))
-    if sinks and sinks != found.config.num_audio_sink_tokens:
-        # the map has them in the file's dtype
-        mine = made.audio_sink_tokens
-        distributed.local(mine).copy_(distributed.local(team.cut(fresh_sinks(made.config), mine)))
-    return made
-
-
-def geometry(codec: str, grid: Sequence[int]) -> tuple[Clock, tuple[int, int]]:
-    """Give the clock and the tokens of a video frame: the codec's, or LTX-2's clock with a `grid` that is given."""
-    if any(grid):
-        return Clock(), tuple(grid)
-    world_codec = load_codec(codec)
-    return world_codec.clock, world_codec.grid
-
-
-def ode_pairs(
-    path: str,
-    teacher: str,
-    prompts: Prompts | StoredPrompts,
-    causal: RolloutConfig,
-    count: int,
-    latents: AV[int],
-    grid: tuple[int, int],
-    cfg: tuple[float, float],
-    job: TrainConfig,
-) -> Pairs | StoredPairs:
-    """Read ODE pairs from a file or a folder of shards, or make them (and keep them there if a path is given).
-
-    Every process of a team makes its own shards with a teacher of its own, in bfloat16 with `amp`.
-
-    Raises:
-        ValueError: they were made under other settings; a team has no folder to share out the work over.
-    """
-    file, notes = path.endswith(FILE), {"teacher": known("teacher", teacher), "cfg": list(cfg)}
-    notes |= {"count": count, "latents": list(latents), "grid": list(grid), "steps": list(causal.steps)}
-    notes = dataset.pair_notes(prompts, **notes, sigmas=causal.sigmas.float().tolist())
-    if records.there(path):
-        found = Pairs.load(path, job.place) if file else StoredPairs(path, job.place, job.team)
-        dataset.check_pairs(path, found, notes)
-        return found
-    if job.team.mesh and (file or not path):
-        raise ValueError(f"several processes share out their ODE pairs in a folder: give --pairs one, found {path!r}")
-    notes |= {"seed": job.seed, "amp": job.amp}
-    dtype = torch.bfloat16 if job.amp and path and not file else torch.float32
-    model = checkpoints.load(teacher, device=job.place, dtype=dtype)
-    seeds, guidance = range(job.seed * count, (job.seed + 1) * count), Guidance(cfg=AV(*cfg))
-
-    def make(rows: range) -> Pairs:
-        how = {"first": rows.start, "progress": file or not path}  # shards have a bar of their own
-        some = seeds[rows.start : rows.stop]
-        # contexts may be wider than the weights
-        with torch.autocast(job.place.type, torch.bfloat16, enabled=dtype is torch.bfloat16):
-            return dataset.ode_pairs(model, prompts, guidance, causal.steps, some, latents, grid, **how)
-
-    if not path:
-        return replace(make(range(count)), notes=notes)
-    if file:
-        return Pairs.load(make(range(count)).save(path, prompts.names, notes), job.place)
-    return StoredPairs(dataset.store_pairs(path, make, count, notes, team=job.team), job.place, job.team)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def average(steps: int, share: float = 1 / 20) -> float:
@@ -607,87 +193,392 @@ def average(steps: int, share: float = 1 / 20) -> float:
     return max(0.9, min(0.9995, 1 - 1 / max(1, share * steps)))
 
 
-@stage
-def plan(
-    model: str = "",
-    gpus: Sequence[int] = (1, 8, 16, 32, 64),
-    batch: int = 1,
-    seconds: int = 5,
-    grid: Sequence[int] = (16, 24),
-    text: int = 1024,
-    layout: str = "paper",
-    amp: bool = True,
-) -> str:
-    """Print the memory of Stage 3 on each GPU, by component: a dry run on the meta device.
+@dataclass(frozen=True, kw_only=True)
+class TrainTeacher(TrainConfig):
+    """Train the bidirectional miniature LTX-2 on clips of the world by flow matching."""
 
-    Args:
-        model: checkpoint file, index or folder; without one LTX-2's 19B.
-        gpus: numbers of GPUs to plan for, a column each.
-        batch: clips a GPU.
-        seconds: length of a clip in seconds.
-        grid: height and width of a video frame in tokens.
-        text: tokens of a prompt.
-        layout: layout of blocks: paper or released.
-        amp: compute in bfloat16; master weights stay float32.
-    """
-    config = checkpoints.read(model).config if model else ModelConfig()
-    clip = memory_plan.Clip(batch, seconds, tuple(grid), text)
-    counted = memory_plan.count(
-        config, RolloutConfig.from_layout(layout), clip, torch.bfloat16 if amp else torch.float32
+    stage = "teacher"
+    out: str = option(".safetensors file to write", "teacher.safetensors", setting=False, writes=".safetensors")
+    codec: str = option(".safetensors file of the world's codec", CODEC, content="data")
+    steps: int = option("steps of the optimiser", 20_000, setting=False)
+    batch: int = option(BATCH, 16)
+    clips: int = option("clips of the world to draw from, rendered at the start", 8_192)
+    seconds: int = option("length of a clip in seconds", 5)
+    lr: float = option("peak learning rate", 1.5e-3)
+
+    def _run(self) -> Path:
+        prompts = self.contexts()
+        if tuple(prompts.names) != tuple(world.prompts()):
+            raise ValueError(f"--prompts {self.prompts}: clips of the world have the world's own prompts, in its order")
+        first, last = self.seed * self.clips, (self.seed + 1) * self.clips
+        if last > world.HELD_OUT:
+            raise ValueError(
+                f"--seed {self.seed} draws clips that are held out; (seed + 1) x clips is at most {world.HELD_OUT}"
+            )
+        codec = load_codec(self.codec, self.place)
+        clips = world_clips(codec, range(first, last), self.seconds, progress=self.group.is_main)
+        model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(self.seed)).to(self.place)
+        optim = replace(self.optim, lr=self.lr, steps=self.steps, ema=average(self.steps))
+        learner = Learner(model, replace(optim, warmup=min(500, self.steps // 10)), self.group)
+        history = self.fit(stages.flow_stage(learner, clips, prompts, self.batch), {"teacher": learner}, "teacher")
+        return self.save(learner, history, ("video", "audio"))
+
+
+@torch.no_grad()
+def world_clips(
+    codec: TinyCodec, seeds: Sequence[int], seconds: int, *, batch: int = 64, progress: bool = True
+) -> Clips:
+    """Render and encode clips of the world where the codec is; prompts are numbered as in `world.prompts()`."""
+    names, device = world.prompts(), next(codec.parameters()).device
+    latents, numbers = [], []
+    for start in tqdm(range(0, len(seeds), batch), desc="rendering clips", disable=not progress, leave=False):
+        scenes = [world.scene(seed) for seed in seeds[start : start + batch]]
+        latents.append(codec.encode(world.render_batch(scenes, seconds, device)))
+        numbers += [names.index(f"a {s.colour} ball, {s.timbre}") for s in scenes]
+    return Clips(AV(*map(torch.cat, zip(*latents, strict=True))), torch.tensor(numbers, device=device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodePrompts(Command):
+    """Encode a text file, a prompt per line, by a model's own Gemma and connectors: what `--prompts` takes."""
+
+    out: str = option("folder of shards to write", "prompts", writes="folder")
+    lines: str = option("text file in UTF-8, a prompt per line", "prompts.txt")
+    model: str = option(f"{TEACHER}; its prompts are encoded", "teacher")
+    gemma: str = option("folder of Gemma 3 (default: gemma* beside the model)", "")
+    device: str = option(DEVICE, "cpu")
+
+    def _run(self) -> Path:
+        from omniforcing_lib import model_bundle
+
+        names = files.read_lines(self.lines)
+        bundle = model_bundle.of(self.model, device=self.device, dtype="bfloat16", gemma=self.gemma)
+        if isinstance(bundle.text, model_bundle.StandInText):
+            raise ValueError(f"{bundle}; training needs real ones: name a Gemma folder (--gemma)")
+        if bundle.has_ground_truth:
+            bundle.text.encode(names)  # a prompt outside the world's grammar is refused before any is stored
+        return dataset.store_prompts(self.out, bundle.text, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistilConfig(TrainConfig):
+    """Say what Stages 2 and 3 share: the teacher, the size of clips, and guidance."""
+
+    teacher: str = option(f"{TEACHER}: the model that is distilled", "teacher", content="checkpoint")
+    codec: str = option(".safetensors file of the world's codec, for clock and grid", CODEC, content="data")
+    seconds: int = option("length of a clip in seconds", 5)
+    grid: tuple[int, int] = option(
+        "height and width of a video frame in tokens, on LTX-2's clock; 0 0 takes the codec's of both", (0, 0), low=0
     )
-    size, compute = f"{counted.parameters[0] / 1e9:,.3g} G parameters", "bf16" if amp else "fp32"
-    head = f"{size}; {batch} x {seconds} s a GPU, {grid[0]} x {grid[1]} tokens a frame, computed in {compute}"
-    return f"{head}\n{memory_plan.table(counted, tuple(gpus), amp=amp)}"
+    cfg: tuple[float, float] = option("guidance scales of video and audio, of the teacher", (3.0, 3.0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(self.grid) and not all(self.grid):
+            raise ValueError(f"--grid is two numbers above 0, found {' '.join(map(str, self.grid))}")
+
+    def geometry(self) -> tuple[AV[int], tuple[int, int]]:
+        """Give the latents of a clip and the tokens of a video frame."""
+        if any(self.grid):
+            return Clock().latents(self.seconds), self.grid
+        codec = load_codec(self.codec)
+        return codec.clock.latents(self.seconds), codec.grid
 
 
-STAGES = {
-    "codec": codec,
-    "teacher": teacher,
-    "prompts": prompts,
-    "pairs": pairs,
-    "stage2": stage2,
-    "stage3": stage3,
-    "on-policy": on_policy,
-    "plan": plan,
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(DistilConfig):
+    """Say which of the teacher's ODE pairs are wanted: the one maker of pairs, of every stage and study."""
+
+    count: int = option("trajectories, prompts in turn", 512)
+
+    def pair_notes(self, prompts: Prompts | StoredPrompts, causal: RolloutConfig) -> dict[str, object]:
+        """Give the settings that the pairs depend on."""
+        latents, grid = self.geometry()
+        sizes = {"count": self.count, "latents": list(latents), "grid": list(grid), "steps": list(causal.steps)}
+        teacher = known(self.teacher, "checkpoint")
+        sigmas = causal.sigmas.float().tolist()
+        return dataset.pair_notes(prompts, teacher=teacher, cfg=list(self.cfg), **sizes, sigmas=sigmas)
+
+    def pair_maker(
+        self, prompts: Prompts | StoredPrompts, causal: RolloutConfig, *, narrow: bool = False, progress: bool = True
+    ) -> Callable[[range], Pairs]:
+        """Load the teacher, in bfloat16 if `narrow`; give what makes the trajectories of some clips by their numbers.
+
+        Clip i has noise of seed `seed` x `count` + i, and prompt i modulo the number of prompts.
+        """
+        dtype = torch.bfloat16 if narrow else torch.float32
+        model = checkpoints.load(self.teacher, device=self.place, dtype=dtype)
+        latents, grid = self.geometry()
+        guidance, start = Guidance(cfg=AV(*self.cfg)), self.seed * self.count
+
+        def make(numbers: range) -> Pairs:
+            seeds = range(start + numbers.start, start + numbers.stop)
+            # Contexts may be wider than the weights.
+            with torch.autocast(self.place.type, torch.bfloat16, enabled=narrow):
+                return dataset.ode_pairs(
+                    model,
+                    prompts,
+                    guidance,
+                    causal.steps,
+                    seeds,
+                    latents,
+                    grid,
+                    first=numbers.start,
+                    progress=progress,
+                )
+
+        return make
+
+    def ode_pairs(self, path: str, prompts: Prompts | StoredPrompts, causal: RolloutConfig) -> Pairs | StoredPairs:
+        """Read ODE pairs from a file or a folder of shards, or make them (and keep them there if a path is given).
+
+        Each of several processes makes its own shards with a teacher of its own, in bfloat16 with `amp`.
+
+        Raises:
+            ValueError: they were made under other settings; several processes have no folder to share out the work.
+        """
+        is_file, notes = path.endswith(".safetensors"), self.pair_notes(prompts, causal)
+        if records.complete(path):
+            pairs = Pairs.load(path, self.place) if is_file else StoredPairs(path, self.place, self.group)
+            dataset.check_pairs(path, pairs, notes)
+            return pairs
+        in_shards = bool(path) and not is_file
+        if self.group.mesh and not in_shards:
+            raise ValueError(
+                f"several processes share out their ODE pairs in a folder: give --pairs one, found {path!r}"
+            )
+        notes |= {"seed": self.seed, "amp": self.amp}
+        # Shards have a progress bar of their own.
+        make = self.pair_maker(prompts, causal, narrow=self.amp and in_shards, progress=not in_shards)
+        if in_shards:
+            folder = dataset.store_pairs(path, make, self.count, notes, group=self.group)
+            return StoredPairs(folder, self.place, self.group)
+        pairs = replace(make(range(self.count)), notes=notes)
+        return Pairs.load(pairs.save(path, prompts.names, notes), self.place) if path else pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakePairs(PairsConfig):
+    """Make the teacher's ODE pairs, and train nothing: what Stage 2 takes as `--pairs`."""
+
+    stage = "pairs"
+    out: str = option(
+        "folder of shards, or .safetensors file, to write; shards that are there are kept",
+        "pairs",
+        setting=False,
+        writes="either",
+    )
+    layout: str = option(LAYOUT + ", whose noise levels are kept", "paper")
+
+    def _run(self) -> Path:
+        pairs = self.ode_pairs(self.out, self.contexts(), RolloutConfig.from_layout(self.layout))
+        dataset.check_pairs(self.out, pairs, {"seed": self.seed, "amp": self.amp})
+        return Path(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakesPairs(PairsConfig):
+    """Say where the pairs of a stage are."""
+
+    pairs: str = option(PAIRS, "", content="made")
+
+    def check(self) -> None:
+        """Refuse, before any work, what cannot be trained, and pairs that could not be written."""
+        super().check()
+        if self.pairs and not records.complete(self.pairs):
+            check_output(Path(self.pairs), folder=not self.pairs.endswith(".safetensors"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2(TakesPairs):
+    """Make the teacher causal: ODE pairs, then regression under the causal masks."""
+
+    stage = "stage2"
+    out: str = option(".safetensors file to write", "stage2.safetensors", setting=False, writes=".safetensors")
+    layout: str = option(LAYOUT, "paper")
+    sinks: int = option("audio sink tokens; -1 takes the layout's own number", -1, low=-1)
+    steps: int = option("steps of the optimiser", 1_500, setting=False)
+    batch: int = option(BATCH, 8)
+    lr: float = option("peak learning rate", 5e-4)
+
+    def _run(self) -> Path:
+        causal = RolloutConfig.from_layout(self.layout, None if self.sinks < 0 else self.sinks)
+        prompts = self.contexts()
+        pairs = self.ode_pairs(self.pairs, prompts, causal)
+        learner, history = self.train(self.load(self.teacher, causal.layout.sinks), pairs, prompts, causal)
+        return self.save(learner, history, ("video", "audio"), causal)
+
+    def train(
+        self,
+        model: Transformer,
+        pairs: Pairs | StoredPairs,
+        prompts: Prompts | StoredPrompts,
+        causal: RolloutConfig,
+        optim: OptimConfig | None = None,
+    ) -> tuple[Learner, History]:
+        """Train a model by Stage 2, as `optim` says, or by this config's own rates."""
+        own = replace(self.optim, lr=self.lr, steps=self.steps, warmup=min(100, self.steps // 10))
+        learner = Learner(model, optim or replace(own, ema=average(self.steps)), self.group)
+        step = stages.ode_stage(learner, pairs, prompts, causal, self.batch)
+        return learner, self.fit(step, {"student": learner}, "stage 2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage3(DistilConfig):
+    """Distil on the student's own roll-outs: joint self-forcing DMD."""
+
+    stage = "stage3"
+    out: str = option(".safetensors file to write", "student.safetensors", setting=False, writes=".safetensors")
+    student: str = option(STUDENT, "stage2", content="checkpoint")
+    steps: int = option("steps of the critic", 3_000, setting=False)
+    batch: int = option(BATCH, 8)
+    lr: float = option("peak learning rate of the student", 6e-5)
+    critic_lr: float = option("peak learning rate of the critic", 1.5e-4)
+    final: float = option("share of both rates that a cosine decay leaves at the end; 1 is none", 1.0, low=0, high=1)
+    ratio: int = option("critic steps for each step of the student", 5)
+
+    def _run(self) -> Path:
+        causal, (latents, grid) = checkpoints.student(self.student), self.geometry()
+        student, critic = self.load(self.student), self.load(self.teacher)
+        clips = StudentClips(self.contexts(), causal, grid, latents.video, self.batch)
+        config = DMDConfig(guidance=Guidance(cfg=AV(*self.cfg)), ratio=self.ratio)
+        learner, history = self.train(student, critic, self.load(self.teacher, frozen=True), clips, config)
+        return self.save(learner, history, ("dmd_video", "dmd_audio", "critic_video", "critic_audio"), causal)
+
+    def train(
+        self,
+        student: Transformer,
+        critic: Transformer,
+        teacher: Transformer,
+        clips: StudentClips,
+        config: DMDConfig,
+        optim: OptimConfig | None = None,
+        sampler: stages.Sampler | None = None,
+        pairs: Pairs | StoredPairs | None = None,
+    ) -> tuple[Learner, History]:
+        """Train a student and its critic by Stage 3, as `optim` says, or by this config's own decay and average.
+
+        The rates of both are this config's.
+        """
+        own = replace(self.optim, betas=(0.0, 0.999), warmup=10, steps=self.steps, final=self.final)
+        optim = optim or replace(own, ema=average(self.steps // self.ratio, 1 / 4))
+        learner = Learner(student, replace(optim, lr=self.lr), self.group)
+        critic = Learner(critic, replace(optim, lr=self.critic_lr, ema=0.0), self.group)
+        step = stages.self_forcing_stage(learner, critic, teacher, clips, config, sampler=sampler, pairs=pairs)
+        return learner, self.fit(step, {"student": learner, "critic": critic}, "stage 3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicy(TakesPairs):
+    """Distil on the student's own roll-outs without a critic: regress them on the teacher's ends of their states."""
+
+    stage = "on_policy"
+    out: str = option(".safetensors file to write", "student.safetensors", setting=False, writes=".safetensors")
+    student: str = option(STUDENT, "stage2", content="checkpoint")
+    pairs: str = option(PAIRS, str(files.DATA / "ode_pairs.safetensors"), content="made")
+    count: int = option("trajectories, prompts in turn", 90)
+    steps: int = option("steps of the student", 100, setting=False)
+    batch: int = option(BATCH, 8)
+    lr: float = option("peak learning rate", 1e-4)
+    final: float = option("share of the rate that a cosine decay leaves at the end; 1 is none", 0.05, low=0, high=1)
+    stride: int = option(
+        "the teacher takes every so many-th of the 40 levels of its schedule, from the student's level on", 2
+    )
+    regression: float = option("weight of the loss on the pairs", 0.2)
+    rescale: tuple[float, float] = option(
+        "shares of the guided result, of video and audio, that take the spread of the unguided one",
+        (0.7, 0.7),
+        low=0,
+        high=1,
+    )
+
+    def _run(self) -> Path:
+        causal, prompts, (latents, grid) = checkpoints.student(self.student), self.contexts(), self.geometry()
+        pairs = self.ode_pairs(self.pairs, prompts, causal)
+        clips = StudentClips(prompts, causal, grid, latents.video, self.batch)
+        guidance = Guidance(cfg=AV(*self.cfg), rescale=AV(*self.rescale))
+        config = OnPolicyConfig(guidance=guidance, stride=self.stride, regression=self.regression)
+        student, teacher = self.load(self.student), self.load(self.teacher, frozen=True)
+        learner, history = self.train(student, teacher, pairs, clips, config)
+        return self.save(learner, history, ("own_video", "own_audio"), causal)
+
+    def train(
+        self,
+        student: Transformer,
+        teacher: Transformer,
+        pairs: Pairs | StoredPairs,
+        clips: StudentClips,
+        config: OnPolicyConfig,
+        optim: OptimConfig | None = None,
+    ) -> tuple[Learner, History]:
+        """Train a student on its own states, as `optim` says, or by this config's own rates."""
+        own = replace(self.optim, lr=self.lr, betas=(0.9, 0.999), warmup=3, steps=self.steps, final=self.final)
+        learner = Learner(student, optim or replace(own, ema=average(self.steps, 1 / 10)), self.group)
+        step = stages.on_policy_stage(learner, teacher, pairs, clips, config)
+        return learner, self.fit(step, {"student": learner}, "on policy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCodec(Command):
+    """Train the codec on clips of the world."""
+
+    out: str = option(".safetensors file to write", "codec.safetensors", writes=".safetensors")
+    steps: int = option("steps of the optimiser", 4_000)
+    seed: int = option("seed of everything random", 0, low=0, high=2**32 - 1)
+    device: str = option(DEVICE, "cpu")
+
+    def _run(self) -> Path:
+        from omniforcing_lib.bounce.train_codec import train_codec
+
+        return save_codec(train_codec(seed=self.seed, steps=self.steps, device=self.device), self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan(Command):
+    """Print the memory of Stage 3 on each GPU, by component: a dry run on the meta device."""
+
+    model: str = option("checkpoint file, index or folder; without one LTX-2's 19B", "")
+    gpus: tuple[int, ...] = option("numbers of GPUs to plan for, a column each", (1, 8, 16, 32, 64))
+    batch: int = option("clips of a step on one GPU", 1)
+    seconds: int = option("length of a clip in seconds", 5)
+    grid: tuple[int, int] = option("height and width of a video frame in tokens", (16, 24))
+    text: int = option("tokens of a prompt", 1024)
+    layout: str = option(LAYOUT, "paper")
+    amp: bool = option("compute in bfloat16; master weights stay float32", True)
+
+    def _run(self) -> str:
+        config = checkpoints.read(self.model).config if self.model else ModelConfig()
+        clip, causal = plan.Clip(self.batch, self.seconds, self.grid, self.text), RolloutConfig.from_layout(self.layout)
+        counted = plan.count(config, causal, clip, torch.bfloat16 if self.amp else torch.float32)
+        size, dtype = f"{counted.parameters[0] / 1e9:,.3g} G parameters", "bf16" if self.amp else "fp32"
+        tokens = f"{self.grid[0]} x {self.grid[1]} tokens of a frame"
+        head = f"{size}; {self.batch} x {self.seconds} s per GPU, {tokens}, computed in {dtype}"
+        return f"{head}\n{plan.table(counted, self.gpus, amp=self.amp)}"
+
+
+STAGES: dict[str, type[Command]] = {
+    "codec": TrainCodec,
+    "teacher": TrainTeacher,
+    "prompts": EncodePrompts,
+    "pairs": MakePairs,
+    "stage2": Stage2,
+    "stage3": Stage3,
+    "on-policy": OnPolicy,
+    "plan": MemoryPlan,
 }
 
 
-def main(argv: Sequence[str], kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> Path | str:
-    """Run a stage from the command line; its arguments and the fields of `TrainConfig` are the options."""
-    name, *rest = argv
-    function = STAGES[name]
-    parser = kind(prog=f"omniforcing train {name}", description=inspect.getdoc(function).partition("\n\nArgs:")[0])
-    own = {name: p.default for name, p in inspect.signature(function).parameters.items()}
-    shared = TrainConfig.usual() if own.pop("job", None) else {}
-    said = documented(TrainConfig) | documented(function)
-    for option, default in (own | shared).items():
-        _add(parser, f"--{option.replace('_', '-')}", default, said[option])
-    given = vars(parser.parse_args(rest))
-    if not shared:
-        made = function(**given)
-        print(made)
-        return made
-    with distributed.joined(given["device"], replicas=given["replicas"]) as team:
-        job = TrainConfig(**{name: given[name] for name in shared}, team=team)
-        made = function(**{name: given[name] for name in own}, job=job)
-        if team.is_main:
-            print(made)
-    return made
-
-
-def documented(thing: Callable[..., object]) -> dict[str, str]:
-    """Give what a docstring says of each argument or attribute."""
-    part = re.split(r"\n(?:Args|Attributes):\n", inspect.getdoc(thing))[1].split("\n\n")[0]
-    return {name: " ".join(said.split()) for name, said in re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", part, re.M)}
-
-
-def _add(parser: argparse.ArgumentParser, option: str, default: object, said: str) -> None:
-    if isinstance(default, bool):
-        kind, shown = {"action": argparse.BooleanOptionalAction}, "yes" if default else "no"
-    elif isinstance(default, tuple):
-        kind = {"nargs": 2 if len(default) == 2 else "+", "type": type(default[0])}
-        shown = " ".join(map(str, default))
-    else:
-        kind, shown = {"type": type(default)}, "none" if default == "" else str(default)
-    action = parser.add_argument(option, default=default, **kind)
-    action.help = f"{said.rstrip('.')} (default: {shown})".replace("%", "%%")
+def main(stage: str, *words: str) -> object:
+    """Run a stage from the command line, with all processes that torchrun started; print what was made."""
+    parser = Parser(prog=f"omniforcing train {stage}", description=STAGES[stage].__doc__)
+    parser.add_options(STAGES[stage])
+    config = STAGES[stage].of(vars(parser.parse_args(words)))
+    if not isinstance(config, TrainConfig):
+        result = config.run()
+        print(result)
+        return result
+    with distributed.joined(config.device, replicas=config.replicas) as group:
+        result = replace(config, group=group).run()
+        if group.is_main:
+            print(result)
+    return result

@@ -1,7 +1,9 @@
-"""The folder of a run, and its bad days: a lock, a line a step, a checkpoint at any moment, an end when asked.
+"""The folder of a run: a lock, a line per step, a checkpoint, and an end when asked.
 
-A folder holds `lock`, `history.jsonl`, and the state: `state.safetensors` of one process, or `state-<step>/` of
-several, each whole or not there. Whoever dies, whenever: the same command goes on from the last state.
+A folder holds `lock`, `history.jsonl`, and the state in `state-<step>/`, written by torch.distributed.checkpoint as
+safetensors (its other format keeps an index that is a pickle), for one process as for many; `notes.json` beside the
+tensors says the settings. A state folder is complete or not there. A run that ended in any way goes on from the last
+state by the same command, with any number of processes.
 """
 
 from __future__ import annotations
@@ -14,21 +16,19 @@ import shutil
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, Protocol
 
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from omniforcing_lib.files import alive, last_written, write_json, write_tensors, write_text
-from omniforcing_lib.training import distributed
-from omniforcing_lib.training.distributed import DistributedContext
-from omniforcing_lib.training.provenance import differences, unsaid
-
-if TYPE_CHECKING:
-    from omniforcing_lib.training.train import Learner
+from omniforcing_lib.files import alive, last_written, write_json, write_text
+from omniforcing_lib.training.distributed import LONG_TIMEOUT_S, STEP_TIMEOUT_S, DistributedContext
+from omniforcing_lib.training.records import differences, unknown
 
 SILENT_S = 1800.0
 """A run on another host that has written nothing for so long is over: a step, or a checkpoint, is much sooner."""
@@ -40,156 +40,195 @@ class Diverged(ArithmeticError):
     """Too many steps in a row had a gradient that is not finite or too large."""
 
 
+class HasState(Protocol):
+    """Whatever learns: its tensors are stored, and read in place."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the tensors by name."""
+
+
 class RunFolder:
-    """What a run writes to its folder; without a folder it writes nothing.
+    """What a run writes to its folder, which it has for itself within `with`; without a folder it writes nothing.
+
+    Within `with`, SIGTERM sets `told_to_end` and nothing else.
 
     Args:
-        folder: of the run; None keeps nothing.
-        players: who learns, by name.
+        folder: of the run; None or an empty name keeps nothing.
+        learners: what learns, by name.
         seed: of the run.
-        team: the processes.
+        group: the processes.
         settings: what else the outcome depends on, by name; JSON. A run goes on under the settings that it began with.
         plan: what may change on the way, by name: how long the run is, and how often it is stored.
+
+    Raises:
+        ValueError: on entering, another run has the folder.
     """
 
     def __init__(
         self,
-        folder: Path | None,
-        players: Mapping[str, Learner],
+        folder: str | os.PathLike[str] | None,
+        learners: Mapping[str, HasState],
         seed: int,
-        team: DistributedContext,
+        group: DistributedContext,
         settings: Mapping[str, object] | None = None,
         plan: Mapping[str, int] | None = None,
     ) -> None:
-        self.folder, self.players, self.seed, self.team = folder, players, seed, team
+        self.folder, self.learners, self.seed, self.group = Path(folder) if folder else None, learners, seed, group
         self.settings, self.plan, self.changes = {**(settings or {}), "seed": seed}, dict(plan or {}), []
-        self.asked_to_end = False
-        self._lines = None
+        self.told_to_end = False
+        self._history: IO | None = None
+        self._held = ExitStack()
+
+    def __enter__(self) -> RunFolder:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(_locked(self.folder / "lock", self.group.is_main))
+            self._held.enter_context(_heeding(lambda: setattr(self, "told_to_end", True)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {name: learner.state_dict() for name, learner in self.learners.items()}
+        return {f"{name}/{key}": tensor for name, state in tensors.items() for key, tensor in state.items()}
 
     def resume(self) -> int:
-        """Load the newest state; give the step to go on with.
+        """Read the newest state into the learners; give the step to go on with.
 
         Raises:
             ValueError: it was trained with another seed or other settings, or is damaged.
         """
         if self.folder is None:
             return 0
-        start, state, notes = agreeing(self.folder, self.settings) or (0, None, {})
-        if state is not None:
-            self._replan(start, state, notes)
-            read = self._read_one if state.is_file() else self._read_many
-            try:
-                tensors = read(state)
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{state} is damaged: {error}; remove it to start from nothing") from error
-            for name, player in self.players.items():
-                player.load(_part(tensors, f"{name}/"))
-        if self.team.is_main:
+        start, newest = 0, newest_state(self.folder, self.settings)
+        if newest is not None:
+            start, path, notes = newest
+            self._compare(start, path, notes)
+            _load(path, self._tensors())
+        if self.group.is_main:
             self._open_history(start)
         return start
 
-    def _replan(self, start: int, state: Path, notes: Mapping[str, object]) -> None:
-        """Say what has changed or is not known; keep what the outcome depends on: a schedule follows the length."""
+    def _compare(self, start: int, path: Path, notes: Mapping[str, object]) -> None:
+        """Print and keep what has changed or is not known: a learning rate, for instance, follows the length."""
         kept, self.changes = notes["settings"], list(notes["changes"])
-        said = differences(kept, self.plan)
+        messages = differences(kept, self.plan)
         if (steps := kept.get("steps")) not in (None, self.plan.get("steps")):
             self.changes.append(f"of {steps} steps up to step {start}")
-        if silent := unsaid(kept, self.settings):
-            self.changes.append(f"{', '.join(silent)} not known up to step {start}")
-            said.append(f"it does not say its {', '.join(silent)}: taken on trust")
-        if said and self.team.is_main:
-            print(f"{state} goes on from step {start}: {'; '.join(said)}", flush=True)
-
-    def _read_one(self, path: Path) -> dict[str, Tensor]:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-
-    def _read_many(self, path: Path) -> dict[str, Tensor]:
-        blank = {f"{name}/{k}": v for name, player in self.players.items() for k, v in player.blank().items()}
-        return distributed.restore(path, blank)
+        if names := ", ".join(unknown(kept, self.settings)):
+            self.changes.append(f"{names} not known up to step {start}")
+            messages.append(f"it does not say its {names}: taken on trust")
+        if messages and self.group.is_main:
+            print(f"{path} goes on from step {start}: {'; '.join(messages)}", flush=True)
 
     def store(self, step: int) -> None:
-        """Write the state after `step` steps; the one before goes when this one is there."""
+        """Write the state after `step` steps; the one before is removed when this one is there."""
         if self.folder is None:
             return
-        tensors = {f"{name}/{k}": v for name, player in self.players.items() for k, v in player.state().items()}
-        notes = {"step": str(step), "seed": str(self.seed), "changes": json.dumps(self.changes)}
-        notes["settings"] = json.dumps(self.settings | self.plan)
-        if self.team.mesh is None:
-            made = write_tensors(self.folder / "state.safetensors", tensors, notes)
-        else:
-            made = self.folder / f"state-{step:08d}"
-            self.team.set_timeout(distributed.UNHURRIED_S)
-            distributed.store(made, tensors, notes, self.team)
-            self.team.set_timeout(distributed.PATIENCE_S)
-        if self.team.is_main:
-            for old in {*self.folder.glob("state-*"), self.folder / "state.safetensors"} - {made}:
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        path = self.folder / f"state-{step:08d}"
+        partial = path.with_name(f".{path.name}.part")
+        self.group.set_timeout(LONG_TIMEOUT_S)
+        if self.group.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.group.barrier()
+        with _single_process_is_fine():
+            writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+            dcp.save(self._tensors(), storage_writer=writer)
+        self.group.barrier()
+        if self.group.is_main:
+            notes = {"step": step, "settings": self.settings | self.plan, "changes": self.changes}
+            write_json(partial / "notes.json", notes)
+            os.replace(partial, path)
+            for old in {*self.folder.glob("state-*")} - {path}:
+                shutil.rmtree(old)
+        self.group.barrier()
+        self.group.set_timeout(STEP_TIMEOUT_S)
 
     def _open_history(self, start: int) -> None:
         """Drop the lines of steps that will run again."""
         path = self.folder / "history.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) < start]
-        write_text(path, "".join(f"{line}\n" for line in kept))
-        self._lines = path.open("a", buffering=1, encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line) < start))
+        self._history = self._held.enter_context(path.open("a", buffering=1, encoding="utf-8"))
 
-    def note(self, step: int, numbers: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a step to `history.jsonl`; what is not finite is null."""
-        if self._lines:
-            values = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-            self._lines.write(json.dumps({"step": step, **values}) + "\n")
+        if self._history:
+            values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            self._history.write(json.dumps({"step": step, **values}) + "\n")
 
     def diverged(self, steps: list[dict[str, float]]) -> Diverged:
-        """Write the seeds, steps, norms and losses of the bad steps; give the error to raise."""
+        """Write the seed, steps, norms and losses of the bad steps; give the error to raise."""
         first, last = int(steps[0]["step"]), int(steps[-1]["step"])
         message = f"the gradients of steps {first} to {last} were not finite or too large: {len(steps)} updates skipped"
-        if self.folder is None or not self.team.is_main:
+        if self.folder is None or not self.group.is_main:
             return Diverged(message)
-        rows = [{k: v if math.isfinite(v) else repr(v) for k, v in row.items()} for row in steps]
+        rows = [{name: value if math.isfinite(value) else repr(value) for name, value in row.items()} for row in steps]
         path = self.folder / "diverged.json"
         write_json(path, {"seed": self.seed, "steps": rows})
         return Diverged(f"{message}; their seeds, norms and losses are in {path}")
 
-    def close(self) -> None:
-        """Close the history."""
-        if self._lines:
-            self._lines.close()
 
-
-def agreeing(folder: Path, asked: Mapping[str, object]) -> tuple[int, Path, Mapping[str, object]] | None:
+def newest_state(folder: Path, asked: Mapping[str, object]) -> tuple[int, Path, Mapping[str, object]] | None:
     """Find the newest state of a run, its step and its notes, if there is one.
 
     Raises:
-        ValueError: the run began under other settings than are asked for, or its state is damaged.
+        ValueError: the run began under other settings than are asked for; or its state is damaged, or of a version
+            before torch.distributed.checkpoint stored all of them.
     """
-    states = [path for path in (folder / "state.safetensors", *folder.glob("state-*")) if path.exists()]
+    states = sorted(folder.glob("state-*"))
+    if (path := folder / "state.safetensors").exists():
+        raise ValueError(_outdated(path))
     if not states:
         return None
-    step, path, notes = max((_notes(path) for path in states), key=lambda found: found[0])
-    if found := differences(notes["settings"], asked):
-        raise ValueError(
-            f"{path} was trained with other settings: {'; '.join(found)}; go on with those, or use another folder"
-        )
+    path = states[-1]
+    try:
+        notes = json.loads((path / "notes.json").read_text(encoding="utf-8"))
+        settings, step = notes["settings"], int(notes["step"])
+        for file in path.glob("*.safetensors"):
+            safe_open(file, "pt").__exit__(None, None, None)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; remove it to start from nothing") from error
+    if not isinstance(settings, dict):
+        raise ValueError(_outdated(path))
+    if changed := "; ".join(differences(settings, asked)):
+        raise ValueError(f"{path} was trained with other settings: {changed}; go on with those, or use another folder")
     return step, path, notes
 
 
-def _notes(path: Path) -> tuple[int, Path, dict[str, object]]:
+def _outdated(path: Path) -> str:
+    return f"{path} was stored by an earlier version, whose runs do not go on; remove it, or use another folder"
+
+
+def _load(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Read a state into tensors, in place.
+
+    Raises:
+        ValueError: a name or a shape differs, or a file is damaged.
+    """
     try:
-        if path.is_dir():
-            kept = distributed.stored_notes(path)
-        else:
-            with safe_open(path, "pt") as file:
-                kept = file.metadata()
-        notes = {name: json.loads(kept.get(name, blank)) for name, blank in (("settings", "{}"), ("changes", "[]"))}
-        notes["settings"].setdefault("seed", int(kept["seed"]))
-        return int(kept["step"]), path, notes
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; remove it to start from nothing") from error
+        reader = dcp.HuggingFaceStorageReader(str(path))
+        entries = reader.read_metadata().state_dict_metadata
+        stored = {name: tuple(entry.size) for name, entry in entries.items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for name in {**stored, **wanted}:
+            if stored.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{path}: {name} is {stored.get(name)}, here it is {wanted.get(name)}; use the settings of that run"
+                )
+        with _single_process_is_fine():
+            dcp.load(tensors, storage_reader=reader)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}; remove it to start from nothing") from error
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """Hide torch's warning that there is one process alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _step_of(line: str) -> float:
@@ -198,31 +237,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-@contextmanager
-def opened(
-    folder: str | os.PathLike[str] | None,
-    players: Mapping[str, Learner],
-    seed: int,
-    team: DistributedContext,
-    **said: object,
-) -> Iterator[RunFolder]:
-    """Open the folder of a run for this run alone, and heed SIGTERM until it is closed; see `RunFolder`.
-
-    Raises:
-        ValueError: another run has the folder.
-    """
-    journal = RunFolder(Path(folder) if folder else None, players, seed, team, **said)
-    if journal.folder is None:
-        yield journal
-        return
-    journal.folder.mkdir(parents=True, exist_ok=True)
-    with _locked(journal.folder / "lock", team.is_main), _heeding(lambda: setattr(journal, "asked_to_end", True)):
-        try:
-            yield journal
-        finally:
-            journal.close()
 
 
 @contextmanager

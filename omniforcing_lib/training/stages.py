@@ -1,11 +1,12 @@
-"""The three stages as steps: flow matching, causal ODE regression, self-forcing DMD (paper Sec. 3.3 and 4; spec 5).
+"""The three stages as steps: flow matching, causal ODE regression, self-forcing DMD (paper Sec. 3.3 and 4).
 
-A stage is a function `step(i, generator) -> numbers` over one or two players.
+A stage is a function `step(i, generator) -> metrics` over one or two learners.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,7 +27,7 @@ from omniforcing_lib.flow import (
 from omniforcing_lib.graphs import recorded
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig, fresh_noise, join, rollout
-from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, check_numbers
+from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, StoredPairs, StoredPrompts, check_numbers
 from omniforcing_lib.training.distributed import MicroBatch
 from omniforcing_lib.training.train import Learner, Metrics, Step
 from omniforcing_lib.transformer import Transformer
@@ -41,7 +42,7 @@ def pick(count: int, batch: int, generator: torch.Generator) -> Tensor:
 
 
 def training_sigma(batch: int, generator: torch.Generator, shifts: tuple[float, float] = (2.0, 7.8)) -> Tensor:
-    """Draw noise levels: uniform, then shifted towards noise as LTX-2's schedule is (spec 1.10).
+    """Draw noise levels: uniform, then shifted towards noise as LTX-2's schedule is.
 
     Half of a batch takes a mild shift (details), half LTX-2's own e^2.05 (the course of a whole clip).
 
@@ -53,71 +54,71 @@ def training_sigma(batch: int, generator: torch.Generator, shifts: tuple[float, 
 
 
 def flow_stage(
-    player: Learner, clips: Clips, prompts: Prompts, batch: int, *, drop: float = 0.1, weights: AV[float] = ONES
+    learner: Learner, clips: Clips, prompts: Prompts, batch: int, *, drop: float = 0.1, weights: AV[float] = ONES
 ) -> Step:
-    """Train the bidirectional teacher by flow matching; prompts are dropped for CFG."""
+    """Train the bidirectional teacher by flow matching; a share `drop` of the prompts is dropped for CFG."""
     check_numbers(clips.prompt, len(prompts))
 
-    def terms(generator: torch.Generator, part: MicroBatch) -> Metrics:
+    def terms(generator: torch.Generator, micro_batch: MicroBatch) -> Metrics:
         index = pick(len(clips), batch, generator)
-        x0 = clips.latents.map(lambda x: x[part.of(index)].float())
+        x0 = clips.latents.map(lambda x: x[micro_batch.of(index)].float())
         dropped = torch.rand(batch, generator=generator, device=generator.device) < drop
-        text = prompts.take(part.of(torch.where(dropped, -1, clips.prompt[index])))
-        level, eps = part.of(training_sigma(batch, generator)), part.noise(x0, generator)
+        text = prompts.take(micro_batch.of(torch.where(dropped, -1, clips.prompt[index])))
+        level, eps = micro_batch.of(training_sigma(batch, generator)), micro_batch.noise(x0, generator)
         sigma = AV(level, level)
-        with player.autocast():
-            velocity = player.model(x0.map(noised, eps, sigma), sigma, text)
-        return losses.flow_matching(velocity, x0, eps).map(lambda loss: loss * part.share)._asdict()
+        with learner.autocast():
+            velocity = learner.model(x0.map(noised, eps, sigma), sigma, text)
+        return losses.flow_matching(velocity, x0, eps).map(lambda loss: loss * micro_batch.share)._asdict()
 
-    piece = recorded(lambda g: player.learn(batch, g, partial(terms, g), weights), player, live=prompts.live)
-    return lambda i, generator: piece(generator)
+    learn = recorded(lambda g: learner.learn(batch, g, partial(terms, g), weights), learner, live=prompts.live)
+    return lambda i, generator: learn(generator)
 
 
 def ode_stage(
-    player: Learner,
-    pairs: Pairs,
-    prompts: Prompts,
+    learner: Learner,
+    pairs: Pairs | StoredPairs,
+    prompts: Prompts | StoredPrompts,
     causal: RolloutConfig,
     batch: int,
     *,
     weights: AV[float] = ONES,
 ) -> Step:
-    """Stage 2: regress the end of the teacher's trajectories under the causal masks (spec 5.4).
+    """Stage 2: regress the ends of the teacher's trajectories under the causal masks (paper Sec. 4).
 
     Each block of a clip has its own noise level, clean included; audio takes its block's, by the block table.
     """
-    terms, live = _regression(player, pairs, prompts, causal, batch), pairs.live or prompts.live
-    piece = recorded(lambda g: player.learn(batch, g, partial(terms, g), weights), player, live=live)
-    return lambda i, generator: piece(generator)
+    terms, live = _regression(learner, pairs, prompts, causal, batch), pairs.live or prompts.live
+    learn = recorded(lambda g: learner.learn(batch, g, partial(terms, g), weights), learner, live=live)
+    return lambda i, generator: learn(generator)
 
 
 def _regression(
-    player: Learner, pairs: Pairs, prompts: Prompts, causal: RolloutConfig, batch: int
+    learner: Learner, pairs: Pairs | StoredPairs, prompts: Prompts | StoredPrompts, causal: RolloutConfig, batch: int
 ) -> Callable[[torch.Generator, MicroBatch], Metrics]:
     """Prepare the losses of `ode_stage`."""
     if not pairs.live:
         check_numbers(pairs.prompt, len(prompts))
     (frames, height, width), audio = pairs.shapes.video[1:4], pairs.shapes.audio[1]
     causal.layout.check(AV(frames, audio))
-    kind = masks.build(causal.layout, frames, height * width, window=causal.window)
+    mask = masks.build(causal.layout, frames, height * width, window=causal.window)
     device, count = prompts.device, causal.layout.count(frames)
-    table = causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
+    block_of = causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
     sigmas = pairs.sigmas.to(device)
 
-    def terms(generator: torch.Generator, part: MicroBatch) -> Metrics:
+    def terms(generator: torch.Generator, micro_batch: MicroBatch) -> Metrics:
         index = pick(len(pairs), batch, generator)
-        level = torch.randint(len(sigmas), (batch, count), generator=generator, device=generator.device)
-        drawn = table.map(lambda blocks: level[:, blocks])
-        chosen = drawn.map(part.of)
-        states, prompt = pairs.take(part.of(index))
-        x = states.map(take_level, chosen)
-        sigma = chosen.map(lambda c: sigmas[c])
-        with player.autocast():
-            velocity = player.model(x, sigma, prompts.take(prompt), masks=kind)
+        block_levels = torch.randint(len(sigmas), (batch, count), generator=generator, device=generator.device)
+        levels = block_of.map(lambda blocks: block_levels[:, blocks])
+        level = levels.map(micro_batch.of)
+        states, prompt = pairs.take(micro_batch.of(index))
+        x = states.map(take_level, level)
+        sigma = level.map(lambda number: sigmas[number])
+        with learner.autocast():
+            velocity = learner.model(x, sigma, prompts.take(prompt), masks=mask)
         loss = losses.ode_regression(x.map(x0_of, velocity, sigma), states.map(lambda s: s[:, -1]), sigma)
-        # only noisy latents count, so parts of a batch count by how many they have
-        noisy = drawn.map(lambda c: sigmas[c] > 1e-6)
-        share = noisy.map(lambda n: part.of(n).sum() / n.sum().clamp_min(1))
+        # Only noisy latents count, so each micro-batch counts by how many of the batch's it has.
+        noisy = levels.map(lambda number: sigmas[number] > 1e-6)
+        share = noisy.map(lambda n: micro_batch.of(n).sum() / n.sum().clamp_min(1))
         return loss.map(torch.mul, share)._asdict()
 
     return terms
@@ -129,52 +130,95 @@ def take_level(states: Tensor, level: Tensor) -> Tensor:
     return states.gather(1, index.expand(-1, 1, *states.shape[2:])).squeeze(1)
 
 
-def own_clips(
-    prompts: Prompts, causal: RolloutConfig, grid: tuple[int, int], video_latents: int, batch: int
-) -> Sampler:
-    """Let a student roll out clips on its own past: what Stage 3 learns from."""
+@dataclass(frozen=True)
+class StudentClips:
+    """Say what clips a student rolls out on its own past: what Stage 3 learns from.
+
+    Attributes:
+        prompts: contexts, drawn at random.
+        causal: blocks, steps, window.
+        grid: tokens of a video frame.
+        video_latents: length of a clip.
+        batch: clips of a step, of all processes together.
+    """
+
+    prompts: Prompts | StoredPrompts
+    causal: RolloutConfig
+    grid: tuple[int, int]
+    video_latents: int
+    batch: int
 
     def sample(
+        self,
         student: Transformer,
         generator: torch.Generator,
         exit_step: int,
-        part: MicroBatch | None = None,
+        micro_batch: MicroBatch,
         watch: Callable[[AV[Tensor]], None] | None = None,
     ) -> tuple[AV[Tensor], AV[Tensor]]:
-        part = part or MicroBatch(batch, slice(0, batch))
-        text = prompts.take(part.of(pick(len(prompts), batch, generator)))
-        whole, how = fresh_noise(generator, batch), {"exit_step": exit_step, "watch": watch}
-        blocks = rollout(student, causal, text, lambda *of: whole(*of).map(part.of), grid, video_latents, **how)
+        """Roll out the clips of a micro-batch; `watch` gets each block's state at the exit step.
+
+        Shapes: text AV [B, L, C], clips AV([B, F, h, w, C], [B, T, C]).
+        """
+        text = self.prompts.take(micro_batch.of(pick(len(self.prompts), self.batch, generator)))
+        draw = fresh_noise(generator, self.batch)
+
+        def noise(block: int, shapes: AV[tuple[int, ...]], number: int) -> AV[Tensor]:
+            return draw(block, shapes, number).map(micro_batch.of)
+
+        size = self.grid, self.video_latents
+        blocks = rollout(student, self.causal, text, noise, *size, exit_step=exit_step, watch=watch)
         return text, join(list(blocks))
 
-    return sample
+    def check(self, student: Learner) -> None:
+        """Refuse to recompute blocks of a roll-out whose past has left the cache by then.
+
+        Raises:
+            ValueError: with the length that fits.
+        """
+        blocks, window = self.causal.layout.count(self.video_latents), self.causal.window
+        if student.config.recompute and blocks > window + 2:
+            raise ValueError(
+                f"recomputing needs a window that keeps the whole clip: {blocks} blocks, a window of {window}; "
+                f"train clips of {window + 2} blocks, or without recomputing"
+            )
+
+
+@dataclass(frozen=True)
+class DMDConfig:
+    """Say how Stage 3 distils by distribution matching.
+
+    Attributes:
+        guidance: of the teacher's scores.
+        ratio: critic steps for each step of the student.
+        weights: of the streams' losses.
+        most: highest timestep at which scores are compared; below the usual one, noise leaves the course of a clip
+            alone. Against collapse, and not in the paper.
+        regression: weight of the loss of `ode_stage`, where there are pairs (as DMD first did, Yin et al. 2024).
+    """
+
+    guidance: Guidance = DMD_GUIDANCE
+    ratio: int = 5
+    weights: AV[float] = ONES
+    most: int = losses.MAX_TIMESTEP
+    regression: float = 1.0
 
 
 def self_forcing_stage(
     student: Learner,
     critic: Learner,
     teacher: Transformer,
-    prompts: Prompts,
-    causal: RolloutConfig,
-    grid: tuple[int, int],
-    video_latents: int,
-    batch: int,
+    clips: StudentClips,
+    config: DMDConfig = DMDConfig(),
     *,
-    guidance: Guidance = DMD_GUIDANCE,
-    ratio: int = 5,
-    weights: AV[float] = ONES,
     sampler: Sampler | None = None,
-    most: int = losses.MAX_TIMESTEP,
-    pairs: Pairs | None = None,
-    regression: float = 1.0,
+    pairs: Pairs | StoredPairs | None = None,
 ) -> Step:
-    """Stage 3: joint self-forcing DMD through the rolling cache (paper Sec. 3.3; spec 5.7).
+    """Stage 3: joint self-forcing DMD through the rolling cache (paper Sec. 3.3).
 
     Every step trains the critic on the student's own clips; every `ratio`-th trains the student first. All blocks of
     a clip leave at one step, drawn from the non-zero noise levels. A `sampler` may make the clips in another way
-    than `own_clips`; it makes whole batches. Two changes against collapse, neither in the paper: scores are compared at
-    timesteps up to `most` only, where noise leaves the course of a clip alone; and with `pairs` each step of the
-    student adds `regression` times the loss of `ode_stage` (as DMD first did, Yin et al. 2024).
+    than `StudentClips.sample`; it makes whole batches. With `pairs` each step of the student adds a regression.
 
     Besides losses and gradient norms a step tells the health of the student's clips: `gap`, how far critic and
     teacher are apart on them, as a share of how far the clips are from the teacher's; `motion`, the mean absolute
@@ -183,155 +227,142 @@ def self_forcing_stage(
     Raises:
         ValueError: the batch cannot be cut as asked, or blocks leave the window, so that they can't be recomputed.
     """
-    levels = len(causal.steps) - 1
-    whole = all(len(p.team.parts(batch, p.recipe.accumulate)) == 1 and p.team.size == 1 for p in (student, critic))
-    if sampler and not whole:
+    batch, prompts = clips.batch, clips.prompts
+    cuts = [p.group.size * len(p.group.micro_batches(batch, p.config.accumulate)) for p in (student, critic)]
+    if sampler and max(cuts) > 1:
         raise ValueError("a sampler makes whole batches: use it with one process, and accumulate 1")
-    _check_window(student, causal, video_latents)
-    clips = own_clips(prompts, causal, grid, video_latents, batch)
-    regress = _regression(student, pairs, prompts, causal, batch) if pairs else None
+    clips.check(student)
+    regress = _regression(student, pairs, prompts, clips.causal, batch) if pairs else None
 
-    def sample(generator: torch.Generator, exit_step: int, part: MicroBatch) -> tuple[AV[Tensor], AV[Tensor]]:
+    def sample(generator: torch.Generator, exit_step: int, micro_batch: MicroBatch) -> tuple[AV[Tensor], AV[Tensor]]:
         with student.autocast():
             if sampler:
                 return sampler(student.model, generator, exit_step)
-            return clips(student.model, generator, exit_step, part)
+            return clips.sample(student.model, generator, exit_step, micro_batch)
 
-    def dmd_terms(generator: torch.Generator, exit_step: int, part: MicroBatch) -> Metrics:
-        text, x_hat = sample(generator, exit_step, part)
-        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator, most)), part.noise(x_hat, generator)
+    def dmd_terms(generator: torch.Generator, exit_step: int, micro_batch: MicroBatch) -> Metrics:
+        text, x_hat = sample(generator, exit_step, micro_batch)
+        sigma = micro_batch.of(losses.sample_dmd_sigma(batch, generator, config.most))
+        eps = micro_batch.noise(x_hat, generator)
         fake = guided_denoiser(critic.model, text)
-        real = guided_denoiser(teacher, text, prompts.negative, guidance)
+        real = guided_denoiser(teacher, text, prompts.negative, config.guidance)
         with student.autocast():
             loss = losses.dmd(x_hat, fake, real, sigma, eps)
-        numbers = loss._asdict() | health(x_hat) | {"gap": sum(loss).detach()}
-        numbers = {name: value * part.share for name, value in numbers.items()}
-        beside = regress(generator, part) if regress else {}
-        return numbers | {name: numbers[name] + regression * value for name, value in beside.items()}
+        metrics = loss._asdict() | health(x_hat) | {"gap": sum(loss).detach()}
+        metrics = {name: value * micro_batch.share for name, value in metrics.items()}
+        added = regress(generator, micro_batch) if regress else {}
+        return metrics | {name: metrics[name] + config.regression * value for name, value in added.items()}
 
-    def critic_terms(generator: torch.Generator, exit_step: int, part: MicroBatch) -> Metrics:
+    def critic_terms(generator: torch.Generator, exit_step: int, micro_batch: MicroBatch) -> Metrics:
         with torch.no_grad():
-            text, x_hat = sample(generator, exit_step, part)
-        sigma, eps = part.of(losses.sample_dmd_sigma(batch, generator, most)), part.noise(x_hat, generator)
+            text, x_hat = sample(generator, exit_step, micro_batch)
+        sigma = micro_batch.of(losses.sample_dmd_sigma(batch, generator, config.most))
+        eps = micro_batch.noise(x_hat, generator)
         with critic.autocast():
             loss = losses.critic(x_hat, guided_denoiser(critic.model, text), sigma, eps)
-        return loss.map(lambda value: value * part.share)._asdict()
+        return loss.map(lambda value: value * micro_batch.share)._asdict()
 
-    def generate(generator: torch.Generator, exit_step: int) -> Metrics:
-        numbers = student.learn(batch, generator, partial(dmd_terms, generator, exit_step), weights)
-        named = {"dmd_video": numbers.pop("video"), "dmd_audio": numbers.pop("audio"), "norm": numbers.pop("norm")}
-        return named | numbers | {"gap": numbers["gap"].sqrt()}
+    def train_student(generator: torch.Generator, exit_step: int) -> Metrics:
+        metrics = student.learn(batch, generator, partial(dmd_terms, generator, exit_step), config.weights)
+        first = {"dmd_video": metrics.pop("video"), "dmd_audio": metrics.pop("audio"), "norm": metrics.pop("norm")}
+        return first | metrics | {"gap": metrics["gap"].sqrt()}
 
-    def judge(generator: torch.Generator, exit_step: int) -> Metrics:
-        numbers = critic.learn(batch, generator, partial(critic_terms, generator, exit_step), weights)
-        return {f"critic_{name}": value for name, value in numbers.items()}
+    def train_critic(generator: torch.Generator, exit_step: int) -> Metrics:
+        metrics = critic.learn(batch, generator, partial(critic_terms, generator, exit_step), config.weights)
+        return {f"critic_{name}": value for name, value in metrics.items()}
 
     live = prompts.live or (pairs is not None and pairs.live)
-    parts = (recorded(generate, student, critic, live=live), recorded(judge, student, critic, live=live))
+    train_student = recorded(train_student, student, critic, live=live)
+    train_critic = recorded(train_critic, student, critic, live=live)
 
     def step(i: int, generator: torch.Generator) -> Metrics:
-        dice = torch.Generator().manual_seed(generator.initial_seed())
-        exits = torch.randint(levels, (2,), generator=dice).tolist()
-        made = parts[0](generator, exits[0]) if i % ratio == 0 else {}
-        return made | parts[1](generator, exits[1])
+        on_cpu = torch.Generator().manual_seed(generator.initial_seed())
+        exits = torch.randint(len(clips.causal.steps) - 1, (2,), generator=on_cpu).tolist()
+        metrics = train_student(generator, exits[0]) if i % config.ratio == 0 else {}
+        return metrics | train_critic(generator, exits[1])
 
     return step
 
 
-def _check_window(student: Learner, causal: RolloutConfig, video_latents: int) -> None:
-    """Refuse to recompute blocks of a roll-out whose past has left the cache by then."""
-    blocks = causal.layout.count(video_latents)
-    if student.recipe.recompute and blocks > causal.window + 2:
-        raise ValueError(
-            f"recomputing needs a window that keeps the whole clip: {blocks} blocks, a window of {causal.window}; "
-            f"train clips of {causal.window + 2} blocks, or without recomputing"
-        )
+@dataclass(frozen=True)
+class OnPolicyConfig:
+    """Say how Stage 3 distils without a critic.
+
+    Attributes:
+        guidance: of the teacher.
+        stride: the teacher takes every `stride`-th level of its 40-step schedule.
+        regression: weight of the loss on trajectories.
+        weights: of the streams' losses.
+    """
+
+    guidance: Guidance = DMD_GUIDANCE
+    stride: int = 2
+    regression: float = 0.2
+    weights: AV[float] = ONES
 
 
 def on_policy_stage(
     student: Learner,
     teacher: Transformer,
-    pairs: Pairs,
-    prompts: Prompts,
-    causal: RolloutConfig,
-    grid: tuple[int, int],
-    video_latents: int,
-    batch: int,
-    *,
-    guidance: Guidance = DMD_GUIDANCE,
-    stride: int = 2,
-    regression: float = 0.2,
-    weights: AV[float] = ONES,
+    pairs: Pairs | StoredPairs,
+    clips: StudentClips,
+    config: OnPolicyConfig = OnPolicyConfig(),
 ) -> Step:
     """Stage 3 without a critic: regress the student, on its own past, on the teacher's end of its own states.
 
     The student rolls out as in `self_forcing_stage`, up to an exit step after the first. The states that its blocks
     leave from are together a noised clip; the guided teacher follows its ODE from there to the end, and each block
-    learns to jump to that end. So Stage 2's regression is made where the student really comes by (as DAgger does,
-    Ross et al. 2011). The end is a function of the state: no mode is sought, and nothing is averaged over noise.
+    learns to jump to that end. So Stage 2's regression is made at the states that the student really reaches (as
+    DAgger does, Ross et al. 2011). The end is a function of the state: no mode is sought, and nothing is averaged
+    over noise.
 
-    What comes first, block 0 and the step from pure noise, chooses among motions, and on policy nothing would notice
-    it drift. It is left to the loss of `ode_stage`, `regression` times, on the teacher's own trajectories. This is not
-    in the paper; `LOG.md` says what was tried before.
-
-    Args:
-        student: who learns.
-        teacher: frozen.
-        pairs: the teacher's trajectories.
-        prompts: contexts.
-        causal: blocks, steps, window.
-        grid: tokens of a video frame.
-        video_latents: length of the clips.
-        batch: clips a step of either loss, of all processes together.
-        guidance: of the teacher.
-        stride: the teacher takes every `stride`-th level of its 40-step schedule.
-        regression: weight of the loss on trajectories.
-        weights: of the streams' losses.
+    Block 0 and the step from pure noise choose among motions, and on policy nothing would notice it if they drifted.
+    They are left to the loss of `ode_stage` on the teacher's own trajectories, `pairs`. This is not in the paper;
+    `LOG.md` says what was tried before.
 
     Raises:
         ValueError: the student has one step only, so that all its states are pure noise; or blocks leave the window,
             so that they can't be recomputed.
     """
+    batch, prompts, causal = clips.batch, clips.prompts, clips.causal
     entries, schedule = snap_indices(causal.steps), ltx2_sigmas(40)
     if len(entries) < 3:
         raise ValueError(f"steps {causal.steps} have no noise level between noise and data; use three steps or more")
-    _check_window(student, causal, video_latents)
-    clips = own_clips(prompts, causal, grid, video_latents, batch)
+    clips.check(student)
     regress = _regression(student, pairs, prompts, causal, batch)
-    later = causal.layout.block_index(video_latents).map(
+    after_first_block = causal.layout.block_index(clips.video_latents).map(
         lambda blocks: (torch.tensor(blocks, device=prompts.device) > 0).float()
     )
 
-    def terms(generator: torch.Generator, exit_step: int, part: MicroBatch) -> Metrics:
+    def terms(generator: torch.Generator, exit_step: int, micro_batch: MicroBatch) -> Metrics:
+        # 1. The student's clips, and the states that its blocks leave from.
         states: list[AV[Tensor]] = []
         with student.autocast():
-            text, x_hat = clips(student.model, generator, exit_step, part, states.append)
-        rest = _to_the_end(schedule[entries[exit_step] :], stride)
+            text, x_hat = clips.sample(student.model, generator, exit_step, micro_batch, states.append)
+        # 2. The teacher's ends of these states, by every `stride`-th level that remains, and the last one, 0.
+        levels = schedule[entries[exit_step] :]
+        levels = torch.cat([levels[: -1 : config.stride], levels[-1:]])
         with torch.no_grad(), student.autocast():
-            end = euler(guided_denoiser(teacher, text, prompts.negative, guidance), join(states), rest)
-        counted = x_hat.map(lambda x, of: of.expand(len(x), -1), later)
-        loss = losses.ode_regression(x_hat, end, counted).map(lambda value: value * part.share)
-        beside = regress(generator, part)
-        numbers = loss.map(lambda own, other: own + regression * other, AV(beside["video"], beside["audio"]))._asdict()
-        told = {name: value * part.share for name, value in health(x_hat).items()}
-        return numbers | told | {"own_video": loss.video.detach(), "own_audio": loss.audio.detach()}
+            denoise = guided_denoiser(teacher, text, prompts.negative, config.guidance)
+            ends = euler(denoise, join(states), levels)
+        counted = x_hat.map(lambda x, weight: weight.expand(len(x), -1), after_first_block)
+        loss = losses.ode_regression(x_hat, ends, counted).map(lambda value: value * micro_batch.share)
+        # 3. The loss of Stage 2 beside it.
+        stored = regress(generator, micro_batch)
+        total = loss.map(lambda own, other: own + config.regression * other, AV(stored["video"], stored["audio"]))
+        told = {name: value * micro_batch.share for name, value in health(x_hat).items()}
+        return total._asdict() | told | {"own_video": loss.video.detach(), "own_audio": loss.audio.detach()}
 
     def learn(generator: torch.Generator, exit_step: int) -> Metrics:
-        return student.learn(batch, generator, partial(terms, generator, exit_step), weights)
+        return student.learn(batch, generator, partial(terms, generator, exit_step), config.weights)
 
-    piece = recorded(learn, student, live=prompts.live or pairs.live)
+    learn = recorded(learn, student, live=prompts.live or pairs.live)
 
     def step(i: int, generator: torch.Generator) -> Metrics:
-        dice = torch.Generator().manual_seed(generator.initial_seed())
-        return piece(generator, 1 + int(torch.randint(len(entries) - 2, (), generator=dice)))
+        on_cpu = torch.Generator().manual_seed(generator.initial_seed())
+        return learn(generator, 1 + int(torch.randint(len(entries) - 2, (), generator=on_cpu)))
 
     return step
-
-
-def _to_the_end(levels: Tensor, stride: int) -> Tensor:
-    """Take every `stride`-th level, and the last one, which is 0. Shapes: [N] to [M]."""
-    some = levels[:-1:stride]
-    return torch.cat([some, levels[-1:]])
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from omniforcing_lib.training import recipes, train
 
 
 def soak(minutes: float, batch: int, seconds: int, seed: int, every: float, checkpoint: int) -> dict[str, object]:
-    """Run `recipes.stage3` with a folder until the time is up, then read what it left."""
+    """Run `recipes.Stage3` with a folder until the time is up, then read what it left."""
     history: list[train.History] = []
 
     def fit(*args: object, **kwargs: object) -> train.History:
@@ -30,13 +30,8 @@ def soak(minutes: float, batch: int, seconds: int, seed: int, every: float, chec
     train_fit = train.fit
     with tempfile.TemporaryDirectory() as scratch, Watch(every) as watch, patch.object(train, "fit", fit):
         folder, out = Path(scratch) / "run", Path(scratch) / "student.safetensors"
-        recipes.stage3(
-            out=str(out),
-            steps=10**7,
-            batch=batch,
-            seconds=seconds,
-            job=recipes.TrainConfig(seed=seed, folder=str(folder), minutes=minutes, score=0),
-        )
+        where = {"out": str(out), "folder": str(folder), "score": 0}
+        recipes.Stage3(steps=10**7, batch=batch, seconds=seconds, seed=seed, minutes=minutes, **where).run()
         left = sorted(path.name for path in folder.rglob("*") if path.is_file())
         parameters = sum(p.numel() for p in checkpoints.load(out).parameters())
     numbers = {name: [float(v) for v in values] for name, values in history[0].numbers.items()}

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,15 +38,6 @@ from omniforcing_lib.training.dataset import Prompts, latent_shapes
 from omniforcing_lib.transformer import Transformer, fresh_sinks
 from studies import anatomy, cost
 
-if TYPE_CHECKING:
-    from series.report import Run
-
-WORLD_ONLY = "the world only"
-"""First line of a notebook's cell that needs the world's truth, or expects what the shipped weights can do."""
-AT_ONCE = "each latent decodes at once"
-"""First line of a notebook's cell that expects a block's frames and samples as soon as its latents."""
-TRAINED = "all weights are trained"
-"""First line of a notebook's cell that trains a model of the checkpoint's size."""
 SENTENCES = (
     "rain falls on a tin roof while a dog barks in the yard",
     "a woman plays a slow tune on a piano in an empty hall",
@@ -184,20 +175,20 @@ class ModelBundle:
     def __str__(self) -> str:
         return self.says
 
-    def leave_out(self, run: Run) -> None:
-        """Say what is there; leave out cells marked `# the world only` where there is no world.
+    @property
+    def has_ground_truth(self) -> bool:
+        """Tell whether the truth about the clips is known, as it is of the world's."""
+        return self.known
 
-        Cells marked `# all weights are trained` are left out where the device's memory can't hold that, those marked
-        `# each latent decodes at once` where the codec looks ahead.
-        """
-        print(self)
-        if isinstance(self.codec, Mono):
-            run.leave_out(AT_ONCE, "LTX-2's decoders look ahead: chunks come later than their latents")
-        need, there = cost.training_bytes(checkpoints.read(self.source).config), memory_of(self.device)
-        if need > there:
-            run.leave_out(TRAINED, f"training needs {need / 1e9:.0f} GB, {self.device} has {there / 1e9:.0f}")
-        if not self.known:
-            run.leave_out(WORLD_ONLY, "nobody knows the truth about this teacher's clips, nor what to expect of it")
+    @property
+    def decodes_at_once(self) -> bool:
+        """Tell whether frames and samples come with their latents; LTX-2's decoders look ahead instead."""
+        return not isinstance(self.codec, Mono)
+
+    @property
+    def fits_training(self) -> bool:
+        """Tell whether the device's memory holds the training of a model of the checkpoint's size."""
+        return cost.training_bytes(checkpoints.read(self.source).config) <= memory_of(self.device)
 
     def choose_attention(self) -> None:
         """Choose the attention of both streams now; ValueError where a named backend can't serve them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.rollout import RolloutConfig, new_cache
 from omniforcing_lib.stream import Streamer
 from omniforcing_lib.transformer import Transformer
-from series import report, runner
+from series import runner
 from studies import anatomy, bench, cost, probes
 
 OTHERS = {"in_channels": 24, "out_channels": 24, "audio_in_channels": 16, "audio_out_channels": 16}
@@ -92,20 +91,6 @@ def test_the_bytes_of_a_cache_are_those_of_the_cache():
     for causal in (RolloutConfig(), RolloutConfig(window=0), RolloutConfig(window=9)):
         assert cost.cache_bytes(model.config, causal, 16, 4) == new_cache(model, causal, (4, 4), 1).nbytes
     assert cost.parameters(ModelConfig()) == pytest.approx(18.88e9, rel=1e-3)
-
-
-def test_a_marked_cell_is_left_out_with_one_line(capsys):
-    from IPython.core.interactiveshell import InteractiveShell
-
-    shell = InteractiveShell.instance()
-    try:
-        run = report.Run("01", None, 0, "cpu", "", Path())
-        run.leave_out(model_bundle.WORLD_ONLY, "no truth")
-        shell.run_cell(f"# {model_bundle.WORLD_ONLY}\nraise ValueError")
-        shell.run_cell("print('ran')")
-        assert capsys.readouterr().out == "left out: no truth\nran\n"
-    finally:
-        InteractiveShell.clear_instance()
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from series import origins, runner
+from series import origins, report, runner
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -117,6 +117,17 @@ def test_code_argues_and_the_library_computes(name):
     assert len(functions) <= 1 and all(node.end_lineno - node.lineno < 8 for node in functions)
     assert not re.search(r"sys\.path|subprocess|\bopen\(|^\s*[!%]", ast.unparse(tree), re.MULTILINE)
     assert len(tree.body) >= 10
+
+
+@each_notebook
+def test_cells_that_not_every_checkpoint_can_run_say_so_in_plain_python(name):
+    """A condition on the components wraps the whole cell, and asks for what `Run.introduce` explains."""
+    for cell in code_cells(name)[2:]:
+        body = ast.parse(cell.source).body
+        asked = [node.test.attr for node in body if isinstance(node, ast.If) and isinstance(node.test, ast.Attribute)]
+        assert set(asked) <= set(report.LEFT_OUT) and len(asked) <= 1
+        assert not asked or len(body) == 1
+        assert not cell.source.startswith("#")
 
 
 @each_notebook

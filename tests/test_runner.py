@@ -2,6 +2,7 @@
 
 import json
 import sys
+from typing import NamedTuple
 
 import matplotlib
 import nbformat
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from omniforcing_lib import files
+from omniforcing_lib import files, model_bundle
 from omniforcing_lib.__main__ import main
 from omniforcing_lib.bounce import world
 from series import claims, profiles, report, runner, verdicts
@@ -43,7 +44,7 @@ def series(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    return report.Run("02_masks", profiles.SMOKE, seed=0, device="cpu", teacher="", folder=tmp_path)
+    return report.Run("02_masks", profiles.from_name("smoke"), seed=0, device="cpu", teacher="", folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +131,27 @@ def test_a_check_prints_one_line_or_raises(run, capsys):
     assert set(run.metrics) == {"no leak before block 2", "latents"}
 
 
+class Bundle(NamedTuple):
+    has_ground_truth: bool
+    decodes_at_once: bool
+    fits_training: bool
+
+    def __str__(self):
+        return "a checkpoint"
+
+
+@pytest.mark.parametrize("missing", report.LEFT_OUT)
+def test_what_a_checkpoint_does_not_have_is_left_out_in_so_many_words(run, capsys, missing):
+    run.introduce(Bundle(**{name: name != missing for name in report.LEFT_OUT}))
+    told = f"left out: cells under `if components.{missing}:`; {report.LEFT_OUT[missing]}"
+    assert capsys.readouterr().out == f"a checkpoint\n{told}\n"
+
+
+def test_the_miniature_leaves_nothing_out(run, capsys):
+    run.introduce(model_bundle.of())
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_metrics_files_are_sorted_rounded_and_plain_json(run, monkeypatch):
     monkeypatch.setattr(report, "_device_name", str)
     run.metric("loss", np.float32(1 / 3), tol=0.01, better="lower", interval=(0.1, 0.5))
@@ -146,7 +168,7 @@ def test_figures_and_claims_need_their_numbers(run):
     figure = Figure(figsize=(9, 5))
     noise = np.random.default_rng(0).normal(size=(300, 500))
     figure.subplots().imshow(noise, cmap="magma")
-    run.figure("leak", figure, metric="leak")
+    run.figure("leak", figure, alt="Noise, as a map of colours", metric="leak")
     assert len(report._small_png(figure)) <= report.FIGURE_BYTES
     assert (run.folder / "figures" / "02_masks_leak.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="claim 7 quotes unrecorded metrics: leak"):

@@ -45,6 +45,7 @@ def some_motions(count):
 
 FIGURES = {
     "rulers": lambda: plots.rulers(LAYOUTS, 4),
+    "overview": lambda: plots.overview(PAPER),
     "strip": lambda: plots.strip(a_clip(), [Event(0.4)], [Event(0.41), Event(1.2)], title="a red ball, bell"),
     "contact_sheet": lambda: plots.contact_sheet([a_clip(i) for i in range(6)], [f"clip {i}" for i in range(6)]),
     "mask_grid": lambda: plots.mask_grid(some_masks(PAPER), PAPER, 7, 16, block=1),

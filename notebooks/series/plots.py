@@ -120,6 +120,40 @@ def _ruler(axes: Axes, layout: BlockLayout, seconds: int, clock: Clock) -> None:
 
 
 @styled
+def overview(layout: BlockLayout, seconds: int = 5, clock: Clock = CLOCK) -> Figure:
+    """Draw the method in three rows over time: the teacher's clip, the student's blocks, what a viewer gets of them."""
+    fig = figure(2.7)
+    axes = fig.subplots()
+    teacher, student, shown, half, lag = 3.2, 1.6, 0.0, 0.4, 0.35
+    blocks = [clock.seconds(block) for block in layout.blocks(clock.latents(seconds).video)]
+    for stream, lift in ((0, half), (1, 0)):
+        colour = STREAM[stream]
+        pale = (*to_rgb(colour), 0.2)
+        box(axes, 0, seconds, teacher + lift, teacher + lift + half, edge=colour, facecolor=pale)
+        for k, block in enumerate(blocks):
+            start, stop = map(float, block[stream])
+            box(axes, start, stop, student + lift, student + lift + half, edge=colour, facecolor=pale)
+            box(axes, start + lag, stop + lag, shown + lift, shown + lift + half, edge="white", facecolor=colour)
+            if k == 0:
+                hatch(axes, start, stop, student + lift, student + lift + half, edge=colour)
+    arrow = {"arrowstyle": "->", "color": INK, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", (seconds, teacher - 0.12), (0, teacher - 0.12), arrowprops=arrow | {"arrowstyle": "<->"})
+    middles = [float(sum(block.video)) / 2 for block in blocks]
+    for k, here in enumerate(middles):
+        if k:
+            bow = arrow | {"connectionstyle": "arc3,rad=0.5"}
+            axes.annotate("", (here, student - 0.03), (middles[k - 1], student - 0.03), arrowprops=bow)
+            axes.text(here, student + half, f"block {k}", ha="center", va="center")
+            axes.text(here + lag, shown + half, "play", ha="center", va="center", color="white", weight="bold")
+    says = {"ha": "center", "va": "center"}
+    axes.text(seconds / 2, teacher + half, "every latent sees every other; shown when all of it is done", **says)
+    axes.set(xlim=(-0.05, seconds + lag + 0.1), ylim=(-0.1, teacher + 2 * half + 0.05), xlabel="seconds")
+    axes.set_yticks([row + half for row in (teacher, student, shown)], ["teacher", "student", "stream"])
+    bare(axes)
+    return fig
+
+
+@styled
 def strip(
     clip: AV[np.ndarray],
     impacts: Sequence[Timed] | None = None,

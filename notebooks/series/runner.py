@@ -36,6 +36,12 @@ SCRUBBED_KEYS = (
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SEEDS = 2**32  # what every generator that the notebooks use can take; none counts further either
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+PAGE = """{% extends 'lab/index.html.j2' %}
+{% block codecell %}
+{% if 'solution' in cell.metadata.get('tags', []) %}<details><summary>Solution</summary>{{ super() }}</details>
+{% else %}{{ super() }}{% endif %}
+{% endblock codecell %}"""
+"""Template of an executed notebook's page: nbconvert's own, with solutions folded."""
 LITERALS = {"true": True, "false": False, "none": None}
 
 
@@ -214,7 +220,9 @@ def _given(parameters: Sequence[str], profile: str) -> dict[str, object]:
 
 
 def _write_html(notebook: Path, path: Path) -> None:
+    """Write an executed notebook as a page: no bars, solutions folded, links to the other pages."""
     import nbformat
+    from jinja2 import DictLoader
     from nbconvert import HTMLExporter
 
     node = nbformat.read(notebook, as_version=4)
@@ -222,8 +230,9 @@ def _write_html(notebook: Path, path: Path) -> None:
     for cell in node.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _shown_at_the_end(output, widgets)]
-    body, _ = HTMLExporter().from_notebook_node(node)
-    files.write_text(path, body)
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"page.html.j2": PAGE})], template_file="page.html.j2")
+    body, _ = exporter.from_notebook_node(node)
+    files.write_text(path, re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body))
 
 
 def _shown_at_the_end(output: NotebookNode, widgets: Mapping[str, Mapping]) -> bool:

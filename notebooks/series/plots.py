@@ -136,17 +136,18 @@ def overview(layout: BlockLayout, seconds: int = 5, clock: Clock = CLOCK) -> Fig
             box(axes, start + lag, stop + lag, shown + lift, shown + lift + half, edge="white", facecolor=colour)
             if k == 0:
                 hatch(axes, start, stop, student + lift, student + lift + half, edge=colour)
-    arrow = {"arrowstyle": "->", "color": INK, "shrinkA": 0, "shrinkB": 0}
+    arrow, middle = {"arrowstyle": "->", "color": INK, "shrinkA": 0, "shrinkB": 0}, {"ha": "center", "va": "center"}
     axes.annotate("", (seconds, teacher - 0.12), (0, teacher - 0.12), arrowprops=arrow | {"arrowstyle": "<->"})
     middles = [float(sum(block.video)) / 2 for block in blocks]
     for k, here in enumerate(middles):
         if k:
             bow = arrow | {"connectionstyle": "arc3,rad=0.5"}
             axes.annotate("", (here, student - 0.03), (middles[k - 1], student - 0.03), arrowprops=bow)
-            axes.text(here, student + half, f"block {k}", ha="center", va="center")
-            axes.text(here + lag, shown + half, "play", ha="center", va="center", color="white", weight="bold")
-    says = {"ha": "center", "va": "center"}
-    axes.text(seconds / 2, teacher + half, "every latent sees every other; shown when all of it is done", **says)
+            axes.text(here, student + 1.5 * half, f"block {k}", **middle)
+            for lift, word in ((1.5, "see"), (0.5, "hear")):
+                axes.text(here + lag, shown + lift * half, word, color="white", weight="bold", **middle)
+    axes.text(seconds / 2, teacher + 1.5 * half, "every latent sees every other", **middle)
+    axes.text(seconds / 2, teacher + 0.5 * half, "nothing to see or hear before all of it is done", **middle)
     axes.set(xlim=(-0.05, seconds + lag + 0.1), ylim=(-0.1, teacher + 2 * half + 0.05), xlabel="seconds")
     axes.set_yticks([row + half for row in (teacher, student, shown)], ["teacher", "student", "stream"])
     bare(axes)

@@ -71,7 +71,7 @@ FIGURES = {
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 def test_a_figure_fits_its_page(draw):
     fig = draw()
-    data = widgets.png(fig)
+    data = plots.png(fig)
     width, height = fig.get_size_inches()
     assert Image.open(io.BytesIO(data)).size == (round(width * 100), round(height * 100)) and width <= plots.WIDTH
     assert len(data) <= 60_000
@@ -91,7 +91,7 @@ def test_drawing_leaves_matplotlib_as_it_was():
 
 
 def test_the_same_arrays_give_the_same_picture():
-    assert widgets.png(FIGURES["rulers"]()) == widgets.png(FIGURES["rulers"]())
+    assert plots.png(FIGURES["rulers"]()) == plots.png(FIGURES["rulers"]())
 
 
 def test_streams_sinks_and_teacher_keep_their_colours():
@@ -184,7 +184,7 @@ def test_mask_explorer_shows_the_twin_of_what_is_chosen():
     first = picture.value
     sinks.value, block.value = 4, 1
     layout = replace(PAPER, sinks=4)
-    assert picture.value == widgets.png(plots.mask_grid(some_masks(layout), layout, 7, 16, block=1)) != first
+    assert picture.value == plots.png(plots.mask_grid(some_masks(layout), layout, 7, 16, block=1)) != first
     name.value = "released"
     assert sinks.value == 0 and block.value is None and len(block.options) == 3
 
@@ -193,5 +193,5 @@ def test_clip_browser_shows_and_sounds_the_chosen_clip():
     clips = [a_clip(0), a_clip(1)]
     choice, picture, sound = widgets.clip_browser(clips, ["a", "b"]).children
     choice.value = 1
-    assert picture.value == widgets.png(plots.strip(clips[1], title="b"))
+    assert picture.value == plots.png(plots.strip(clips[1], title="b"))
     assert sound.value == wav_bytes(clips[1].audio)

@@ -1,5 +1,6 @@
 """The runner and the run context, on notebooks of three cells."""
 
+import inspect
 import json
 import sys
 from typing import NamedTuple
@@ -177,6 +178,30 @@ def test_figures_and_claims_need_their_numbers(run):
         run.finish()
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """What a notebook would show."""
+    outputs = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: outputs.append(data))
+    return outputs
+
+
+def test_a_figure_is_told_in_words_where_a_page_looks_for_them(run, shown):
+    run.figure("noise", Figure(), alt='A "map" of <noise>', metric="noise")
+    (data,) = shown
+    assert 'alt="A &quot;map&quot; of &lt;noise&gt;"' in data["text/html"] and "image/png" not in data
+    assert data["text/plain"] == 'figure noise: A "map" of <noise>'
+
+
+def test_a_source_is_the_one_that_runs(run, shown):
+    run.source(verdicts.at_least, verdicts.at_most)
+    (data,) = shown
+    assert data["text/plain"] == "\n\n".join(
+        inspect.getsource(f).rstrip() for f in (verdicts.at_least, verdicts.at_most)
+    )
+    assert data["text/markdown"] == f"```python\n{data['text/plain']}\n```"
+
+
 def test_tables_align_and_escape():
     rows = [{"name": "a|b", "loss": 0.123456}, {"name": "longer", "loss": 2.0}]
     assert claims.plain_table(rows) == "name    loss\na|b     0.1235\nlonger  2"
@@ -246,6 +271,18 @@ def test_a_page_shows_warnings_and_players_and_no_bars(tmp_path):
     page = (tmp_path / "run.html").read_text()
     assert page.count("9 steps") == page.count("UserWarning: heed me") == 1
     assert "stage 2" not in page and '"model_id": "closed bar"' not in page and '"model_id": "player"' in page
+
+
+def test_a_page_folds_solutions_and_links_pages(tmp_path):
+    cells = [nbformat.v4.new_markdown_cell("[next](02_mask_construction.ipynb)")]
+    cells += [nbformat.v4.new_code_cell(text) for text in ("question = 1", "answer = 2")]
+    cells[2].metadata.tags = ["solution"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "run.ipynb")
+    runner._write_html(tmp_path / "run.ipynb", tmp_path / "run.html")
+    page = (tmp_path / "run.html").read_text()
+    assert 'href="02_mask_construction.html"' in page
+    before, folded = page.split("<details><summary>Solution</summary>")
+    assert "question" in before and "answer" in folded.split("</details>")[0] and "answer" not in before
 
 
 def test_only_seeds_are_called_held_out():

@@ -7,6 +7,7 @@ plain arrays and gives a figure that no window owns; `report.Run.figure` stores 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, pairwise, zip_longest
@@ -54,6 +55,13 @@ def colours(names: Iterable[str]) -> dict[str, str]:
 def figure(height: float, width: float = WIDTH) -> Figure:
     """Make an empty figure of `width` x `height` inches, at 100 dpi, that no window and no global list holds."""
     return Figure(figsize=(width, height))
+
+
+def png(fig: Figure, dpi: int = 100) -> bytes:
+    """Render a figure as the bytes of a PNG, the same for the same figure."""
+    with io.BytesIO() as buffer:
+        fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+        return buffer.getvalue()
 
 
 def box(axes: Axes, left: float, right: float, bottom: float, top: float, *, edge: str, **look: object) -> None:

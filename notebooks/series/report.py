@@ -196,15 +196,15 @@ class Run:
         `alt` says in a sentence what is drawn, for readers who do not see it. An `img` element carries it: neither
         JupyterLab nor nbconvert gives alternative text to an `image/png`.
         """
-        import matplotlib.pyplot as plt
         from IPython.display import display
 
+        from series import plots
+
         self.illustrated[name] = (metric,) if isinstance(metric, str) else tuple(metric)
-        write_bytes(self.out("figures", f"{self.name}_{name}.png"), _png(fig, dpi=100))
+        write_bytes(self.out("figures", f"{self.name}_{name}.png"), plots.png(fig))
         picture = b64encode(_small_png(fig)).decode()
         image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}">'
         display({"text/html": image, "text/plain": f"figure {name}: {alt}"}, raw=True)
-        plt.close(fig)
 
     def source(self, *parts: object) -> None:
         """Show functions and classes as the library has them, so that a reader sees the method and not a call."""
@@ -302,18 +302,14 @@ def _rounded(value: object) -> float | int | str:
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
-def _png(fig: Figure, dpi: int) -> bytes:
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def _small_png(fig: Figure) -> bytes:
     from PIL import Image
 
+    from series import plots
+
     for dpi in (100, 80, 64, 50):
         buffer = io.BytesIO()
-        image = Image.open(io.BytesIO(_png(fig, dpi))).convert("RGB")
+        image = Image.open(io.BytesIO(plots.png(fig, dpi))).convert("RGB")
         image.quantize(128, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
         if buffer.tell() <= FIGURE_BYTES:
             return buffer.getvalue()

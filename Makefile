@@ -27,12 +27,13 @@ $(STAMP): pyproject.toml constraints.txt
 reproduce: $(STAMP) ## run the series and write its report; PROFILE=smoke|cpu|full|gpu (default cpu)
 	$(BIN)/python -m omniforcing_lib reproduce --profile $(PROFILE) $(ARGS)
 
-test: lint ## lint, tests, stored outputs, metrics, then the series with another seed
-	$(BIN)/python -m pytest -q -m "not slow" tests notebooks --nbval-lax --nbval-current-env \
-	  --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 240
+# A worker for each core; the long items, notebooks, come first. OpenMP's threads would fight over the cores.
+WORKERS ?= auto
+test: lint ## lint, tests, stored outputs, metrics, and the series with another seed, on all cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  tests/test_series.py notebooks tests --nbval-lax --nbval-current-env \
+	  --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 480
 	$(BIN)/python -m omniforcing_lib compare reports/metrics/smoke reports/runs/interactive/metrics
-	out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
-	  $(BIN)/python -m omniforcing_lib reproduce --profile smoke -p seed=7 --out "$$out/run"
 
 test-slow: $(STAMP) ## the long tests: teams of processes, kills, 2 GB files, an hour of stream
 	$(BIN)/python -m pytest -q -m slow tests

@@ -5,23 +5,16 @@ Shapes: B batch, H heads, T queries, L keys, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from omniforcing_lib import backends
-from omniforcing_lib.masks import AttentionMask
+from omniforcing_lib.cache import OpenBlock, Prompt, Ring
+from omniforcing_lib.masks import AttentionMask, take
 from omniforcing_lib.rope import Rotation, rotate
-
-
-class Slot(Protocol):
-    """What an attention needs of a cache: put this call's keys and values, get all that is visible."""
-
-    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Store what `project` gives, or reuse what is stored; yield rows with the keys and values that they see."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask | None = None) -> Tensor:
@@ -47,17 +40,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask | None = N
 
 
 def _sliced(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask, plain: Callable[..., Tensor]) -> Tensor:
-    """One call a block over its visible keys: no dense mask, the flash kernels stay usable."""
+    """Call once for each block, over its visible keys: without a dense mask the flash kernels stay usable."""
     outputs = []
-    for rows, columns in visibility.runs:
-        keys, values = (_take(x, columns) for x in (k, v))
+    for rows, columns in visibility.by_block:
+        keys, values = (take(x, columns) for x in (k, v))
         outputs.append(plain(q[:, :, rows.start : rows.stop], keys, values))
     return torch.cat(outputs, dim=2)
-
-
-def _take(x: Tensor, spans: tuple[range, ...]) -> Tensor:
-    parts = [x[:, :, s.start : s.stop] for s in spans]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class Attention(nn.Module):
@@ -70,7 +58,7 @@ class Attention(nn.Module):
         dim_head: head dim D.
         eps: epsilon of the RMS norms.
         rope_type: `split` or `interleaved`.
-        gated: per-head output gate of LTX-2.3.
+        gated: whether each head has an output gate, as in LTX-2.3.
     """
 
     def __init__(
@@ -102,21 +90,25 @@ class Attention(nn.Module):
         *,
         rotations: tuple[Rotation, Rotation] | None = None,
         visibility: AttentionMask | None = None,
-        slot: Slot | None = None,
+        cached: Ring | Prompt | None = None,
+        blocks: tuple[OpenBlock, ...] = (),
     ) -> Tensor:
-        """Attend from `x` to `context` (to itself by default).
+        """Attend from `x` to `context` (to itself by default), and to what is `cached` for the open `blocks`.
 
         Shapes: x [B, T, query_dim], context [B, L, context_dim], rotations of queries and keys, to [B, T, query_dim].
         """
+        # 1. Queries: normed over all heads together, then rotated.
         q = self._heads(self.q_norm(self.to_q(x)))
         if rotations:
             q = rotate(q, rotations[0], self.rope_type)
 
+        # 2. Keys and values: of this call, or with those that the cache holds; projected only if they are not held.
         def project() -> tuple[Tensor, Tensor]:
             return self.keys_values(x if context is None else context, rotations[1] if rotations else None)
 
-        seen = slot.extend(project) if slot else [(slice(None), *project())]
-        parts = [attend(q[:, :, rows], k, v, visibility) for rows, k, v in seen]
+        # 3. Without a cache all queries attend at once, with one those of each open block in turn.
+        seen = cached.extend(project, blocks) if cached else [(slice(None), *project())]
+        parts = [attend(q[:, :, tokens], k, v, visibility) for tokens, k, v in seen]
         return self._out(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
 
     def keys_values(self, context: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:

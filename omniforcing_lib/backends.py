@@ -1,8 +1,8 @@
 """Which device computes, and which kernel attends: flash-attn, FlexAttention or PyTorch's own (spec 1.6, 8.2).
 
-A kernel is chosen once a kind of tensor. A cached step and a run of a sliced mask need no mask, so flash-attn serves
-both; masked training on a GPU takes FlexAttention, everything else PyTorch's scaled dot product. A choice says why in
-one log line, and can be named.
+A kernel is chosen once for each kind of tensor. A cached step and a block of a sliced mask need no mask, so flash-attn
+serves both; masked training on a GPU takes FlexAttention, everything else PyTorch's scaled dot product. One log line
+tells the choice and the reason; the user may name a backend instead.
 
 Shapes: B batch, H heads, T queries, L keys, D head dim.
 """
@@ -46,26 +46,28 @@ class Choice(NamedTuple):
 
 
 def device(name: str) -> torch.device:
-    """Give a device that is there: `cpu`, `cuda`, one GPU of several as `cuda:1`, or `auto`, a GPU if there is one.
+    """Give an available device: `cpu`, `cuda`, one GPU of several as `cuda:1`, or `auto`, a GPU if there is one.
 
     Raises:
         ValueError: another name, or a GPU that torch does not see.
     """
-    there = torch.cuda.device_count()
+    count = torch.cuda.device_count()
     try:
-        found = torch.device(("cuda" if there else "cpu") if name == "auto" else name)
+        device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
     except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"a device is cpu, cuda (one of several: cuda:1) or auto, found {name!r}")
-    if found.type == "cuda" and (found.index or 0) >= there:
-        sees = f"{there} CUDA devices, from cuda:0" if there else "no CUDA device"
+    if device.type == "cuda" and (device.index or 0) >= count:
+        sees = f"{count} CUDA devices, from cuda:0" if count else "no CUDA device"
         raise ValueError(f"device {name!r} asked for, but torch {torch.__version__} sees {sees}; use 'cpu'")
-    return found
+    return device
 
 
 def use(name: str) -> None:
-    """Name the backend of this process: `auto`, `sdpa`, `flash` or `flex`; what can't be is refused when it is met.
+    """Name the backend of this process: `auto`, `sdpa`, `flash` or `flex`.
+
+    A backend that cannot serve a tensor is refused when attention first meets one of its kind.
 
     Raises:
         ValueError: another name.
@@ -86,9 +88,10 @@ def chosen(q: Tensor) -> Choice:
 
 def computed_in(q: Tensor) -> torch.dtype:
     """Give the dtype that attention computes in: autocast's where it is on, else the tensor's own."""
-    kind = q.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device knows no casts
-    return torch.get_autocast_dtype(kind) if casts else q.dtype
+    device = q.device.type
+    # the meta device knows no autocast
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if casts else q.dtype
 
 
 @torch.compiler.assume_constant_result
@@ -140,7 +143,7 @@ def refusal(backend: str, kind: Kind) -> str | None:
 
 
 def flash_module(capability: tuple[int, int]) -> str | None:
-    """Name the installed flash-attn for a GPU: 3 on Hopper where it is there, else 2."""
+    """Name the installed flash-attn for a GPU: 3 on Hopper where it is installed, else 2."""
     wanted = ["flash_attn_interface"] * (capability[0] == 9) + ["flash_attn"]
     return next((name for name in wanted if find_spec(name)), None)
 

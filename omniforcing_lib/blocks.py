@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, rms_norm, silu
 
 from omniforcing_lib.attention import Attention
-from omniforcing_lib.cache import ANY_LEVEL, LayerCache
+from omniforcing_lib.cache import LayerCache, OpenBlock, Prompt
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
 from omniforcing_lib.masks import AttentionMask
@@ -45,21 +45,21 @@ class TimestepEmbedder(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """Turn sigma into `rows` modulation vectors, and give the embedding itself (spec 1.4)."""
+    """Turn sigma into a number of modulation vectors, and give the embedding itself (spec 1.4)."""
 
-    def __init__(self, dim: int, rows: int) -> None:
+    def __init__(self, dim: int, vectors: int) -> None:
         super().__init__()
         self.emb = nn.ModuleDict({"timestep_embedder": TimestepEmbedder(dim)})
-        self.linear = nn.Linear(dim, rows * dim)
-        self.rows = rows
+        self.linear = nn.Linear(dim, vectors * dim)
+        self.vectors = vectors
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Modulate.
 
-        Shapes: timestep [B, G] to modulation [B, G, rows, dim] and embedding [B, G, dim].
+        Shapes: timestep [B, G] to modulation [B, G, vectors, dim] and embedding [B, G, dim].
         """
         embedded = self.emb["timestep_embedder"](timestep)
-        return self.linear(silu(embedded)).unflatten(-1, (self.rows, -1)), embedded
+        return self.linear(silu(embedded)).unflatten(-1, (self.vectors, -1)), embedded
 
 
 class CaptionProjection(nn.Module):
@@ -99,19 +99,33 @@ class TimestepEmbedding(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What one stream gets from sigma, text, time and causality, the same for every layer."""
+    """What one stream gets from sigma, text, time and causality, the same for every layer.
 
-    level: TimestepEmbedding
-    sigma: Hashable | None  # the key of what is held for these levels
-    text: Tensor | None  # [B, L, D]; None where the cache already holds its keys
+    Attributes:
+        timestep: sigma, embedded.
+        text: [B, L, D]; None where the cache already holds its keys.
+        rope: rotations of self-attention.
+        cross_rope: rotations of cross-modal attention.
+        sees_own: mask of self-attention.
+        sees_other: mask of cross-modal attention.
+        blocks: the open blocks of a cached pass, () without a cache.
+        sigma_key: key under which the cache holds the modulation of these noise levels; None holds nothing.
+        prompt_key: the same for the keys and values of the text.
+    """
+
+    timestep: TimestepEmbedding
+    text: Tensor | None
     rope: Rotation
     cross_rope: Rotation
     sees_own: AttentionMask | None
     sees_other: AttentionMask | None
+    blocks: tuple[OpenBlock, ...]
+    sigma_key: Hashable | None
+    prompt_key: Hashable | None
 
 
 class LayerModulation(NamedTuple):
-    """Modulation of one stream in one layer, each row [B, G, D]; every scale has its 1 added."""
+    """Modulation of one stream in one layer, vectors [B, G, D]; every scale has its 1 added."""
 
     own: tuple[Tensor, ...]
     cross: tuple[Tensor, ...]
@@ -128,6 +142,14 @@ class Stream(NamedTuple):
     table: Tensor
     cross_table: Tensor
     prompt_table: Tensor | None
+
+
+_STREAMS = AV(
+    "attn1 attn2 audio_to_video_attn ff scale_shift_table scale_shift_table_a2v_ca_video prompt_scale_shift_table",
+    "audio_attn1 audio_attn2 video_to_audio_attn audio_ff audio_scale_shift_table scale_shift_table_a2v_ca_audio "
+    "audio_prompt_scale_shift_table",
+)
+"""Names in the checkpoint of what `Stream` groups, in its order."""
 
 
 def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
@@ -163,7 +185,7 @@ class Block(nn.Module):
         video, audio, heads = config.video_dim, config.audio_dim, config.num_attention_heads
         wide, narrow = (heads, config.attention_head_dim), (heads, config.audio_attention_head_dim)
         shared = {"eps": config.norm_eps, "rope_type": config.rope_type, "gated": config.apply_gated_attention}
-        rows = 9 if config.cross_attention_adaln else 6
+        vectors = 9 if config.cross_attention_adaln else 6
         self.eps = config.norm_eps
         self.attn1 = Attention(video, video, *wide, **shared)
         self.audio_attn1 = Attention(audio, audio, *narrow, **shared)
@@ -173,8 +195,8 @@ class Block(nn.Module):
         self.video_to_audio_attn = Attention(audio, video, *narrow, **shared)
         self.ff = FeedForward(video, config.ff_bias)
         self.audio_ff = FeedForward(audio, config.audio_ff_bias)
-        self.scale_shift_table = nn.Parameter(torch.zeros(rows, video))
-        self.audio_scale_shift_table = nn.Parameter(torch.zeros(rows, audio))
+        self.scale_shift_table = nn.Parameter(torch.zeros(vectors, video))
+        self.audio_scale_shift_table = nn.Parameter(torch.zeros(vectors, audio))
         self.scale_shift_table_a2v_ca_video = nn.Parameter(torch.zeros(5, video))
         self.scale_shift_table_a2v_ca_audio = nn.Parameter(torch.zeros(5, audio))
         self.prompt_scale_shift_table = self.audio_prompt_scale_shift_table = None
@@ -185,33 +207,14 @@ class Block(nn.Module):
     @property
     def streams(self) -> AV[Stream]:
         """Group modules and tables by stream."""
-        return AV(
-            Stream(
-                self.attn1,
-                self.attn2,
-                self.audio_to_video_attn,
-                self.ff,
-                self.scale_shift_table,
-                self.scale_shift_table_a2v_ca_video,
-                self.prompt_scale_shift_table,
-            ),
-            Stream(
-                self.audio_attn1,
-                self.audio_attn2,
-                self.video_to_audio_attn,
-                self.audio_ff,
-                self.audio_scale_shift_table,
-                self.scale_shift_table_a2v_ca_audio,
-                self.audio_prompt_scale_shift_table,
-            ),
-        )
+        return _STREAMS.map(lambda names: Stream(*(getattr(self, name) for name in names.split())))
 
     def forward(
         self,
         x: AV[Tensor],
         condition: AV[Condition],
         *,
-        slots: AV[LayerCache] | None = None,
+        cached: AV[LayerCache] | None = None,
         skip_self: bool = False,
         skip_cross: bool = False,
     ) -> AV[Tensor]:
@@ -219,90 +222,93 @@ class Block(nn.Module):
 
         Shapes: video [B, F h w, Dv], audio [B, (S +) T, Da] to the same.
         """
-        streams, slots = self.streams, slots or AV(None, None)
-        rows = streams.map(self._rows, condition, slots)
+        streams, cached = self.streams, cached or AV(None, None)
+        modulation = streams.map(self._modulation, condition, cached)
+        # Each step is done for both streams before the next; steps 1 to 4 and 6 to 7 keep to one stream.
         attend = self._perturbed if skip_self else self._attend
-        x = x.map(attend, streams, condition, rows, slots)
-        x = x.map(self._read, streams, condition, rows, slots)
+        x = x.map(attend, streams, condition, modulation, cached)
+        x = x.map(self._read_text, streams, condition, modulation, cached)
         if not skip_cross:
-            x = self._exchange(x, streams, condition, rows, slots)
-        return x.map(self._widen, streams, rows)
+            x = self._exchange(x, streams, condition, modulation, cached)
+        return x.map(self._feed_forward, streams, modulation)
 
-    def _rows(self, s: Stream, c: Condition, slots: LayerCache | None) -> LayerModulation:
-        """Add this layer's tables to what sigma says, or take what the cache holds for that sigma."""
+    def _modulation(self, s: Stream, c: Condition, cached: LayerCache | None) -> LayerModulation:
+        """Add this layer's tables to what sigma gives, or take what the cache holds for that sigma."""
 
         def make() -> LayerModulation:
-            own, cross = (s.table + c.level.own).unbind(2), (s.cross_table[:4] + c.level.cross).unbind(2)
+            own, cross = (s.table + c.timestep.own).unbind(2), (s.cross_table[:4] + c.timestep.cross).unbind(2)
             return LayerModulation(
-                tuple(1 + row if i % 3 == 1 else row for i, row in enumerate(own)),
-                tuple(1 + row if i % 2 == 0 else row for i, row in enumerate(cross)),
-                (s.cross_table[4:] + c.level.gate).squeeze(2),
+                tuple(1 + vector if i % 3 == 1 else vector for i, vector in enumerate(own)),
+                tuple(1 + vector if i % 2 == 0 else vector for i, vector in enumerate(cross)),
+                (s.cross_table[4:] + c.timestep.gate).squeeze(2),
             )
 
-        return slots.rows.get(c.sigma, make) if slots else make()
+        return cached.modulation.get(c.sigma_key, make) if cached else make()
 
     def _norm(self, x: Tensor) -> Tensor:
         return rms_norm(x, x.shape[-1:], eps=self.eps)
 
-    def _widen(self, x: Tensor, s: Stream, rows: LayerModulation) -> Tensor:
-        """Run the MLP (steps 6 and 7)."""
-        _, _, _, shift, gain, gate, *_ = rows.own
-        return gated(x, gate, s.feed_forward(modulate(self._norm(x), gain, shift)))
-
-    def _attend(self, x: Tensor, s: Stream, c: Condition, rows: LayerModulation, slots: LayerCache | None) -> Tensor:
+    def _attend(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
         """Attend within the stream (steps 1 and 3)."""
-        shift, gain, gate, *_ = rows.own
+        shift, gain, gate, *_ = m.own
         update = s.attention(
             modulate(self._norm(x), gain, shift),
             rotations=(c.rope, c.rope),
             visibility=c.sees_own,
-            slot=slots and slots.own,
+            cached=cached and cached.own,
+            blocks=c.blocks,
         )
         return gated(x, gate, update)
 
-    def _perturbed(self, x: Tensor, s: Stream, c: Condition, rows: LayerModulation, slots: LayerCache | None) -> Tensor:
+    def _perturbed(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
         """Drop the self-attention branch (LTX-2.0) or pass its values through (2.3): STG (spec 1.11)."""
         if s.attention.to_gate_logits is None:
             return x
-        shift, gain, gate, *_ = rows.own
+        shift, gain, gate, *_ = m.own
         return gated(x, gate, s.attention.pass_values(modulate(self._norm(x), gain, shift)))
 
-    def _read(self, x: Tensor, s: Stream, c: Condition, rows: LayerModulation, slots: LayerCache | None) -> Tensor:
+    def _read_text(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
         """Attend to the text (steps 2 and 4); modulated and gated in LTX-2.3 only."""
-        slot = slots and slots.prompt(ANY_LEVEL if c.level.prompt is None else c.sigma)
+        prompt_cache = {"cached": cached and Prompt(cached.text, c.prompt_key), "blocks": c.blocks}
         if s.prompt_table is None:
-            return x + s.text_attention(self._norm(x), c.text, slot=slot)
-        shift, gain, gate = rows.own[6:]
+            return x + s.text_attention(self._norm(x), c.text, **prompt_cache)
+        shift, gain, gate = m.own[6:]
         query = modulate(self._norm(x), gain, shift)
-        prompt = s.prompt_table[None, None] if c.level.prompt is None else s.prompt_table + c.level.prompt
+        prompt = s.prompt_table[None, None] if c.timestep.prompt is None else s.prompt_table + c.timestep.prompt
         if prompt.shape[1] == 1:
-            return gated(x, gate, s.text_attention(query, _modulated(c.text, prompt), slot=slot))
-        blocks = query.split([len(run.rows) for run in c.sees_other.runs], dim=1)
-        of_block = zip(blocks, prompt.split(1, 1), strict=True)
-        read = [s.text_attention(block, _modulated(c.text, by)) for block, by in of_block]
-        return gated(x, gate, torch.cat(read, dim=1))
+            return gated(x, gate, s.text_attention(query, _modulated(c.text, prompt), **prompt_cache))
+        # Under masks each block of queries reads the text as its own sigma modulates it.
+        queries = query.split([len(rows) for rows, _ in c.sees_other.by_block], dim=1)
+        by_block = zip(queries, prompt.split(1, 1), strict=True)
+        return gated(x, gate, torch.cat([s.text_attention(q, _modulated(c.text, p)) for q, p in by_block], dim=1))
 
     def _exchange(
         self,
         x: AV[Tensor],
         streams: AV[Stream],
         condition: AV[Condition],
-        rows: AV[LayerModulation],
-        slots: AV[LayerCache | None],
+        modulation: AV[LayerModulation],
+        cached: AV[LayerCache | None],
     ) -> AV[Tensor]:
-        """Let each stream attend to the other, both from one snapshot (step 5); cross rows 0-1 are A2V, 2-3 V2A."""
+        """Let each stream attend to the other, both from one snapshot (step 5); vectors 0-1 are A2V, 2-3 V2A."""
         normed = x.map(self._norm)
 
         def receive(x: Tensor, to: int, first: int) -> Tensor:
             own, other = condition[to], 1 - to
-            query, context = (modulate(normed[i], *rows[i].cross[first : first + 2]) for i in (to, other))
+            query, context = (modulate(normed[i], *modulation[i].cross[first : first + 2]) for i in (to, other))
             update = streams[to].from_other(
                 query,
                 context,
                 rotations=(own.cross_rope, condition[other].cross_rope),
                 visibility=own.sees_other,
-                slot=slots[other] and slots[other].cross,
+                cached=cached[other] and cached[other].cross,
+                blocks=own.blocks,
             )
-            return gated(x, rows[to].gate, update)
+            return gated(x, modulation[to].gate, update)
 
         return x.map(receive, AV(0, 1), AV(0, 2))
+
+    def _feed_forward(self, x: Tensor, s: Stream, m: LayerModulation) -> Tensor:
+        """Run the MLP (steps 6 and 7)."""
+        _, _, _, shift, gain, gate, *_ = m.own
+        return gated(x, gate, s.feed_forward(modulate(self._norm(x), gain, shift)))

@@ -4,142 +4,187 @@ Keys and values of a stream live in [sinks | block 0 | ring of blocks]. Sinks an
 to ring place (k - 1) mod (window + 1) and there overwrites the block that has left the window. Attention does not
 depend on the order of keys, so nothing is ever moved and a read is one slice (paper Sec. 3.4; spec 6.2, 6.4).
 
+`KVCache.open` describes a block as an immutable `OpenBlock`. The caller passes it to the model, which passes it to
+every attention, which writes and reads through `Ring.extend`. The cache itself does not know which block is open.
+
 Shapes: B batch, H heads, N places, D head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from omniforcing_lib import masks
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, BlockLayout, Clock
-from omniforcing_lib.rope import Ropes, rotate, turns
+from omniforcing_lib.rope import Ropes, offset_rotations, rotate
 
 T = TypeVar("T")
+Project = Callable[[], tuple[Tensor, Tensor]]
+"""Projects a call's keys and values, each [B, H, L, D]."""
+ANY_SIGMA = "any"
 _PARTS = ("keys", "values", "anchor")
-ANY_LEVEL = "any"
 
 
-class Span(NamedTuple):
-    """Places of the open block and of the history it sees, in one stream; `all` as one slice if they are neighbours."""
+class Places(NamedTuple):
+    """Places of an open block in the rings of one stream.
 
-    write: slice
-    history: tuple[slice, ...]
-    all: slice | None
+    Attributes:
+        write: where its keys go; a tensor of indices in a recorded pass, whose place changes without Python.
+        history: what it sees besides itself.
+        whole: `history` and the block as one range, where they are neighbours.
+    """
 
-
-def _spanned(write: slice, *history: slice) -> Span:
-    together = _joined(write, *history)
-    return Span(write, _joined(*history), together[0] if len(together) == 1 else None)
-
-
-def _joined(*spans: slice) -> tuple[slice, ...]:
-    """Sort slices and make one of neighbours."""
-    joined: list[slice] = []
-    for span in sorted(spans, key=lambda s: s.start):
-        if joined and joined[-1].stop == span.start:
-            span = slice(joined.pop().start, span.stop)
-        joined.append(span)
-    return tuple(joined)
+    write: slice | Tensor
+    history: tuple[range, ...]
+    whole: range | None
 
 
-class Opened(NamedTuple):
-    """An open block: rows of its tokens in a call, where its keys go, and the turn that it gives the pinned keys."""
+class RotationOffset(NamedTuple):
+    """Rotation that makes the pinned keys look later, so that they follow the window; `block` names the amount."""
+
+    block: int
+    ropes: Ropes
+
+
+class OpenBlock(NamedTuple):
+    """One block of a pass over the cache.
+
+    Attributes:
+        k: number of the block.
+        latents: its latents in each stream.
+        tokens: its tokens in the call, sinks included.
+        places: where its keys go and what it sees.
+        offset: how far the pinned keys have to follow the window; None where they keep their own positions.
+        writes: whether the pass stores what it computes. A pass with gradients must not: its own keys carry the
+            gradient, the history is detached (paper Sec. 3.3), and a later pass stores the block.
+    """
 
     k: int
-    rows: AV[slice]
-    span: AV[Span]
-    turn: tuple[int, Ropes] | None
+    latents: AV[range]
+    tokens: AV[slice]
+    places: AV[Places]
+    offset: RotationOffset | None
+    writes: bool = True
 
 
 class Ring:
     """Keys and values of one stream in one attention.
 
-    Shapes: keys and values [B, H, N, D].
+    Args:
+        shape: [B, H, N, D] of the keys and of the values.
+        stream: 0 if the keys are the video's, 1 if the audio's.
+        kind: `own` if the stream's own queries read, `cross` if those of the other stream do.
+        pinned: places of sinks and block 0.
+        rope_type: see `rope.rotate`.
+        options: device and dtype.
     """
 
-    def __init__(self, shape: tuple[int, ...], cache: KVCache, stream: int, name: str, **kind: object) -> None:
-        self.keys, self.values = torch.zeros(shape, **kind), torch.zeros(shape, **kind)
-        self.anchor: Tensor | None = None
-        self._cache, self._stream, self._name = cache, stream, name
-        self._asking = stream if name == "own" else 1 - stream
-        self._turned: int | None = None
+    def __init__(
+        self, shape: tuple[int, ...], stream: int, kind: str, pinned: int, rope_type: str, **options: object
+    ) -> None:
+        self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
+        self.anchor: Tensor | None = None  # the pinned keys at their own positions, once they have been rotated
+        self._stream, self._kind, self._pinned, self._rope_type = stream, kind, pinned, rope_type
+        self._reader = stream if kind == "own" else 1 - stream
+        self._rotated_for: int | None = None
 
     def shape(self, part: str) -> tuple[int, ...]:
-        """Tell the shape of the keys, the values or the anchor."""
-        pinned = self._cache.pinned[self._stream] if part == "anchor" else None
-        return tuple(self.keys[:, :, :pinned].shape)
+        """Give the shape of the keys, the values or the anchor."""
+        return tuple(self.keys[:, :, : self._pinned if part == "anchor" else None].shape)
 
     def forget_anchor(self) -> None:
-        """Let the pinned keys be what is written to them next."""
-        self.anchor = self._turned = None
+        """Take the pinned keys, as they are written next, for those at their own positions."""
+        self.anchor = self._rotated_for = None
 
-    def _turn(self, to: int, by: Ropes) -> None:
-        """Rotate the pinned keys so that they look later than they were; the window stays as it is."""
-        if self._turned == to:
+    def rotate_pinned(self, offset: RotationOffset | None) -> None:
+        """Rotate the pinned keys, from their own positions, by an offset; the window stays as it is."""
+        if offset is None or self._rotated_for == offset.block:
             return
-        pinned = self._cache.pinned[self._stream]
         if self.anchor is None:
-            self.anchor = self.keys[:, :, :pinned].clone()
-        rotation = getattr(by, self._name)[self._stream]
-        self.keys[:, :, :pinned] = rotate(self.anchor, rotation, self._cache.config.rope_type)
-        self._turned = to
+            self.anchor = self.keys[:, :, : self._pinned].clone()
+        rotation = getattr(offset.ropes, self._kind)[self._stream]
+        self.keys[:, :, : self._pinned] = rotate(self.anchor, rotation, self._rope_type)
+        self._rotated_for = offset.block
 
-    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Write the open blocks' keys and values in place; yield, block by block, the rows that ask and all they see.
+    def extend(self, project: Project, blocks: tuple[OpenBlock, ...]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Store the open blocks' keys and values; yield, block by block, the queries that read and all they see.
 
-        A block is written when the one before it has been answered: it may overwrite what that one still saw.
-        Where gradients flow nothing is written: the block's own keys carry the gradient, the history is detached
-        (paper Sec. 3.3), and the clean pass that follows fills the place.
+        Raises:
+            RuntimeError: keys with gradients would be stored; open the block with `writes=False`.
         """
         new = project()
-        for block in self._cache.opened:
-            if block.turn is not None:
-                self._turn(*block.turn)
-            rows, span = block.rows[self._stream], block.span[self._stream]
-            pairs = zip((self.keys, self.values), new, strict=True)
-            yield block.rows[self._asking], *(self._see(store, x[:, :, rows], span) for store, x in pairs)
+        for block in blocks:
+            # 1. The pinned keys follow the window.
+            self.rotate_pinned(block.offset)
+            # 2. The block is written only now, after the block before it was answered: it may overwrite a block
+            #    which that one still saw.
+            tokens, places = block.tokens[self._stream], block.places[self._stream]
+            stores = zip((self.keys, self.values), new, strict=True)
+            keys, values = (_extended(store, x[:, :, tokens], places, block.writes) for store, x in stores)
+            # 3. Its queries see all of that.
+            yield block.tokens[self._reader], keys, values
 
-    @staticmethod
-    def _see(store: Tensor, x: Tensor, span: Span) -> Tensor:
-        if torch.is_grad_enabled():
-            return torch.cat([*(store[:, :, s].clone() for s in span.history), x], dim=2)
-        store[:, :, span.write] = x
-        if span.all is not None:
-            return store[:, :, span.all]
-        return torch.cat([*(store[:, :, s] for s in span.history), x], dim=2)
+
+def _extended(store: Tensor, x: Tensor, places: Places, writes: bool) -> Tensor:
+    """Give what a block sees, itself included. Shapes: store [B, H, N, D], x [B, H, T, D] to [B, H, L, D]."""
+    if writes:
+        if x.requires_grad:
+            raise RuntimeError("a pass with gradients cannot be stored in the cache; open its block with writes=False")
+        store[:, :, places.write] = x
+        if places.whole is not None:
+            return masks.take(store, (places.whole,))
+    return torch.cat([*(store[:, :, span.start : span.stop] for span in places.history), x], dim=2)
 
 
 class PerSigmaCache:
-    """What follows from the noise level alone, made once a level; again at every call where gradients flow."""
+    """What follows from noise levels (and the prompt) alone, computed once for each key."""
 
     def __init__(self) -> None:
         self.held: dict[Hashable, object] = {}
+        self._stale: dict[Hashable, tuple[Tensor, ...]] = {}
 
-    def get(self, level: Hashable | None, make: Callable[[], T]) -> T:
-        """Reuse what is held for levels known on the host, or make and hold it."""
-        if level is None or torch.is_grad_enabled():
+    def get(self, key: Hashable | None, make: Callable[[], T]) -> T:
+        """Give what is held under a key; make and hold it if nothing is. Under None nothing is held."""
+        if key is None:
             return make()
-        if level not in self.held:
-            self.held[level] = make()
-        return self.held[level]
+        if key not in self.held:
+            self.held[key] = _written_over(self._stale.pop(key, None), make())
+        return self.held[key]
+
+    def forget(self) -> None:
+        """Make everything again at its next use, in the memory that it has now: CUDA graphs go on reading there."""
+        self._stale |= self.held
+        self.held = {}
+
+
+def _written_over(old: tuple[Tensor, ...] | None, new: T) -> T | tuple[Tensor, ...]:
+    """Copy new tensors to the place of old ones of the same shapes; give the new ones where that cannot be."""
+    fits = old is not None and all(
+        a.shape == b.shape and a.dtype == b.dtype and (torch.is_inference_mode_enabled() or not a.is_inference())
+        for a, b in zip(old, new, strict=True)
+    )
+    if not fits:
+        return new
+    for a, b in zip(old, new, strict=True):
+        a.copy_(b)
+    return old
 
 
 class Prompt(NamedTuple):
-    """Keys and values of the prompt, projected once a level, or at every call where no level is known."""
+    """The prompt's keys and values in one attention, held under a key or projected at every call."""
 
-    held: PerSigmaCache
-    level: Hashable | None
+    cache: PerSigmaCache
+    key: Hashable | None
 
-    def extend(self, project: Callable[[], tuple[Tensor, Tensor]]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Reuse what is held, or project and hold it; all rows see all of it."""
-        yield slice(None), *self.held.get(self.level, project)
+    def extend(self, project: Project, blocks: tuple[OpenBlock, ...]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Reuse what is held, or project and hold it; every query of every block sees all of it."""
+        yield slice(None), *self.cache.get(self.key, project)
 
 
 class LayerCache(NamedTuple):
@@ -148,16 +193,12 @@ class LayerCache(NamedTuple):
     own: Ring
     text: PerSigmaCache
     cross: Ring
-    rows: PerSigmaCache
-
-    def prompt(self, level: Hashable | None) -> Prompt:
-        """Give the prompt's keys at a level: at the noise level in LTX-2.3, at `ANY_LEVEL` before."""
-        return Prompt(self.text, level)
+    modulation: PerSigmaCache
 
 
 @dataclass
 class KVCache:
-    """Rolling cache of a whole model: open block 0, run, open block 1, run, ...
+    """Rolling cache of a whole model: open block 0, run the model with it, open block 1, run, ...
 
     Args:
         config: the model's.
@@ -170,6 +211,9 @@ class KVCache:
         clock: seconds of the blocks.
         device: where the rings live.
         dtype: of keys and values.
+
+    Attributes:
+        restarted: block for which the cache was last restarted, see `restart`.
     """
 
     config: ModelConfig
@@ -181,61 +225,86 @@ class KVCache:
     clock: Clock = field(default_factory=Clock)
     device: str | torch.device = "cpu"
     dtype: torch.dtype = torch.float32
-    latents: AV[range] | None = field(default=None, init=False)
-    opened: tuple[Opened, ...] = field(default=(), init=False)
     restarted: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         if self.window < 0:
             raise ValueError(f"the window is 0 or more past blocks, found {self.window}")
         tokens = self.grid[0] * self.grid[1]
-        self._per_latent = AV(tokens, 1)
+        self._tokens_per_latent = AV(tokens, 1)
         self.pinned = AV(self.layout.first.video * tokens, self.layout.sinks + self.layout.first.audio)
-        self._step = self.layout.step.map(lambda n, tokens: n * tokens, self._per_latent)
+        self._step = self.layout.step.map(lambda n, tokens: n * tokens, self._tokens_per_latent)
         places = self.pinned.map(lambda pinned, step: pinned + step * (self.window + 1), self._step)
-        heads = self.config.num_attention_heads
         dims = AV(self.config.attention_head_dim, self.config.audio_attention_head_dim)
-        kind = {"device": self.device, "dtype": self.dtype}
+        options = {"rope_type": self.config.rope_type, "device": self.device, "dtype": self.dtype}
 
-        def slots(stream: int) -> LayerCache:
-            shape = (self.batch, heads, places[stream])
-            own = Ring((*shape, dims[stream]), self, stream, "own", **kind)
-            cross = Ring((*shape, dims.audio), self, stream, "cross", **kind)
+        def layer(stream: int) -> LayerCache:
+            shape, pinned = (self.batch, self.config.num_attention_heads, places[stream]), self.pinned[stream]
+            own = Ring((*shape, dims[stream]), stream, "own", pinned, **options)
+            cross = Ring((*shape, dims.audio), stream, "cross", pinned, **options)
             return LayerCache(own, PerSigmaCache(), cross, PerSigmaCache())
 
-        self.levels = PerSigmaCache()
-        self._layers = [AV(slots(0), slots(1)) for _ in range(self.config.num_layers)]
+        self.timesteps = PerSigmaCache()
+        self.layers = [AV(layer(0), layer(1)) for _ in range(self.config.num_layers)]
 
-    def layer(self, index: int) -> AV[LayerCache]:
-        """LayerCache of one layer, for each stream."""
-        return self._layers[index]
+    def open(self, k: int, latents: AV[range] | None = None, *, writes: bool = True) -> OpenBlock:
+        """Describe block `k` for a pass.
 
-    def open(self, k: int, block: AV[range] | None = None) -> None:
-        """Make block `k` the one that is written; `block` gives its latents where it is partial."""
-        block = block or self.layout.block(k)
-        self.opened, self.latents = (self._opened(k, block),), block
+        Args:
+            k: number of the block; the blocks that it sees must be stored.
+            latents: its latents where it is partial.
+            writes: see `OpenBlock`.
+        """
+        latents = latents or self.layout.block(k)
+        # 1. Causality is decided by `masks.seen`; a cache that was restarted holds nothing older than it did then.
+        at = max(k, self.restarted)
+        seen = [i for i in masks.seen(at, self.window) if i < k]
+        # 2. Places follow from the numbers of the blocks alone.
+        places = AV(0, 1).map(lambda stream, size: self._places(stream, k, seen, size), self._tokens(k, latents))
+        # 3. Past the window the pinned keys are rotated by the time that the window has moved.
+        offset = self._offset(at) if self.reanchor and k else None
+        return OpenBlock(k, latents, AV(slice(None), slice(None)), places, offset, writes)
 
-    def turn(self) -> None:
-        """Turn the pinned keys for the open block now, so that a pass over it only writes and reads."""
+    def open_pair(self, k: int, latents: AV[range] | None = None) -> tuple[OpenBlock, OpenBlock]:
+        """Describe blocks `k - 1` and `k` for one pass: the first stands in front and sees nothing of the second."""
+        before, block = self.open(k - 1), self.open(k, latents)
+        edge = self._tokens(k - 1, before.latents)
+        return (
+            before._replace(tokens=edge.map(lambda n: slice(0, n))),
+            block._replace(tokens=edge.map(lambda n: slice(n, None))),
+        )
+
+    def _tokens(self, k: int, latents: AV[range]) -> AV[int]:
+        """Count the tokens of a block, sinks among them."""
+        return self.pinned if k == 0 else latents.map(lambda span, n: len(span) * n, self._tokens_per_latent)
+
+    def _places(self, stream: int, k: int, seen: list[int], size: int) -> Places:
+        pinned, step = self.pinned[stream], self._step[stream]
+
+        def place(i: int, size: int = step) -> range:
+            start = 0 if i == 0 else pinned + (i - 1) % (self.window + 1) * step
+            return range(start, start + (pinned if i == 0 else size))
+
+        write, history = place(k, size), masks.merged(map(place, seen))
+        whole = masks.merged((write, *history))
+        return Places(slice(write.start, write.stop), history, whole[0] if len(whole) == 1 else None)
+
+    def _offset(self, at: int) -> RotationOffset | None:
+        """Give the rotation by the time that the window of a block has moved since it first filled."""
+        oldest = masks.seen(at, self.window)[1]
+        if oldest == 1:
+            return None
+        starts = (self.clock.seconds(self.layout.block(i)) for i in (oldest, 1))
+        moved = AV(*zip(*starts, strict=True)).map(lambda ends: float(ends[0][0] - ends[1][0]))
+        return RotationOffset(at, offset_rotations(self.config, moved, torch.device(self.device)))
+
+    def rotate_pinned(self, block: OpenBlock) -> None:
+        """Rotate the pinned keys of all rings for a block now, so that a pass over it only writes and reads."""
         for ring in self._rings().values():
-            for block in self.opened:
-                if block.turn is not None:
-                    ring._turn(*block.turn)
-
-    @contextmanager
-    def behind(self) -> Iterator[None]:
-        """Open the block before the open one too, for a call in which it stands in front and sees nothing of it."""
-        after, latents, k = self.opened[0], self.latents, self.opened[0].k - 1
-        block = self.layout.block(k)
-        edge = self._tokens(k, block)
-        before = self._opened(k, block)._replace(rows=edge.map(lambda n: slice(0, n)))
-        self.opened = (before, after._replace(rows=edge.map(lambda n: slice(n, None))))
-        self.latents = block.map(lambda a, b: range(a.start, b.stop), latents)
-        yield
-        self.opened, self.latents = (after,), latents
+            ring.rotate_pinned(block.offset)
 
     def restart(self, k: int) -> tuple[int, ...]:
-        """Begin anew for block `k`: give the blocks that it sees, to be remembered again, in order.
+        """Prepare to store the past of block `k` again; return the blocks to store, in order.
 
         They see block 0 and one another, at the distances that they have for block `k`, and nothing older: what a
         clip of just these blocks sees.
@@ -244,60 +313,29 @@ class KVCache:
         self.forget_text()
         for ring in self._rings().values():
             ring.forget_anchor()
-        return (0, *range(max(1, k - self.window), k))
+        return masks.seen(k, self.window)[:-1]
 
-    def _opened(self, k: int, block: AV[range]) -> Opened:
-        spans = AV(*(self._span(stream, k, size) for stream, size in enumerate(self._tokens(k, block))))
-        return Opened(k, AV(slice(None), slice(None)), spans, self._turn(k))
+    def prompt_key(self, sigma_key: Hashable | None) -> Hashable | None:
+        """Give the key of the prompt's keys and values: in LTX-2.3 they depend on sigma, before that they do not."""
+        return sigma_key if sigma_key is None or self.config.modulates_prompt_by_sigma else ANY_SIGMA
 
-    def _tokens(self, k: int, block: AV[range]) -> AV[int]:
-        """Count the tokens of a block, sinks among them."""
-        return self.pinned if k == 0 else block.map(lambda span, per: len(span) * per, self._per_latent)
+    def knows_text(self, sigma_key: Hashable | None) -> bool:
+        """Tell whether the prompt's keys and values at these noise levels are held."""
+        return self.prompt_key(sigma_key) in self.layers[0].video.text.held
 
-    def _turn(self, k: int) -> tuple[int, Ropes] | None:
-        """Tell by how much the window has moved since it first filled, for block `k` or the one restarted for."""
-        at = max(k, self.restarted)
-        if not self.reanchor or k == 0 or at <= self.window + 1:
-            return None
-        if self.opened and (held := self.opened[-1].turn) and held[0] == at:
-            return held
-        starts = (self.clock.seconds(self.layout.block(i)) for i in (at - self.window, 1))
-        moved = AV(*zip(*starts, strict=True)).map(lambda ends: float(ends[0][0] - ends[1][0]))
-        return at, turns(self.config, moved, torch.device(self.device))
-
-    def _span(self, stream: int, k: int, size: int) -> Span:
-        pinned, step, places = self.pinned[stream], self._step[stream], self.window + 1
-        if k == 0:
-            return _spanned(slice(0, pinned))
-        past = range(max(1, k - self.window, self.restarted - self.window), k)
-        starts = [pinned + (i - 1) % places * step for i in (*past, k)]
-        history = (slice(start, start + step) for start in starts[:-1])
-        return _spanned(slice(starts[-1], starts[-1] + size), slice(0, pinned), *history)
-
-    @property
-    def sinks(self) -> int:
-        """Audio sink tokens of the layout."""
-        return self.layout.sinks
-
-    @property
-    def at_start(self) -> bool:
-        """Tell whether block 0 is open, so that the sinks run with it."""
-        return self.opened[0].k == 0
-
-    def knows_text(self, level: Hashable | None) -> bool:
-        """Tell whether the prompt's keys at a noise level are held and may be used."""
-        key = level if self.config.modulates_prompt_by_sigma else ANY_LEVEL
-        return not torch.is_grad_enabled() and key in self._layers[0].video.text.held
+    def knows(self, sigma_key: Hashable | None) -> bool:
+        """Tell whether all that follows from these noise levels and from the prompt alone is held."""
+        return sigma_key in self.timesteps.held and self.knows_text(sigma_key)
 
     def forget_text(self) -> None:
-        """Drop the prompt's keys: the next call reads the text it is given."""
-        for slots in self._layers:
-            for slot in slots:
-                slot.text.held = {}
+        """Drop the prompt's keys: the next call reads the text that it is given."""
+        for layer in self.layers:
+            for stream in layer:
+                stream.text.forget()
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the rings."""
+        """Bytes of the rings."""
         return sum(2 * ring.keys.nbytes for ring in self._rings().values())
 
     def tensors(self) -> dict[str, Tensor]:
@@ -325,8 +363,8 @@ class KVCache:
 
     def _rings(self) -> dict[str, Ring]:
         return {
-            f"{layer}.{stream}.{name}": getattr(slot, name)
-            for layer, slots in enumerate(self._layers)
-            for stream, slot in zip(AV._fields, slots, strict=True)
-            for name in ("own", "cross")
+            f"{index}.{stream}.{kind}": getattr(cached, kind)
+            for index, layer in enumerate(self.layers)
+            for stream, cached in zip(AV._fields, layer, strict=True)
+            for kind in ("own", "cross")
         }

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: the transformer's dimensions, RoPE and modulation, under LTX-2's own names."""
+"""The transformer's dimensions, RoPE and modulation, under the names that LTX-2's checkpoints use."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _FIXED = {
 _ROPE_TYPES = ("split", "interleaved")
 _PRECISIONS = ("float64", "float32")
 _MOST, _MOST_LAYERS = 2**20, 512  # far beyond any LTX; a file that claims more would only fill the memory
-_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[int, ...]": tuple}
+_TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[int, ...]": tuple}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Describe one LTX-2 transformer; the defaults are the 19B model (spec 1.1, 1.2).
+    """Dimensions of one LTX-2 transformer; the defaults are the 19B model (spec 1.1, 1.2).
 
     Field names are those of the `transformer` part of the safetensors metadata, so that a checkpoint can be read
     without a table of translations. `num_audio_sink_tokens` is OmniForcing's (paper Sec. 3.2).
@@ -66,7 +66,7 @@ class ModelConfig:
             if not isinstance(value, list | tuple) or len(value) != count:
                 raise ValueError(f"{name} is a list of {count}, found {value!r}")
             object.__setattr__(self, name, tuple(value))
-        self._check_kinds()
+        self._check_types()
         for name, known in (("rope_type", _ROPE_TYPES), ("frequencies_precision", _PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; found {getattr(self, name)!r}")
@@ -78,18 +78,18 @@ class ModelConfig:
                 f"{self.num_attention_heads} video and {self.audio_num_attention_heads} audio"
             )
 
-    def _check_kinds(self) -> None:
+    def _check_types(self) -> None:
         """Refuse a field of the wrong type or sign by its name: metadata is text that anybody may have written."""
         for field in fields(self):
-            value, kind = getattr(self, field.name), _KINDS[field.type]
-            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            value, expected = getattr(self, field.name), _TYPES[field.type]
+            if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
                 raise ValueError(f"{field.name} is of type {field.type}, found {repr(value)[:80]}")
             least = 0 if field.name == "num_audio_sink_tokens" else 1e-12
             most = _MOST_LAYERS if field.name == "num_layers" else _MOST
-            numbers = () if kind in (bool, str) else value if kind is tuple else (value,)
-            if not all(isinstance(n, int | float) and n >= least for n in numbers):
+            sizes = () if expected in (bool, str) else value if expected is tuple else (value,)
+            if not all(isinstance(n, int | float) and n >= least for n in sizes):
                 raise ValueError(f"{field.name} is above 0, found {repr(value)[:80]}")
-            if max(numbers, default=0) > most:
+            if max(sizes, default=0) > most:
                 raise ValueError(f"{field.name} is at most {most:,}, found {repr(value)[:80]}")
         if max(self.video_dim, self.audio_dim) > _MOST:
             raise ValueError(f"widths are at most {_MOST:,}, found {self.video_dim:,} and {self.audio_dim:,}")
@@ -113,9 +113,9 @@ class ModelConfig:
     def from_metadata(cls, transformer: Mapping[str, object]) -> ModelConfig:
         """Read the `transformer` part of an LTX-2 `config`; refuse what this model would silently do differently."""
         for name, expected in _FIXED.items():
-            found = transformer.get(name, expected)
-            if found != expected:
-                raise ValueError(f"config.transformer.{name} is {found!r}; only {expected!r} is supported")
+            value = transformer.get(name, expected)
+            if value != expected:
+                raise ValueError(f"config.transformer.{name} is {value!r}; only {expected!r} is supported")
         known = {f.name for f in fields(cls)}
         return cls(**{k: _normal(k, v) for k, v in transformer.items() if k in known and v is not None})
 
@@ -129,7 +129,7 @@ class ModelConfig:
 
 
 def _normal(name: str, value: object) -> object:
-    """Accept the spellings found in the wild for the same thing."""
+    """Bring other spellings of a value, as some files have them, to ours."""
     if name == "frequencies_precision" and isinstance(value, str):
         return value.removeprefix("torch.")
     if name.endswith("_multiplier") and isinstance(value, float) and value.is_integer():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -21,7 +22,15 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     from torch import Tensor
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+
+def _shipped_folder() -> Path:
+    """Find the folder of the shipped miniature: `data/` of the clone, else the package that pip installed it as."""
+    clone = Path(__file__).resolve().parents[1] / "data"
+    installed = None if (clone / "SHA256SUMS").is_file() else importlib.util.find_spec("omniforcing_data")
+    return Path(next(iter(installed.submodule_search_locations))) if installed else clone
+
+
+DATA = _shipped_folder()
 """Folder of the shipped miniature."""
 STALE_S = 3600.0  # a half-written file older than this whose writer is gone is rubbish
 

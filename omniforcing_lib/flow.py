@@ -1,7 +1,7 @@
 """Flow matching: noise schedules, x0 and velocity, guidance, and the Euler sampler.
 
 The convention everywhere: x = (1 - sigma) x0 + sigma eps, velocity = eps - x0, so x0 = x - sigma velocity.
-Noise levels may be one number, one a sample [B], or one a latent [B, F]. Arithmetic is in float32 at least,
+Noise levels may be one number, one per sample [B], or one per latent [B, F]. Arithmetic is in float32 at least,
 whatever the latents are stored in: 0.906229 and its nearest bfloat16 are different noise levels (spec 8.1).
 """
 
@@ -22,12 +22,11 @@ from omniforcing_lib.layout import AV
 RELEASED_STEPS = (1000, 909, 725, 421, 0)
 PAPER_STEPS = (1000, 757, 522, 0)
 FAST_STEPS = (1000, 750, 500, 0)
-DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 ZEROS, ONES = AV(0.0, 0.0), AV(1.0, 1.0)
 
 
 class Skip(NamedTuple):
-    """Say which parts of the transformer a guidance pass leaves out (spec 1.11).
+    """Parts of the transformer that a guidance pass leaves out (spec 1.11).
 
     Attributes:
         self_attention: blocks whose video and audio self-attention is perturbed (STG).
@@ -126,7 +125,7 @@ def velocity_of(x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Weigh the passes of guidance, per stream; the defaults switch all of them off (spec 1.11).
+    """Weights of the passes of guidance, per stream; the defaults switch all of them off (spec 1.11).
 
     Attributes:
         cfg: prompt against negative prompt; off at 1.
@@ -177,6 +176,7 @@ def guide(
 
     Shapes: all passes and the result are pairs of x0 [B, F, ...]; a pass whose weights are 0 may be None.
     """
+    # Each pass moves the prediction away from what it leaves out, by its own weight for each stream.
     out = cond.map(precise)
     for i, (name, negative) in enumerate((("uncond", uncond), ("perturbed", perturbed), ("unimodal", unimodal))):
         weight = guidance.weights.map(lambda weights, i=i: weights[i])
@@ -210,13 +210,14 @@ def guided_denoiser(
 
     def predict(x: AV[Tensor], sigma: AV[Tensor], texts: list[AV[Tensor]], **skip: Skip) -> list[AV[Tensor]]:
         n, batch = len(texts), len(x.video)
-        rows = [prompt.map(lambda part: part.expand(batch, -1, -1)) for prompt in texts]
+        contexts = [prompt.map(lambda part: part.expand(batch, -1, -1)) for prompt in texts]
         x, sigma = (pair.map(lambda part: torch.cat([part] * n)) for pair in (x, sigma))
-        velocity = model(x, sigma, AV(*map(torch.cat, zip(*rows, strict=True))), **skip)
+        velocity = model(x, sigma, AV(*map(torch.cat, zip(*contexts, strict=True))), **skip)
         x0 = x.map(x0_of, velocity, sigma)
         return [AV(*pair) for pair in zip(*(part.split(batch) for part in x0), strict=True)]
 
     def denoise(x: AV[Tensor], sigma: Tensor | AV[Tensor]) -> AV[Tensor]:
+        # the model takes one noise level for each sample
         levels = both(sigma).map(lambda s, part: s.expand(len(part)) if s.ndim == 0 else s, x)
         cond, *uncond = predict(x, levels, prompts)
         perturbed = predict(x, levels, [text], skip=Skip(guidance.stg_blocks)) if stg else [None]
@@ -241,14 +242,11 @@ def _path(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor) -> Iterator[AV[T
 
 
 def euler(
-    denoise: Denoiser,
-    noise: AV[Tensor],
-    sigmas: Tensor,
-    callback: Callable[[int, AV[Tensor]], None] | None = None,
+    denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, callback: Callable[[int, AV[Tensor]], None] | None = None
 ) -> AV[Tensor]:
     """Integrate the flow by Euler steps on (x - x0) / sigma; a step to 0 returns x0 exactly (spec 1.11).
 
-    Shapes: noise [B, F, ...] a stream; sigmas [N + 1], falling; `callback(i, x)` sees each state, i = 0 .. N.
+    Shapes: noise [B, F, ...] per stream; sigmas [N + 1], falling; `callback(i, x)` sees each state, i = 0 .. N.
     """
     for i, x in enumerate(_path(denoise, noise, sigmas)):
         if callback is not None:
@@ -259,7 +257,7 @@ def euler(
 def trajectory(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, keep: Sequence[int]) -> AV[Tensor]:
     """Integrate like `euler` and keep the states at sigmas[keep], noise first: an ODE pair (spec 5.4).
 
-    Shapes: noise [B, F, ...] a stream -> [B, len(keep), F, ...].
+    Shapes: noise [B, F, ...] per stream -> [B, len(keep), F, ...].
     """
     if list(keep) != sorted({*keep}) or not {*keep} <= {*range(len(sigmas))}:
         raise ValueError(f"kept entries rise within 0 .. {len(sigmas) - 1}, found {list(keep)}")
@@ -273,7 +271,7 @@ def noise_like(x: AV[Tensor], generator: torch.Generator) -> AV[Tensor]:
 
 
 def block_noise(seeds: Sequence[int], block: int, shapes: AV[tuple[int, ...]], draw: int = 0) -> AV[Tensor]:
-    """Draw the noise of a block from (seed, block, draw, stream) alone: streams can be resumed and re-cut.
+    """Draw the noise of a block from (seed, block, draw, stream) alone, so that streams can be resumed and cut anew.
 
     Drawn on the CPU: the caller moves it, and it is the same on every device. A shorter cut of a block gets
     the noise of its first latents. `draw` is 0 for the start and i for the noise added before step i.

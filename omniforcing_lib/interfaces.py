@@ -21,7 +21,7 @@ START = AV(0, 0)
 
 @dataclass
 class DecodeState:
-    """Remember where a streamed decoding stands: latents decoded of each stream, last amplitudes of the bank."""
+    """Where a streamed decoding stands: latents decoded of each stream, last amplitudes of the oscillators."""
 
     latents: AV[int] = START
     knots: Tensor | None = None
@@ -56,7 +56,7 @@ class Codec(Protocol):
     def decode(self, latents: AV[Tensor], state: DecodeState | None = None) -> AV[Tensor]:
         """Decode latents whole, or the next ones of a stream when a state is given (which it moves on).
 
-        A codec that looks ahead gives the frames and samples of a stream later, always of one time in both streams.
+        A codec that looks ahead gives frames and samples later, and always gives both streams up to the same time.
 
         Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n] or [B, n, 2], both in [-1, 1].
         """

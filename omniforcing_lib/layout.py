@@ -1,14 +1,14 @@
-"""Integer arithmetic of time: the only home of 8, 4, 25 and "the first frame is one".
+"""Integer arithmetic of time: how many frames, mel frames and samples a latent stands for, and which block it is in.
 
 Two streams run on two clocks, always in the order video, audio. A *latent* is one step of the codec in time: a video
 latent is 8 pixel frames (the first one 1), an audio latent is 4 mel frames (the first one 1). A *block* is the unit of
-causality: everything inside it sees everything inside it, nothing sees a later block. Masks, cache slots, RoPE
-positions, sigma maps and decode spans all derive from the ranges given here.
+causality: the tokens of a block see each other, and no token sees a later block. Masks, places in the cache, RoPE
+positions, noise levels by block and decoded spans all follow from the ranges given here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Generic, NamedTuple, TypeVar
@@ -33,11 +33,11 @@ class Clock:
     """Convert latents to frames, samples and seconds (spec 2; paper Sec. 3.1).
 
     Attributes:
-        fps: pixel frames a second.
-        video_stride: pixel frames a video latent, after the first.
-        mel_rate: mel frames a second.
-        audio_stride: mel frames an audio latent, after the first.
-        sample_rate: samples a second of the decoded waveform.
+        fps: pixel frames per second.
+        video_stride: pixel frames per video latent, after the first.
+        mel_rate: mel frames per second.
+        audio_stride: mel frames per audio latent, after the first.
+        sample_rate: samples per second of the decoded waveform.
     """
 
     fps: int = 24
@@ -49,21 +49,18 @@ class Clock:
     def __post_init__(self) -> None:
         if self.sample_rate % self.mel_rate:
             raise ValueError(f"sample_rate {self.sample_rate} is not a multiple of mel_rate {self.mel_rate}")
-        for rate, stride, name in (
-            (self.fps, self.video_stride, "video"),
-            (self.mel_rate, self.audio_stride, "audio"),
-        ):
+        for rate, stride, name in ((self.fps, self.video_stride, "video"), (self.mel_rate, self.audio_stride, "audio")):
             if rate % stride:
                 raise ValueError(f"{name} rate {rate} is not a multiple of its stride {stride}")
 
     @property
     def hop(self) -> int:
-        """Samples a mel frame."""
+        """Samples per mel frame."""
         return self.sample_rate // self.mel_rate
 
     @property
     def latent_rate(self) -> AV[int]:
-        """Latents a second: (3, 25) for LTX-2 at 24 fps."""
+        """Latents per second: (3, 25) for LTX-2 at 24 fps."""
         return AV(self.fps // self.video_stride, self.mel_rate // self.audio_stride)
 
     def latents(self, seconds: int) -> AV[int]:
@@ -164,17 +161,14 @@ class BlockLayout:
 
     def blocks(self, video_latents: int) -> tuple[AV[range], ...]:
         """Cut a clip into blocks; the last one may be partial, its audio rounded down (spec 3.2)."""
-        return tuple(self._cut(video_latents))
-
-    def _cut(self, video_latents: int) -> Iterator[AV[range]]:
         if video_latents < self.first.video:
             raise ValueError(f"a clip holds block 0, {self.first.video} video latents, or more; found {video_latents}")
-        for k in range(self.count(video_latents)):
-            video, audio = self.block(k)
-            if (kept := min(video.stop, video_latents) - video.start) < len(video):
-                video = range(video.start, video.start + kept)
-                audio = range(audio.start, audio.start + self.step.audio * kept // self.step.video)
-            yield AV(video, audio)
+        *whole, (video, audio) = map(self.block, range(self.count(video_latents)))
+        # only the last block can be partial
+        if video.stop > video_latents:
+            video = range(video.start, video_latents)
+            audio = range(audio.start, audio.start + self.step.audio * len(video) // self.step.video)
+        return (*whole, AV(video, audio))
 
     def count(self, video_latents: int) -> int:
         """Number of blocks of a clip, a partial last one counted."""

@@ -1,4 +1,4 @@
-"""Losses of the three stages, one scalar a stream: flow matching, ODE regression, DMD generator and critic.
+"""Losses of the three stages, one scalar per stream: flow matching, ODE regression, DMD generator and critic.
 
 Each is a pure function of tensors and of denoisers (x, sigma) -> x0; `total` weighs and adds the streams.
 The losses draw no noise: the caller passes what was drawn, so every number can be checked.
@@ -45,7 +45,7 @@ def flow_matching(
 ) -> AV[Tensor]:
     """Compare a predicted velocity with eps - x0: mean squared error of each stream.
 
-    Shapes: [B, F, ...] a stream; weight [B] or [B, F] a stream, 0 = not counted.
+    Shapes: [B, F, ...] per stream; weight [B] or [B, F] per stream, 0 = not counted.
     """
     target = x0.map(lambda data, noise: precise(noise) - precise(data), eps)
     return velocity.map(_squared, target).map(_mean, _weights(weight))
@@ -54,9 +54,9 @@ def flow_matching(
 def ode_regression(x0_hat: AV[Tensor], clean: AV[Tensor], sigma: AV[Tensor]) -> AV[Tensor]:
     """Regress the end of a teacher's trajectory from a state on it: mean squared error of x0 (spec 5.4).
 
-    Only noisy latents count; a stream with none gives 0 with a graph, so that every rank has a backward.
+    Only noisy latents count; a stream with none gives 0 with a graph, so that every process has a backward pass.
 
-    Shapes: x0_hat, clean [B, F, ...] a stream; sigma [B] or [B, F] a stream.
+    Shapes: x0_hat, clean [B, F, ...] per stream; sigma [B] or [B, F] per stream.
     """
     noisy = sigma.map(lambda level: (level > 1e-6).to(torch.float32))
     return x0_hat.map(_squared, clean).map(_mean, noisy)
@@ -81,7 +81,7 @@ def _lut(device: torch.device) -> Tensor:
 
 
 def dmd_direction(x_hat: Tensor, fake: Tensor, real: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Compute where a sample should not go: (fake - real) / mean |x_hat - real|, for one stream (spec 5.1).
+    """Compute the direction of DMD's gradient, (fake - real) / mean |x_hat - real|, for one stream (spec 5.1).
 
     The normaliser is per sample, over the counted latents; what is not finite becomes 0.
 
@@ -106,8 +106,9 @@ def dmd(
 
     The gradient by x_hat is `dmd_direction` / number of elements; neither score gets one. `real` is guided.
 
-    Shapes: x_hat, eps [B, F, ...] a stream; sigma [B], shared by the streams; weight [B] or [B, F] a stream.
+    Shapes: x_hat, eps [B, F, ...] per stream; sigma [B], shared by the streams; weight [B] or [B, F] per stream.
     """
+    # The gradient of half the squared distance to (x_hat - direction), by x_hat, is the direction.
     with torch.no_grad():
         x = x_hat.map(noised, eps, both(sigma))
         direction = x_hat.map(dmd_direction, fake(x, sigma), real(x, sigma), _weights(weight))
@@ -116,15 +117,11 @@ def dmd(
 
 
 def critic(
-    x_hat: AV[Tensor],
-    fake: Denoiser,
-    sigma: Tensor | AV[Tensor],
-    eps: AV[Tensor],
-    weight: AV[Tensor] | None = None,
+    x_hat: AV[Tensor], fake: Denoiser, sigma: Tensor | AV[Tensor], eps: AV[Tensor], weight: AV[Tensor] | None = None
 ) -> AV[Tensor]:
     """Teach the fake score the student's own distribution: flow matching on detached samples (spec 5.2).
 
-    Shapes: x_hat, eps [B, F, ...] a stream; sigma [B], shared by the streams; weight [B] or [B, F] a stream.
+    Shapes: x_hat, eps [B, F, ...] per stream; sigma [B], shared by the streams; weight [B] or [B, F] per stream.
     """
     x_hat = x_hat.map(Tensor.detach)
     x = x_hat.map(noised, eps, both(sigma))

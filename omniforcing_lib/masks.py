@@ -1,17 +1,18 @@
 """Who sees whom: one predicate on blocks, rendered as dense masks, FlexAttention masks and slices.
 
 A query in block q sees a key in block k if `visible(q, k)`. Tokens of a block are contiguous and audio sinks are the
-head of block 0, so each block of queries is one *run* of rows with one or two ranges of visible columns. The dense,
-flex and sliced renderings all derive from the runs (paper Sec. 3.1 and 3.2; spec 3.4).
+head of block 0, so the rows of a block are one range and see one or two ranges of columns. The dense, flex and sliced
+renderings all derive from these ranges (paper Sec. 3.1 and 3.2; spec 3.4), and the cache asks `seen` for its window.
 
 Shapes: R rows (queries), C columns (keys), Tv = F h w video tokens, Ta = S + T audio tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -30,8 +31,14 @@ def visible(query_block: int, key_block: int, window: int | None = None) -> bool
     return window is None or key_block == 0 or key_block >= query_block - window
 
 
-class Run(NamedTuple):
-    """Rows of one block and the column ranges they see, in order."""
+def seen(query_block: int, window: int | None = None) -> tuple[int, ...]:
+    """List the blocks that a query sees, in order and up to its own; costs no more than the window is long."""
+    recent = takewhile(lambda k: visible(query_block, k, window), range(query_block, 0, -1))
+    return (0, *reversed([*recent]))
+
+
+class BlockRows(NamedTuple):
+    """Rows of one block and the ranges of columns that they see, in order."""
 
     rows: range
     columns: tuple[range, ...]
@@ -39,15 +46,16 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """One attention mask as runs of rows.
+    """One attention mask.
 
     Attributes:
-        runs: a partition of the rows.
+        by_block: rows of each block, which together are all rows, with what they see.
         columns: number of columns.
-        rendering: how attention uses it: `sliced` (one call a run), `dense` or `flex`; None leaves it to the backend.
+        rendering: how attention uses it: `sliced` (one call for each block), `dense` or `flex`; None leaves it to the
+            backend.
     """
 
-    runs: tuple[Run, ...]
+    by_block: tuple[BlockRows, ...]
     columns: int
     rendering: str | None = None
 
@@ -58,7 +66,7 @@ class AttentionMask:
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return self.runs[-1].rows.stop
+        return self.by_block[-1].rows.stop
 
     @cached_property
     def dense(self) -> Tensor:
@@ -67,20 +75,20 @@ class AttentionMask:
         Shapes: [R, C], true where the row may attend.
         """
         mask = torch.zeros(self.rows, self.columns, dtype=torch.bool)
-        for rows, columns in self.runs:
+        for rows, columns in self.by_block:
             for span in columns:
                 mask[rows.start : rows.stop, span.start : span.stop] = True
         return mask
 
     @torch.compiler.disable
     def block_mask(self, device: str | torch.device = "cpu") -> object:
-        """Render as a FlexAttention `BlockMask`, made once a device."""
+        """Render as a FlexAttention `BlockMask`, made once for each device."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        held, size = self._block_masks, {"Q_LEN": self.rows, "KV_LEN": self.columns}
-        if str(device) not in held:
-            held[str(device)] = create_block_mask(self.mask_mod(device), None, None, **size, device=device)
-        return held[str(device)]
+        if str(device) not in self._block_masks:
+            size = {"Q_LEN": self.rows, "KV_LEN": self.columns, "device": device}
+            self._block_masks[str(device)] = create_block_mask(self.mask_mod(device), None, None, **size)
+        return self._block_masks[str(device)]
 
     @cached_property
     def _block_masks(self) -> dict[str, object]:
@@ -88,10 +96,13 @@ class AttentionMask:
 
     def mask_mod(self, device: str | torch.device = "cpu"):
         """Render as FlexAttention's predicate of (batch, head, row, column)."""
-        bounds = [chain.from_iterable((s.start, s.stop) for s in _two(run.columns)) for run in self.runs]
-        per_run = torch.tensor([list(b) for b in bounds], device=device)
-        lengths = torch.tensor([len(run.rows) for run in self.runs], device=device)
-        a, b, c, d = per_run.repeat_interleave(lengths, dim=0).unbind(1)
+        # a window leaves two ranges at most: what is pinned, and what is recent
+        pairs = [(*columns, range(0), range(0))[:2] for _, columns in self.by_block]
+        bounds = torch.tensor(
+            [[first.start, first.stop, last.start, last.stop] for first, last in pairs], device=device
+        )
+        lengths = torch.tensor([len(rows) for rows, _ in self.by_block], device=device)
+        a, b, c, d = bounds.repeat_interleave(lengths, dim=0).unbind(1)
 
         def mask_mod(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
             pinned = (column >= a[row]) & (column < b[row])
@@ -128,14 +139,15 @@ def build(
     `a2v` has video rows and audio columns, `v2a` audio rows and video columns. With a window a row sees block 0, its
     own block and the `window` blocks before it: what a rolling cache holds.
     """
+    # tokens of each block of each stream, the sinks in audio block 0
     video, audio = layout.tokens(video_latents, tokens_per_frame)
 
     def mask(rows: tuple[range, ...], columns: tuple[range, ...]) -> AttentionMask:
-        runs = tuple(
-            Run(span, _merge([c for k, c in enumerate(columns) if visible(q, k, window)]))
+        by_block = tuple(
+            BlockRows(span, merged(c for k, c in enumerate(columns) if visible(q, k, window)))
             for q, span in enumerate(rows)
         )
-        return AttentionMask(runs, columns[-1].stop, rendering)
+        return AttentionMask(by_block, columns[-1].stop, rendering)
 
     return Masks(mask(video, video), mask(audio, audio), mask(video, audio), mask(audio, video), layout.sinks)
 
@@ -146,17 +158,17 @@ def dense(layout: BlockLayout, video_latents: int, tokens_per_frame: int) -> dic
     return {name: getattr(masks, name).dense for name in ("video_self", "audio_self", "a2v", "v2a")}
 
 
-def _merge(spans: list[range]) -> tuple[range, ...]:
-    """Join neighbouring ranges."""
-    merged: list[range] = []
-    for span in spans:
-        if merged and merged[-1].stop == span.start:
-            merged[-1] = range(merged[-1].start, span.stop)
-        elif len(span):
-            merged.append(span)
-    return tuple(merged)
+def merged(spans: Iterable[range]) -> tuple[range, ...]:
+    """Sort ranges and make one of neighbours; empty ones are left out."""
+    out: list[range] = []
+    for span in sorted(filter(len, spans), key=lambda span: span.start):
+        if out and out[-1].stop == span.start:
+            span = range(out.pop().start, span.stop)
+        out.append(span)
+    return tuple(out)
 
 
-def _two(spans: tuple[range, ...]) -> tuple[range, range]:
-    """Pad to two ranges; pinned and recent are all that a window can leave."""
-    return (*spans, *(range(0),) * 2)[:2]
+def take(x: Tensor, spans: Sequence[range]) -> Tensor:
+    """Read ranges of keys or values; a single one is a view. Shapes: [B, H, L, D] to [B, H, sum of lengths, D]."""
+    parts = [x[:, :, span.start : span.stop] for span in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -1,9 +1,9 @@
-"""Clips in files: any video file onto our clock, and back to an mp4 whose sound stays in place.
+"""Read any video file as a clip on our clock, and write clips as mp4 files whose sound stays in place.
 
 A clip is `AV(frames, samples)`: frames uint8 [F, H, W, 3] at `clock.fps`, samples float32 [N] mono in [-1, 1] at
-`clock.sample_rate`. Both start with the first picture shown, and F frames go with `samples_of(F)` samples. Everything
-is placed by timestamps, never by counting: AAC begins with samples of its own (priming), and only the timestamps say
-how many.
+`clock.sample_rate`. Both start with the first picture shown, and F frames go with `samples_of(F)` samples. Pictures and
+sound are placed by their timestamps and not by counting, because AAC begins with samples of its own (priming) whose
+number only the timestamps tell.
 """
 
 from __future__ import annotations
@@ -33,18 +33,17 @@ SHORT_SIDE = 256  # small clips are enlarged to this: players show them, and hal
 LIMITED_RANGE = 1  # the tag of ISO 23091-2
 AAC_BIT_RATE = 192_000
 LAYOUTS = {1: "mono", 2: "stereo"}
-AAC_BITS_PER_SAMPLE = 6  # the format's limit, 6144 bits a frame of 1024 samples: 96 kb/s at 16 kHz
+AAC_BITS_PER_SAMPLE = 6  # the format's limit, 6144 bits per frame of 1024 samples: 96 kb/s at 16 kHz
 MOST_BYTES = 4 << 30  # of frames that one clip may fill: 4 hours at 64x64
-MATROSKA, SEGMENT = "matroska,webm", b"\x18\x53\x80\x67"  # the element that holds all the rest, by its id
-SEARCHED = 4096  # bytes that a Matroska file's first element takes at most, and then some
-TAIL_SECONDS = Fraction(1, 4)  # how much earlier than its header says a whole file may end
-
+MATROSKA, SEGMENT = "matroska,webm", b"\x18\x53\x80\x67"  # the id of the element that holds all others
+SEARCHED = 4096  # bytes in which the segment begins: more than a Matroska file's first element takes
+TAIL_SECONDS = Fraction(1, 4)  # a whole file may end this much earlier than its header says
 
 S = TypeVar("S", bound=Stream)
 
 
 class MediaNote(UserWarning):
-    """Say in one line what was changed to bring a file onto the clock."""
+    """Say in one line what was changed to read a file on our clock."""
 
 
 class _Picture(NamedTuple):
@@ -62,7 +61,7 @@ class _Sound(NamedTuple):
 
 
 def samples_of(frames: int, clock: Clock = CLOCK) -> int:
-    """Count the samples that go with `frames` pixel frames: one mel hop for the first, so 24K + 1 give 16000K + 160."""
+    """Count the samples of `frames` pixel frames: one mel hop for the first, so 24K + 1 frames have 16000K + 160."""
     return clock.samples_of(frames)
 
 
@@ -75,16 +74,21 @@ def read_clip(
 ) -> AV[np.ndarray]:
     """Read a video file of any rate, size and sound as a clip on `clock`.
 
-    A frame is the picture on show at its time, upright, cropped about the centre to the aspect of `size` (height,
-    width; None keeps the file's own) and scaled; sound is mixed to mono, resampled and placed by its timestamps. Of
-    several tracks the default one is read. `seconds` reads the first K seconds (24K + 1 frames), None all. A
-    `MediaNote` tells what changed in time, shape, light or sound.
+    Each frame is the picture shown at its time, upright, cropped about the centre to the aspect of `size` and scaled.
+    Sound is mixed to mono, resampled and placed by its timestamps. Of several tracks the default one is read. A
+    `MediaNote` warning says what was changed in time, shape, light or sound.
+
+    Args:
+        path: of the file.
+        clock: of the clip.
+        size: height and width of its frames; None keeps the file's own.
+        seconds: reads the first K seconds (24K + 1 frames), None all.
 
     Shapes: frames uint8 [F, H, W, 3], samples float32 [samples_of(F)] in [-1, 1].
 
     Raises:
         ValueError: the file is missing, is no media file, has no picture, is truncated, shorter than `seconds` or too
-            long to hold.
+            long for the memory.
     """
     path = Path(path)
     wanted = None if seconds is None else clock.frames(range(clock.latents(seconds).video)).stop
@@ -94,7 +98,9 @@ def read_clip(
         sound = _read_sound(path, container, clock, picture.start, len(picture.frames), to_the_end=wanted is None)
         if wanted is None and container.format.name != MATROSKA:
             length = picture.end - picture.start if picture.declared else max(picture.end, sound.end)
-            _check_length(path, picture.declared or Fraction(container.duration or 0, av.time_base), length)
+            declared = picture.declared or Fraction(container.duration or 0, av.time_base)
+            if length < declared - TAIL_SECONDS:
+                _refuse_truncated(path, f"{float(declared):.2f} s", f"{float(length):.2f} s")
     if notes := picture.notes + sound.notes:
         warnings.warn(f"{path.name}: {'; '.join(notes)}", MediaNote, stacklevel=2)
     return AV(picture.frames, sound.samples)
@@ -102,39 +108,35 @@ def read_clip(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
-    """Open a file for reading and turn what FFmpeg raises into a ValueError that names the file."""
+    """Open a file for reading, and turn errors of FFmpeg into a ValueError that names the file."""
     if not path.is_file() or not path.stat().st_size:
-        found = "an empty file" if path.is_file() else "a folder" if path.is_dir() else "nothing there"
-        raise ValueError(f"{path}: expected a video file, found {found}")
+        problem = "an empty file" if path.is_file() else "a folder" if path.is_dir() else "nothing there"
+        raise ValueError(f"{path}: expected a video file, found {problem}")
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             yield container
     except av.FFmpegError as error:
-        found = f"what FFmpeg calls {error.strerror!r}"
-        raise ValueError(f"{path}: expected a whole video file, found {found}; get the file again") from error
+        problem = f"what FFmpeg calls {error.strerror!r}"
+        raise ValueError(f"{path}: expected a whole video file, found {problem}; get the file again") from error
 
 
-def _check_length(path: Path, declared: Fraction, found: Fraction) -> None:
-    if found < declared - TAIL_SECONDS:
-        _refuse_cut(path, f"expected {float(declared):.2f} s as its header says, found {float(found):.2f} s")
-
-
-def _refuse_cut(path: Path, lengths: str) -> NoReturn:
+def _refuse_truncated(path: Path, expected: str, found: str) -> NoReturn:
+    lengths = f"expected {expected} as its header says, found {found}"
     raise ValueError(f"{path}: {lengths}: the file is truncated; get it again or read fewer seconds")
 
 
 def _last_shown(path: Path, container: av.container.InputContainer, stream: av.VideoStream, *, whole: bool) -> Fraction:
-    """Give the time until which a Matroska file says that its last picture is shown, 0 where it doesn't.
+    """Read until when a Matroska file shows its last picture; 0 where it does not say.
 
-    A block need not say how long it lasts, and FFmpeg calls every stream as long as the longest one: a tag tells, which
-    can be older than a cut and no longer than the file, or the file's own length where it has no sound. Raises
-    ValueError if the file is to be read `whole` and is truncated.
+    A block need not say how long it lasts, and FFmpeg reports the longest stream's length for all streams. A tag tells
+    it, limited by the file's length because tools that cut a film copy the tag of the whole one; without sound, the
+    file's length tells it. Raises ValueError if the file is to be read `whole` and is truncated.
     """
     if container.format.name != MATROSKA:
         return Fraction(0)
     if (end := _segment_end(path)) > path.stat().st_size:
         if whole:
-            _refuse_cut(path, f"expected {end} bytes as its header says, found {path.stat().st_size}")
+            _refuse_truncated(path, f"{end} bytes", str(path.stat().st_size))
         return Fraction(0)
     length = Fraction(container.duration or 0, av.time_base)
     if time := re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d(?:\.\d{1,9})?)", stream.metadata.get("DURATION", "")):
@@ -143,14 +145,15 @@ def _last_shown(path: Path, container: av.container.InputContainer, stream: av.V
 
 
 def _segment_end(path: Path) -> int:
-    """Give the byte at which a Matroska file says that it ends, 0 where it doesn't: its writer was never closed."""
+    """Give the byte at which a Matroska file says that it ends; 0 where it does not, its writer was not closed."""
     with path.open("rb") as file:
-        found = re.search(SEGMENT + b"(.{8})", file.read(SEARCHED), re.DOTALL)
-    if not found or not found[1][0]:
+        segment = re.search(SEGMENT + b"(.{8})", file.read(SEARCHED), re.DOTALL)
+    if not segment or not segment[1][0]:
         return 0
-    width = 9 - found[1][0].bit_length()
-    size = int.from_bytes(found[1][:width]) - (1 << 7 * width)
-    return 0 if size == (1 << 7 * width) - 1 else found.start(1) + width + size
+    # Sizes are written in 1 to 8 bytes; the zeros before the first one say in how many, and all ones mean "unknown".
+    width = 9 - segment[1][0].bit_length()
+    size = int.from_bytes(segment[1][:width]) - (1 << 7 * width)
+    return 0 if size == (1 << 7 * width) - 1 else segment.start(1) + width + size
 
 
 def _default(streams: Sequence[S]) -> S:
@@ -165,13 +168,14 @@ def _read_picture(
     size: tuple[int, int] | None,
     wanted: int | None,
 ) -> _Picture:
-    # For FFmpeg the cover of a music file is a video stream, and a text file is a video of letters.
+    # 1. Choose the track. For FFmpeg a music file's cover is a video stream, and a text file is a video of letters.
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams or container.format.name == "tty":
-        found = "text" if streams else " and ".join(s.type for s in container.streams) or "no stream"
-        raise ValueError(f"{path}: expected a video stream, found {found}")
+        streams_found = "text" if streams else " and ".join(s.type for s in container.streams) or "no stream"
+        raise ValueError(f"{path}: expected a video stream, found {streams_found}")
     stream = _default(streams)
     _check_codec(path, stream)
+    # 2. Take for each tick of the clock the picture that is shown, fitted to the size.
     shown = Shown(container, stream, _last_shown(path, container, stream, whole=wanted is None))
     fit = Fit(size, stream.sample_aspect_ratio)
     frames: list[np.ndarray] = []
@@ -182,13 +186,14 @@ def _read_picture(
             raise ValueError(f"{path}: {error}") from error
         if len(frames) == wanted:
             break
+    # 3. A film that ends one frame early is completed; one that ends earlier is refused.
     notes = shown.notes(fps) + fit.notes()
     if wanted is not None and len(frames) == wanted - 1:
         frames.append(frames[-1])
         notes.append(f"{wanted} frames make {wanted // fps} s and a first one, found {wanted - 1}: last one held")
     if not frames or len(frames) < (wanted or 1):
-        found = f"{len(frames)} ({float(len(frames) / fps):.2f} s)"
-        raise ValueError(f"{path}: expected {wanted or 'some'} frames at {fps} fps, found {found}; read fewer seconds")
+        length = f"{len(frames)} ({float(len(frames) / fps):.2f} s)"
+        raise ValueError(f"{path}: expected {wanted or 'some'} frames at {fps} fps, found {length}; read fewer seconds")
     declared = (stream.duration or 0) * (stream.time_base or Fraction(0))
     return _Picture(np.stack(frames), shown.start, shown.end, declared, notes)
 
@@ -203,13 +208,15 @@ def _check_codec(path: Path, stream: av.VideoStream | av.AudioStream) -> None:
 def _bounded(
     path: Path, shown: Shown, fps: int, size: tuple[int, int] | None, wanted: int | None
 ) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
-    """Pass on what is shown, but refuse what would fill the memory: timestamps are numbers that anybody may write."""
+    """Pass on what is shown, but refuse what would fill the memory: a damaged file may claim any timestamp."""
     for start, stop, frame in shown:
         height, width = size or (frame.height, frame.width)
         count = int(max(start, stop) * fps) if wanted is None else wanted
         if count * height * width * 3 > MOST_BYTES:
-            found = f"{count} frames of {width}x{height} ({count / fps:.0f} s)"
-            raise ValueError(f"{path}: expected at most {MOST_BYTES / 1e9:.1f} GB of frames, found {found}; read fewer")
+            claimed = f"{count} frames of {width}x{height} ({count / fps:.0f} s)"
+            raise ValueError(
+                f"{path}: expected at most {MOST_BYTES / 1e9:.1f} GB of frames, found {claimed}; read fewer"
+            )
         yield start, stop, frame
 
 
@@ -244,7 +251,7 @@ def _read_sound(
 
 
 class ClipWriter:
-    """Write an mp4 (H.264 and AAC) piece by piece; the file appears, whole, when the `with` block ends well.
+    """Write an mp4 (H.264 and AAC) piece by piece; the whole file appears when the `with` block ends without error.
 
     Frames are enlarged by a whole factor `scale`; None takes the smallest that makes the short side at least
     SHORT_SIDE and both sides even, as H.264's halved chroma needs. `read_clip` scales back. Sound has 1 or 2
@@ -267,8 +274,8 @@ class ClipWriter:
         self.scale = _whole_scale(size) if scale is None else scale
         self.written, self._scaler = AV(0, 0), VideoReformatter()
         if any(side * self.scale % 2 or side < 1 for side in size):
-            found = f"{size[0]}x{size[1]} at scale {self.scale}"
-            raise ValueError(f"{path}: H.264 needs even sides, found {found}; use an even scale or None")
+            sides = f"{size[0]}x{size[1]} at scale {self.scale}"
+            raise ValueError(f"{path}: H.264 needs even sides, found {sides}; use an even scale or None")
 
     def __enter__(self) -> ClipWriter:
         with ExitStack() as stack:
@@ -294,7 +301,7 @@ class ClipWriter:
     def write(self, piece: AV[np.ndarray]) -> None:
         """Append frames and samples; a piece may hold any number of either.
 
-        Shapes: frames uint8 [F, H, W, 3], samples float [N], or [N, 2]; louder than 1 is clipped, as a player would.
+        Shapes: frames uint8 [F, H, W, 3], samples float [N], or [N, 2]; values beyond [-1, 1] are clipped.
         """
         _check_piece(self.path, piece, self.size, self.channels)
         for frame in piece.video:
@@ -335,7 +342,7 @@ class ClipWriter:
         planes = np.ascontiguousarray(samples.reshape(len(samples), self.channels).T)
         frame = av.AudioFrame.from_ndarray(planes, "fltp", LAYOUTS[self.channels])
         frame.sample_rate = self.clock.sample_rate
-        # Without its time on it a frame is muxed as if the encoder's priming were sound: 64 ms late at 16 kHz.
+        # A frame without a time is muxed as if the encoder's priming were sound: 64 ms late at 16 kHz.
         frame.pts, frame.time_base = self.written.audio, Fraction(1, self.clock.sample_rate)
         self._container.mux(self._streams.audio.encode(frame))
         self.written = self.written._replace(audio=self.written.audio + len(samples))
@@ -352,14 +359,14 @@ def write_clip(path: str | Path, clip: AV[np.ndarray], clock: Clock = CLOCK, *, 
 def write_pieces(
     path: str | Path, pieces: Iterable[AV[np.ndarray]], clock: Clock = CLOCK, *, scale: int | None = None
 ) -> Path:
-    """Write a clip as its pieces come, each let go before the next is asked for; else as `write_clip`."""
+    """Write a clip as its pieces come, and keep none of them in memory; otherwise as `write_clip`."""
     pieces = iter(pieces)
     piece = next(pieces)
     channels = 1 if piece.audio.ndim == 1 else piece.audio.shape[1]
     with ClipWriter(path, clock, piece.video.shape[1:3], scale=scale, channels=channels) as writer:
         while piece is not None:
             writer.write(piece)
-            piece = None
+            piece = None  # freed before the next one is made
             piece = next(pieces, None)
     return Path(path)
 
@@ -367,15 +374,15 @@ def write_pieces(
 def write_wav(path: str | Path, samples: np.ndarray, rate: int = CLOCK.sample_rate) -> Path:
     """Write sound as a 16-bit wav file, atomically, and return its path.
 
-    Shapes: samples float [N], or [N, 2] for stereo, in [-1, 1], `rate` a second.
+    Shapes: samples float [N], or [N, 2] for stereo, in [-1, 1], `rate` per second.
     """
     return write_bytes(path, wav_bytes(samples, rate))
 
 
 def wav_bytes(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> bytes:
-    """Render sound as the bytes of a 16-bit wav file, for a page or a file.
+    """Render sound as the bytes of a 16-bit wav file.
 
-    Shapes: samples float [N], or [N, 2] for stereo, in [-1, 1], `rate` a second.
+    Shapes: samples float [N], or [N, 2] for stereo, in [-1, 1], `rate` per second.
     """
     with io.BytesIO() as buffer:
         with wave.open(buffer, "wb") as sound:
@@ -387,7 +394,7 @@ def wav_bytes(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> bytes:
 
 
 def pcm(samples: np.ndarray) -> bytes:
-    """Render sound as 16-bit numbers, low byte first, channels in turn; louder than 1 is clipped.
+    """Render sound as 16-bit numbers, low byte first, channels interleaved; values beyond [-1, 1] are clipped.
 
     Shapes: samples float [N] or [N, 2].
     """
@@ -402,15 +409,11 @@ def _whole_scale(size: tuple[int, int]) -> int:
 def _check_piece(path: Path, piece: AV[np.ndarray], size: tuple[int, int], channels: int) -> None:
     frames, samples = piece
     if frames.dtype != np.uint8 or frames.shape[1:] != (*size, 3):
-        found = f"{frames.dtype} {list(frames.shape)}"
-        raise ValueError(f"{path}: expected frames uint8 [F, {size[0]}, {size[1]}, 3], found {found}")
-    if (
-        samples.shape[1:] != ((channels,) if channels > 1 else ())
-        or samples.dtype.kind != "f"
-        or not np.isfinite(samples).all()
-    ):
-        found = f"{samples.dtype} {list(samples.shape)}"
+        shape = f"{frames.dtype} {list(frames.shape)}"
+        raise ValueError(f"{path}: expected frames uint8 [F, {size[0]}, {size[1]}, 3], found {shape}")
+    has_channels = samples.shape[1:] == ((channels,) if channels > 1 else ())
+    if not has_channels or samples.dtype.kind != "f" or not np.isfinite(samples).all():
+        shape, expected = f"{samples.dtype} {list(samples.shape)}", "[N]" if channels == 1 else "[N, 2]"
         raise ValueError(
-            f"{path}: expected finite float samples {'[N]' if channels == 1 else '[N, 2]'}, found {found}; "
-            "mix to mono or make a stereo writer, mend what is not finite"
+            f"{path}: expected finite float samples {expected}, found {shape}; mix to mono or make a stereo writer"
         )

@@ -1,8 +1,9 @@
-"""What stands beside a checkpoint: codec, text encoder, prompts, and whether anyone knows the truth about its clips.
+"""A checkpoint with all that it takes to run it: codec, text encoder, prompts and guidance.
 
-The shipped miniature has the Bounce world: clips with known events, and detectors for them. A real LTX-2 has none of
-that, so what needs it is left out, in so many words, and never made up. Where a checkpoint comes without its codec or
-text encoder, stand-ins of the right shapes take their place: good for questions of structure and time, for no other.
+The shipped miniature comes with the Bounce world: the events of its clips are known, and detectors find them again.
+Nobody knows that of the clips of a real LTX-2, so what needs a ground truth is left out there. Where a checkpoint
+comes without its codec or text encoder, stand-ins of the right shapes replace them: they serve questions of structure
+and time, but not of quality.
 
 Shapes: B batch, F video and T audio latents, h w token grid, C latent channels, L text tokens.
 """
@@ -23,7 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from omniforcing_lib import backends, files, safetensors_io
-from omniforcing_lib.bounce import codecs, world
+from omniforcing_lib.bounce import clips, codecs, world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
@@ -31,12 +32,12 @@ from omniforcing_lib.flow import LTX2_GUIDANCE, MINIATURE_GUIDANCE, Guidance, bl
 from omniforcing_lib.interfaces import Codec, DecodeState, TextEncoder
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import checkpoints
-from omniforcing_lib.ltx2.codec import LTX2Codec, LTX2DecodeState, load_ltx2_codec
+from omniforcing_lib.ltx2.codec import LTX2Codec, load_ltx2_codec
 from omniforcing_lib.ltx2.gemma import GemmaText, user_cache
 from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.training import plan
 from omniforcing_lib.training.dataset import Prompts, latent_shapes
 from omniforcing_lib.transformer import Transformer, fresh_sinks
-from studies import anatomy, cost
 
 SENTENCES = (
     "rain falls on a tin roof while a dog barks in the yard",
@@ -47,36 +48,13 @@ SENTENCES = (
     "a train passes a level crossing at night, its bell ringing",
 )
 PIXELS = 4
-"""Side of the square of pixels that the stand-in codec makes of a token."""
-
-
-class Mono(Codec):
-    """LTX-2's codec with both ears mixed to one: clips of this project are mono."""
-
-    def __init__(self, codec: LTX2Codec) -> None:
-        self._codec, self.grid, self.clock = codec, codec.grid, codec.clock
-
-    def start(self) -> LTX2DecodeState:
-        """Begin a streamed decoding."""
-        return self._codec.start()
-
-    def decode(self, latents: AV[Tensor], state: LTX2DecodeState | None = None) -> AV[Tensor]:
-        """Decode as `LTX2Codec.decode` does. Shapes: samples [B, n]."""
-        return _mixed(self._codec.decode(latents, state))
-
-    def finish(self, state: LTX2DecodeState) -> AV[Tensor]:
-        """Give what a stream still owes. Shapes: as `decode`."""
-        return _mixed(self._codec.finish(state))
-
-
-def _mixed(clip: AV[Tensor]) -> AV[Tensor]:
-    return AV(clip.video, clip.audio.mean(-1))
+"""Side in pixels of the square that the stand-in codec makes of a token."""
 
 
 class StandInCodec(Codec):
     """Turn latents into pixels and samples by fixed random matrices: right lengths, right clock, no meaning.
 
-    Each latent decodes alone, so a stream decodes to what the whole clip does.
+    Each latent is decoded alone, so a stream decodes to the same as the whole clip.
     """
 
     def __init__(self, config: ModelConfig, grid: tuple[int, int], device: str | torch.device = "cpu") -> None:
@@ -84,28 +62,28 @@ class StandInCodec(Codec):
         self.channels = AV(config.in_channels, config.audio_in_channels)
         sizes = AV(self.clock.video_stride * PIXELS**2 * 3, self.clock.audio_stride * self.clock.hop)
         generator = torch.Generator().manual_seed(0)
-        self._paint = AV(
-            *(
-                torch.randn(c, n, generator=generator).to(device) / c**0.5
-                for c, n in zip(self.channels, sizes, strict=True)
-            )
-        )
+
+        def matrix(channels: int, size: int) -> Tensor:
+            return torch.randn(channels, size, generator=generator).to(device) / channels**0.5
+
+        self._matrices = self.channels.map(matrix, sizes)
 
     def decode(self, latents: AV[Tensor], state: DecodeState | None = None) -> AV[Tensor]:
-        """Decode latents, or the next ones of a stream when a state is given (which it moves on).
+        """Decode latents, or the next ones of a stream when a state is given, which is updated.
 
         Shapes: AV([B, F, h, w, C], [B, T, C]) -> video [B, f, 4h, 4w, 3], audio [B, n], both in [-1, 1].
         """
         state = state or DecodeState()
-        video, audio = latents.map(lambda x, paint: torch.tanh(x.to(paint) @ paint), self._paint)
-        shape = {"t": self.clock.video_stride, "p": PIXELS, "q": PIXELS}
-        frames = rearrange(video, "b f h w (t p q c) -> b (f t) (h p) (w q) c", **shape)
+        video, audio = latents.map(lambda x, matrix: torch.tanh(x.to(matrix) @ matrix), self._matrices)
+        sizes = {"t": self.clock.video_stride, "p": PIXELS, "q": PIXELS}
+        frames = rearrange(video, "b f h w (t p q c) -> b (f t) (h p) (w q) c", **sizes)
         samples = audio.flatten(1)
-        first = state.latents.map(lambda seen: seen == 0)
-        state.latents = state.latents.map(lambda seen, x: seen + x.shape[1], latents)
+        # The first latent of each stream stands for one frame, or one mel hop, only.
+        dropped_frames = 0 if state.latents.video else self.clock.video_stride - 1
+        dropped_samples = 0 if state.latents.audio else (self.clock.audio_stride - 1) * self.clock.hop
+        state.latents = state.latents.map(lambda count, x: count + x.shape[1], latents)
         state.knots = samples[:, -1:, None]
-        late = (self.clock.video_stride - 1) * first.video, (self.clock.audio_stride - 1) * self.clock.hop * first.audio
-        return AV(frames[:, late[0] :], samples[:, late[1] :])
+        return AV(frames[:, dropped_frames:], samples[:, dropped_samples:])
 
 
 @dataclass(frozen=True)
@@ -113,7 +91,7 @@ class StandInText:
     """Give every prompt a random context of its own, the same each time: right shapes, no meaning.
 
     Attributes:
-        widths: of the context of each stream.
+        widths: width of the context of each stream.
         length: tokens of the context.
     """
 
@@ -139,7 +117,7 @@ class StandInText:
 
 
 class Examples(NamedTuple):
-    """Latents to ask questions about, with their prompts; clips only where somebody knows the truth of them."""
+    """Hold latents with their prompts; `clips` is empty where no ground truth is known."""
 
     clips: list[AV[np.ndarray]]
     prompts: list[str]
@@ -152,13 +130,13 @@ class ModelBundle:
 
     Attributes:
         source: the checkpoint's name or path.
-        codec: of its latents.
+        codec: decodes its latents.
         text: encodes prompts.
         names: prompts to ask it for.
         guidance: of the teacher.
-        known: whether the truth about its clips is known.
-        says: what was found, in one line.
-        device: where models go.
+        has_ground_truth: whether the events of its clips are known, as those of the Bounce world are.
+        description: what was found, in one line.
+        device: where models run.
         dtype: of their weights.
     """
 
@@ -167,33 +145,44 @@ class ModelBundle:
     text: TextEncoder
     names: tuple[str, ...]
     guidance: Guidance
-    known: bool
-    says: str
+    has_ground_truth: bool
+    description: str
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return self.says
-
-    @property
-    def has_ground_truth(self) -> bool:
-        """Tell whether the truth about the clips is known, as it is of the world's."""
-        return self.known
+        return self.description
 
     @property
     def decodes_at_once(self) -> bool:
-        """Tell whether frames and samples come with their latents; LTX-2's decoders look ahead instead."""
-        return not isinstance(self.codec, Mono)
+        """Tell whether each latent decodes to its frames and samples at once; LTX-2's own decoders look ahead."""
+        return not isinstance(self.codec, LTX2Codec)
+
+    @cached_property
+    def training_bytes(self) -> int:
+        """Bytes that training all weights takes, batch and cache not counted."""
+        return plan.training_bytes(self.config)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory that the device has."""
+        if torch.device(self.device).type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     @property
     def fits_training(self) -> bool:
-        """Tell whether the device's memory holds the training of a model of the checkpoint's size."""
-        return cost.training_bytes(checkpoints.read(self.source).config) <= memory_of(self.device)
+        """Tell whether the device has the memory to train all weights."""
+        return self.training_bytes <= self.memory_bytes
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The config of the checkpoint's transformer."""
+        return checkpoints.read(self.source).config
 
     def choose_attention(self) -> None:
-        """Choose the attention of both streams now; ValueError where a named backend can't serve them."""
-        config = checkpoints.read(self.source).config
-        for size in (config.attention_head_dim, config.audio_attention_head_dim):
+        """Choose the attention kernel of both streams now; ValueError where a named backend cannot serve them."""
+        for size in (self.config.attention_head_dim, self.config.audio_attention_head_dim):
             backends.chosen(torch.empty(1, 1, 1, size, device=self.device, dtype=self.dtype))
 
     @cached_property
@@ -207,11 +196,11 @@ class ModelBundle:
     @property
     def shipped(self) -> dict[str, str]:
         """Name the students that come with the checkpoint, by stage; only the miniature has any."""
-        return {"Stage 2": "stage2", "Stage 3": "student"} if self.known else {}
+        return {"Stage 2": "stage2", "Stage 3": "student"} if self.has_ground_truth else {}
 
     def student(self, model: str = "student") -> tuple[Transformer, RolloutConfig]:
-        """Load a causal student; for `student`, a teacher that has none lends its own weights, under fresh sinks."""
-        if not self.known and model == "student":
+        """Load a causal student; where none comes with the checkpoint, `student` is the teacher with fresh sinks."""
+        if model == "student" and not self.shipped:
             causal = RolloutConfig()
             return self.load(sinks=causal.layout.sinks), causal
         causal = checkpoints.student(model)
@@ -222,14 +211,14 @@ class ModelBundle:
         return Prompts.of(self.text, self.names, self.device)
 
     def encode(self, prompts: Sequence[str]) -> AV[Tensor]:
-        """Encode prompts where the models are, in their dtype. Shapes: AV [B, L, C]."""
+        """Encode prompts on the models' device, in their dtype. Shapes: AV [B, L, C]."""
         return self.text.encode(prompts, self.device, self.dtype)
 
     def examples(self, count: int, seed: int, seconds: int) -> Examples:
-        """Encode clips of the world that training never drew; without a known truth, draw latents at random."""
-        if self.known:
-            real = anatomy.held_out(count, seed, seconds)
-            return Examples(real.clips, real.prompts, anatomy.encoded(self.codec, real.clips))
+        """Encode clips of the world that training never drew; without a ground truth, draw random latents."""
+        if self.has_ground_truth:
+            real = clips.held_out(count, seed, seconds)
+            return Examples(real.clips, real.prompts, clips.encoded(self.codec, real.clips))
         shapes = latent_shapes(self._weights, self.codec.clock.latents(seconds), self.codec.grid)
         latents = block_noise(range(seed * count, (seed + 1) * count), 0, shapes)
         prompts = [self.names[i % len(self.names)] for i in range(count)]
@@ -253,72 +242,70 @@ def of(
 
     Args:
         source: `teacher`, or the path of a checkpoint.
-        device: where models go, see `backends.device`.
+        device: where models run, see `backends.device`.
         dtype: of their weights, by name.
         grid: tokens of a frame, 32 x 32 pixels each in LTX-2; the miniature has its own.
-        parts: LTX-2 file or diffusers folder with VAEs, vocoder and connectors; else the checkpoint itself, or
+        parts: LTX-2 file or diffusers folder with VAEs, vocoder and connectors; by default the checkpoint itself, or
             `ltx-2*.safetensors` beside it.
         gemma: folder of Gemma 3.
         horizon: video latents that a streamed frame waits for, see `LTX2Codec`.
-        contexts: folder that keeps Gemma's contexts; else the user's cache, see `gemma.user_cache`.
+        contexts: folder that keeps Gemma's contexts; by default the user's cache, see `gemma.user_cache`.
 
     Raises:
         ValueError: a named part or the device is not there, or is not what it should be.
     """
     device = str(backends.device(device))
-    checkpoint, kind = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
-    fits = checkpoint.config.in_channels == CodecConfig().channels.video
-    if checkpoint.metadata.get("model_version") == "miniature" and fits:
-        codec, says = codecs.shipped_codec(device), "the miniature: its codec and its world, whose truth is known"
-        return ModelBundle(source, codec, TinyText(), tuple(world.prompts()), MINIATURE_GUIDANCE, True, says, **kind)
+    checkpoint, place = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
     config, name = checkpoint.config, checkpoint.path.name
+    fits_world = config.in_channels == CodecConfig().channels.video
+    if checkpoint.metadata.get("model_version") == "miniature" and fits_world:
+        description = "the miniature: its codec and its world, whose truth is known"
+        prompts = tuple(world.prompts())
+        codec, text = codecs.shipped_codec(device), TinyText()
+        return ModelBundle(source, codec, text, prompts, MINIATURE_GUIDANCE, True, description, **place)
     encoder = gemma or next((str(path.parent) for path in _beside(checkpoint.path, "gemma*/config.json")), "")
     if encoder:
         where = files.given(parts) if parts else _parts_of(checkpoint.path)
-        text = GemmaText(files.given(encoder), where, files.given(contexts) if contexts else user_cache(), **kind)
-        codec = Mono(load_ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon=horizon, **kind))
-        says = f"{name}: decoded by {where.name}, prompted by {Path(encoder).name}; no truth is known"
+        text = GemmaText(files.given(encoder), where, files.given(contexts) if contexts else user_cache(), **place)
+        codec = load_ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon=horizon, mono=True, **place)
+        description = f"{name}: decoded by {where.name}, prompted by {Path(encoder).name}; no ground truth is known"
     else:
         codec, text = StandInCodec(config, grid, device), StandInText(text_widths(config))
-        says = (
+        description = (
             f"{name}: no Gemma folder (gemma*) beside it, so a stand-in decodes its latents (frames of {grid[0]} x "
             f"{grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality"
         )
-    return ModelBundle(source, codec, text, SENTENCES, guidance_of(config), False, says, **kind)
+    return ModelBundle(source, codec, text, SENTENCES, guidance_of(config), False, description, **place)
 
 
 def _beside(path: Path, pattern: str) -> list[Path]:
     """Find files beside a checkpoint, or beside the folder that it is in; a link's are beside the link."""
     folder = Path(os.path.abspath(path)).parent
-    return [found for place in (folder, folder.parent) for found in sorted(place.glob(pattern))]
+    return [match for place in (folder, folder.parent) for match in sorted(place.glob(pattern))]
 
 
 def _parts_of(path: Path) -> Path:
     """Find the file that holds VAEs, vocoder and connectors: the checkpoint itself, or an LTX-2 file beside it."""
     for file in (path, *_beside(path, "ltx-2*.safetensors")):
         if file.suffix == ".safetensors" and any(
-            name.startswith("vocoder.") for name in safetensors_io.one_file(file).entries
+            n.startswith("vocoder.") for n in safetensors_io.one_file(file).entries
         ):
             return file
     raise ValueError(f"{path} holds no VAEs and no vocoder, and no ltx-2*.safetensors beside it does; name one (parts)")
 
 
-def memory_of(device: str) -> int:
-    """Bytes of memory that a device has."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def text_widths(config: ModelConfig) -> AV[int]:
-    """Give the widths of the text context that each stream takes (spec 1.3, 1.12)."""
+    """Give the widths of the text context that each stream takes (specification 1.3, 1.12)."""
     if config.caption_proj_before_connector:
         return AV(config.cross_attention_dim, config.audio_cross_attention_dim)
     return AV(config.caption_channels, config.caption_channels)
 
 
 def guidance_of(config: ModelConfig) -> Guidance:
-    """Give LTX-2's guidance, with the layer that is skipped in a model of that depth (spec 1.11, 1.12)."""
+    """Give LTX-2's guidance: STG skips layer 29 of LTX-2.0, layer 28 of later ones, or the last of a small model.
+
+    Source: specification 1.11, 1.12.
+    """
     layer = 28 if config.apply_gated_attention else 29
     return replace(LTX2_GUIDANCE, stg_blocks=frozenset({min(layer, config.num_layers - 1)}))
 

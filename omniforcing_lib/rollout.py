@@ -9,14 +9,16 @@ Shapes: B batch, F video and T audio latents of a block, K blocks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
-from omniforcing_lib.cache import KVCache
+from omniforcing_lib.backends import computed_in
+from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.flow import PAPER_STEPS, block_noise, precise, snap
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER, BlockLayout
 from omniforcing_lib.transformer import Transformer
@@ -32,14 +34,14 @@ OLDER_NAMES = {"own": "separate", "merged": "fused", "none": "skip"}
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Say how a student generates; stored in its checkpoint.
+    """How a student generates; stored in its checkpoint.
 
     Attributes:
         layout: blocks and sinks.
         steps: noise levels x 1000 of a block, ending in 0; snapped to the 40-step schedule (spec 5.0).
         window: past blocks that a block sees besides block 0; 4 is all of a 5-second clip.
         reanchor: past the window, let sinks and block 0 follow it (see `KVCache`).
-        context_noise: sigma at which a finished block is remembered; 0 is clean.
+        context_noise: sigma at which a finished block is stored in the cache; 0 is clean.
         context_pass: how a finished block gets into the cache: in a `separate` pass; `fused` into the pass of the
             next block's first step, which is the same to rounding; or `skip`, as its last step left it, still noisy.
         later_steps: noise levels of the blocks from 2 on, where they are others than `steps`.
@@ -73,26 +75,15 @@ class RolloutConfig:
 
     def to_metadata(self) -> dict[str, object]:
         """Give the `omniforcing` part of a checkpoint's `config`."""
-        layout = {"first": list(self.layout.first), "step": list(self.layout.step), "sinks": self.layout.sinks}
-        return {
-            "layout": layout,
-            "steps": list(self.steps),
-            "window": self.window,
-            "reanchor": self.reanchor,
-            "context_noise": self.context_noise,
-            "context_pass": self.context_pass,
-            "later_steps": list(self.later_steps),
-        }
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_metadata(cls, config: dict) -> RolloutConfig:
         """Read the `omniforcing` part of a checkpoint's `config`."""
-        layout = config["layout"]
-        shape = BlockLayout(AV(*layout["first"]), AV(*layout["step"]), layout["sinks"])
-        rest = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k != "layout"}
-        if "context_pass" in rest:
-            rest["context_pass"] = OLDER_NAMES.get(rest["context_pass"], rest["context_pass"])
-        return cls(shape, **rest)
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        if "context_pass" in fields:
+            fields["context_pass"] = OLDER_NAMES.get(fields["context_pass"], fields["context_pass"])
+        return cls(**fields | {"layout": BlockLayout(**config["layout"])})
 
     @classmethod
     def from_layout(cls, name: str, sinks: int | None = None, **changes: object) -> RolloutConfig:
@@ -104,7 +95,7 @@ class RolloutConfig:
 
 
 @lru_cache
-def _levels(steps: tuple[int, ...]) -> tuple[float, ...]:
+def _sigmas(steps: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(snap(steps).tolist())
 
 
@@ -122,27 +113,38 @@ def fresh_noise(generator: torch.Generator, batch: int) -> Noise:
     return draw
 
 
-def predict(model: Transformer, x: AV[Tensor], sigma: float, text: AV[Tensor], cache: KVCache) -> AV[Tensor]:
-    """Predict x0 of the open block; sigma is one number for both streams, in fp32 (spec 8.1.7)."""
-    velocity = model(x, AV(sigma, sigma), text, cache=cache)
+def predict(
+    model: Transformer, x: AV[Tensor], sigma: float, text: AV[Tensor], cache: KVCache, block: OpenBlock
+) -> AV[Tensor]:
+    """Predict x0 of an open block; sigma is one number for both streams, in fp32 (spec 8.1.7)."""
+    velocity = model(x, AV(sigma, sigma), text, cache=cache, blocks=(block,), sigma_key=sigma)
     return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
 
 
 def predict_behind(
-    model: Transformer, x: AV[Tensor], sigma: float, before: AV[Tensor], level: float, text: AV[Tensor], cache: KVCache
+    model: Transformer,
+    x: AV[Tensor],
+    sigma: float,
+    before: AV[Tensor],
+    context_sigma: float,
+    text: AV[Tensor],
+    cache: KVCache,
+    blocks: tuple[OpenBlock, OpenBlock],
 ) -> AV[Tensor]:
-    """Predict x0 of the open block in one pass with the block before it, which gets its keys and values that way."""
+    """Predict x0 of a block in one pass with the block before it, whose keys and values are stored that way."""
     sizes = before.map(lambda b: b.shape[1])
-    both = before.map(lambda b, x: torch.cat([b.to(x), x], dim=1), x)
-    levels = both.map(lambda t, n: (level,) * n + (sigma,) * (t.shape[1] - n), sizes)
-    with cache.behind():
-        velocity = model(both, levels, text, cache=cache).map(lambda v, n: v[:, n:], sizes)
+    pair = before.map(lambda b, x: torch.cat([b.to(x), x], dim=1), x)
+    sigmas = pair.map(lambda t, n: (context_sigma,) * n + (sigma,) * (t.shape[1] - n), sizes)
+    # sinks have a sigma too, so a pass with sinks in front is another one
+    key = sigmas, blocks[0].k == 0
+    velocity = model(pair, sigmas, text, cache=cache, blocks=blocks, sigma_key=key).map(lambda v, n: v[:, n:], sizes)
     return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
 
 
 def denoise_block(
     model: Transformer,
     cache: KVCache,
+    block: OpenBlock,
     text: AV[Tensor],
     sigmas: Sequence[float],
     noise: Callable[[int], AV[Tensor]],
@@ -150,7 +152,7 @@ def denoise_block(
     first: Callable[[AV[Tensor]], AV[Tensor]] | None = None,
     watch: Callable[[AV[Tensor]], None] | None = None,
 ) -> AV[Tensor]:
-    """Denoise the open block from pure noise; with `exit_step` stop there, with gradients (spec 5.7).
+    """Denoise an open block from pure noise; with `exit_step` stop there, with gradients (spec 5.7).
 
     `first` predicts at the first step, where that is done otherwise; `watch` is told the state before the last step.
 
@@ -161,8 +163,11 @@ def denoise_block(
     for i in range(last + 1):
         if watch and i == last:
             watch(x)
-        with torch.set_grad_enabled(exit_step is not None and i == last and torch.is_grad_enabled()):
-            x0 = first(x) if first and i == 0 else predict(model, x, sigmas[i], text, cache)
+        # Only the exit step has gradients, if the caller has not switched them off; it stores nothing in the cache.
+        gradients = exit_step is not None and i == last and torch.is_grad_enabled()
+        with torch.set_grad_enabled(gradients):
+            opened = block._replace(writes=not gradients)
+            x0 = first(x) if first and i == 0 else predict(model, x, sigmas[i], text, cache, opened)
         if i < last:
             x = x0.map(lambda data, eps, i=i: renoised(data, eps, sigmas[i + 1]), noise(i + 1))
     return x0
@@ -174,18 +179,20 @@ def renoised(x0: Tensor, eps: Tensor, sigma: float) -> Tensor:
 
 
 def as_context(causal: RolloutConfig, noise: Noise, k: int, block: AV[Tensor]) -> AV[Tensor]:
-    """Give block `k` as it is remembered: without gradients, clean or at the context noise."""
-    block, level = block.map(Tensor.detach), causal.context_noise
-    if not level:
+    """Give block `k` as it is stored in the cache: without gradients, clean or at the context noise."""
+    block, sigma = block.map(Tensor.detach), causal.context_noise
+    if not sigma:
         return block
     eps = noise(k, block.map(lambda x: tuple(x.shape[1:])), len(causal.steps_of(k)))
-    return block.map(lambda data, eps: renoised(data, eps, level), eps)
+    return block.map(lambda data, eps: renoised(data, eps, sigma), eps)
 
 
 @torch.no_grad()
-def update_cache(model: Transformer, cache: KVCache, text: AV[Tensor], context: AV[Tensor], sigma: float) -> None:
-    """Write the keys and values of the open block to the cache, at the sigma that `as_context` gave it."""
-    predict(model, context, sigma, text, cache)
+def update_cache(
+    model: Transformer, cache: KVCache, k: int, text: AV[Tensor], context: AV[Tensor], sigma: float
+) -> None:
+    """Store the keys and values of block `k`, at the sigma that `as_context` gave it."""
+    predict(model, context, sigma, text, cache, cache.open(k))
 
 
 def recache_window(
@@ -195,19 +202,18 @@ def recache_window(
     text: AV[Tensor],
     noise: Noise,
     k: int,
-    kept: Mapping[int, AV[Tensor]],
+    latents: Mapping[int, AV[Tensor]],
 ) -> None:
-    """Remember all that block `k` will see anew, under another text; `next_block` does the block before it.
+    """Store all that block `k` will see again, under another text; `next_block` does the block before it.
 
-    `kept` holds the latents of block 0 and of the window, by block. Raises ValueError where no pass remembers.
+    `latents` holds those of block 0 and of the window, by block. Raises ValueError where no pass stores a block.
     """
     if causal.context_pass == "skip":
-        raise ValueError("context_pass is 'skip': no pass remembers a block, so none can be remembered again")
+        raise ValueError("context_pass is 'skip': no pass stores a finished block, so none can be stored again")
     for i in cache.restart(k):
         if i < k - 1:
-            cache.open(i)
-            update_cache(model, cache, text, as_context(causal, noise, i, kept[i]), causal.context_noise)
-    cache.open(k - 1)
+            context = as_context(causal, noise, i, latents[i])
+            update_cache(model, cache, i, text, context, causal.context_noise)
 
 
 def next_block(
@@ -223,34 +229,36 @@ def next_block(
     exit_step: int | None = None,
     watch: Callable[[AV[Tensor]], None] | None = None,
 ) -> AV[Tensor]:
-    """Remember the block before, then denoise block `k`, in the passes that `causal` says.
+    """Store the block before in the cache, then denoise block `k`, in the passes that `causal` says.
 
     Args:
         model: the student.
-        causal: blocks, steps, and how a block is remembered.
-        cache: what came before; the block before is the one it has open.
+        causal: blocks, steps, and how a finished block is stored.
+        cache: what came before.
         text: AV [B, L, C].
         noise: where noise comes from.
         k: the block.
         before: block k - 1; None for block 0.
         block: latents of block `k` where it is partial.
-        exit_step: see `rollout`; then every block is remembered in a pass of its own.
+        exit_step: see `rollout`; then every block is stored in a separate pass.
         watch: see `denoise_block`.
 
     Shapes: AV([B, F, h, w, C], [B, T, C]) of block k - 1 to those of block k.
     """
-    block, level, config = block or causal.layout.block(k), causal.context_noise, model.config
-    sigmas, first = _levels(causal.steps_of(k)), None
-    shapes = AV((len(block.video), *cache.grid, config.in_channels), (len(block.audio), config.audio_in_channels))
+    block, config, sigmas, first = block or causal.layout.block(k), model.config, _sigmas(causal.steps_of(k)), None
+    # 1. The block before goes into the cache: in a pass of its own, or with this block's first step.
     if before is not None and causal.context_pass != "skip":
-        context = as_context(causal, noise, k - 1, before)
-        # LTX-2.3 modulates the text, and one stream for the other, by one sigma a sample
+        context, context_sigma = as_context(causal, noise, k - 1, before), causal.context_noise
+        # LTX-2.3 modulates the text, and one stream for the other, by one sigma for each sample
         if causal.context_pass == "fused" and exit_step is None and not config.cross_attention_adaln:
-            first = partial(predict_behind, model, sigma=sigmas[0], before=context, level=level, text=text, cache=cache)
+            rest = {"text": text, "cache": cache, "blocks": cache.open_pair(k, block)}
+            first = partial(predict_behind, model, sigma=sigmas[0], before=context, context_sigma=context_sigma, **rest)
         else:
-            update_cache(model, cache, text, context, level)
-    cache.open(k, block)
-    return denoise_block(model, cache, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first, watch)
+            update_cache(model, cache, k - 1, text, context, context_sigma)
+    # 2. This block is denoised against the cache.
+    shapes = AV((len(block.video), *cache.grid, config.in_channels), (len(block.audio), config.audio_in_channels))
+    opened = cache.open(k, block)
+    return denoise_block(model, cache, opened, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first, watch)
 
 
 def new_cache(
@@ -259,20 +267,8 @@ def new_cache(
     """Allocate a cache for `causal`, no larger than a clip of `blocks` needs."""
     weight = model.proj_out.weight
     window = causal.window if blocks is None else max(0, min(causal.window, blocks - 2))
-    kind = weight.device.type
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if casts else weight.dtype
-    return KVCache(
-        model.config,
-        causal.layout,
-        grid,
-        batch,
-        window,
-        causal.reanchor,
-        model.clock,
-        weight.device,
-        dtype,
-    )
+    options = {"reanchor": causal.reanchor, "clock": model.clock, "device": weight.device}
+    return KVCache(model.config, causal.layout, grid, batch, window, dtype=computed_in(weight), **options)
 
 
 def rollout(
@@ -297,21 +293,20 @@ def rollout(
         grid: tokens of a video frame.
         video_latents: length of the clip.
         exit_step: step at which every block stops, with gradients; None runs all steps.
-        history: clean latents that are remembered in place of the student's own (teacher forcing), AV of the clip.
+        history: clean latents that are stored in place of the student's own (teacher forcing), AV of the clip.
         watch: is told each block's state before its last step, AV([B, F, h, w, C], [B, T, C]).
     """
     if not causal.trainable and exit_step is not None:
         raise ValueError(
-            "self-forcing caches blocks clean and leaves all of them at one step; train with context_pass 'separate' "
-            f"or 'fused' and without later_steps, found {causal.context_pass!r} and {causal.later_steps}"
+            "self-forcing stores clean blocks, and all blocks stop at the same step; train with context_pass "
+            f"'separate' or 'fused' and without later_steps, found {causal.context_pass!r} and {causal.later_steps}"
         )
     if causal.context_pass == "skip" and history is not None:
-        raise ValueError("a history is remembered by a pass of its own, and context_pass is 'skip'; use 'separate'")
+        raise ValueError("a history is stored by a separate pass, and context_pass is 'skip'; use 'separate'")
     blocks, before = causal.layout.blocks(video_latents), None
     cache = new_cache(model, causal, grid, len(text.video), len(blocks))
     for k, block in enumerate(blocks):
-        how = {"block": block, "exit_step": exit_step, "watch": watch}
-        out = next_block(model, causal, cache, text, noise, k, before, **how)
+        out = next_block(model, causal, cache, text, noise, k, before, block=block, exit_step=exit_step, watch=watch)
         yield out
         before = out if history is None else history.map(lambda h, span: h[:, span.start : span.stop], block)
 

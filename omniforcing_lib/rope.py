@@ -17,7 +17,7 @@ from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, Clock
 
 SPATIAL_STRIDE = 32
-"""Nominal pixels a token in each direction; LTX-2's VAE, and by convention the miniature's positions too."""
+"""Nominal pixels per token in each direction; LTX-2's VAE, and by convention the miniature's positions too."""
 
 
 class Rotation(NamedTuple):
@@ -43,8 +43,8 @@ def positions(
     """
     bounds = clock.bounds(latents).map(lambda b: torch.tensor(b, dtype=dtype).reshape(-1, 2))
     seconds = bounds.map(lambda b, rate: (b / rate).sum(1) / 2, AV(clock.fps, clock.mel_rate))
-    rows, columns = ((torch.arange(n, dtype=dtype) + 0.5) * SPATIAL_STRIDE for n in grid)
-    cells = torch.meshgrid(seconds.video, rows, columns, indexing="ij")
+    y, x = ((torch.arange(n, dtype=dtype) + 0.5) * SPATIAL_STRIDE for n in grid)
+    cells = torch.meshgrid(seconds.video, y, x, indexing="ij")
     return AV(torch.stack([axis.flatten() for axis in cells]), seconds.audio[None])
 
 
@@ -57,8 +57,10 @@ def angles(position: Tensor, max_pos: tuple[int, ...], dim: int, theta: float, p
     return _spread((position.T / scale) * 2 - 1, dim, theta, precision)
 
 
-def turning(seconds: float, axes: int, max_pos: tuple[int, ...], dim: int, theta: float, precision: str) -> Tensor:
-    """Give the angles by which `seconds` later turns a key: RoPE is a group, so only time enters, from anywhere.
+def offset_angles(
+    seconds: float, axes: int, max_pos: tuple[int, ...], dim: int, theta: float, precision: str
+) -> Tensor:
+    """Give the angles that make a key look `seconds` later; they are the same for a key of any position.
 
     Shapes: float64 [1, dim / 2]; `axes` is the number of position dims n of the attention.
     """
@@ -89,20 +91,16 @@ def rotation(angle: Tensor, heads: int, sinks: int = 0) -> Rotation:
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def tables(
-    config: ModelConfig,
-    clock: Clock,
-    latents: AV[range],
-    grid: tuple[int, int],
-    sinks: int,
-    device: torch.device,
+    config: ModelConfig, clock: Clock, latents: AV[range], grid: tuple[int, int], sinks: int, device: torch.device
 ) -> Ropes:
     """Give the rotations of a stretch of latents for every attention of the model.
 
-    `sinks` identity rows stand in front of the audio; the real audio keeps its own positions. A latent whose middle is
-    past `max_pos`, where the reference has nothing to agree with, is placed in float64: an hour in its angles are as
-    exact as at the start. That is a rule of positions: a latent turns alike in a block and in a whole clip.
+    `sinks` identity rotations stand in front of the audio, which keeps its own positions. A latent whose middle is past
+    `max_pos`, where the reference has nothing to agree with, is placed in float64, so that angles after an hour are as
+    exact as at the start. This depends on the position alone: a latent has one rotation, in a block as in a clip.
     """
     lengths, cross_length = _lengths(config)
+    # latents up to the longest extent, in the reference's arithmetic, and those beyond it
     known = clock.midpoints(latents).map(lambda times: bisect_right(times, cross_length[0]))
     near = positions(clock, latents.map(lambda span, n: span[:n], known), grid)
     far = positions(clock, latents.map(lambda span, n: span[n:], known), grid, torch.float64)
@@ -110,8 +108,8 @@ def tables(
     def table(near: Tensor, far: Tensor, max_pos: tuple[int, ...], dim: int, sinks: int) -> Rotation:
         spectrum, heads = (config.positional_embedding_theta, config.frequencies_precision), config.num_attention_heads
         halves = [half for half in (near, far) if half.numel()] or [near]
-        turned = (rotation(angles(p, max_pos, dim, *spectrum), heads, 0 if i else sinks) for i, p in enumerate(halves))
-        return _on(device, Rotation(*(torch.cat(part, dim=1) for part in zip(*turned, strict=True))))
+        parts = (rotation(angles(p, max_pos, dim, *spectrum), heads, 0 if i else sinks) for i, p in enumerate(halves))
+        return _on(device, Rotation(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True))))
 
     in_front = AV(0, sinks)
     return Ropes(
@@ -120,17 +118,19 @@ def tables(
     )
 
 
-def turns(config: ModelConfig, seconds: AV[float], device: torch.device) -> Ropes:
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def offset_rotations(config: ModelConfig, seconds: AV[float], device: torch.device) -> Ropes:
     """Give the rotations that make keys look `seconds` later, for every attention; T is 1, the same for all keys."""
     lengths, cross_length = _lengths(config)
 
-    def turn(seconds: float, axes: int, max_pos: tuple[int, ...], dim: int) -> Rotation:
+    def table(seconds: float, axes: int, max_pos: tuple[int, ...], dim: int) -> Rotation:
         grid = config.positional_embedding_theta, config.frequencies_precision
-        return _on(device, rotation(turning(seconds, axes, max_pos, dim, *grid), config.num_attention_heads))
+        return _on(device, rotation(offset_angles(seconds, axes, max_pos, dim, *grid), config.num_attention_heads))
 
     return Ropes(
-        own=seconds.map(turn, AV(3, 1), lengths, AV(config.video_dim, config.audio_dim)),
-        cross=seconds.map(lambda s: turn(s, 1, cross_length, config.audio_dim)),
+        own=seconds.map(table, AV(3, 1), lengths, AV(config.video_dim, config.audio_dim)),
+        cross=seconds.map(lambda s: table(s, 1, cross_length, config.audio_dim)),
     )
 
 
@@ -151,7 +151,8 @@ def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:
     """
     cos, sin = by
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # a pair (a, b) becomes (a cos - b sin, b cos + a sin)
     split = rope_type == "split"
     first, second = wide.chunk(2, dim=-1) if split else wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return (torch.cat(turned, dim=-1) if split else torch.stack(turned, dim=-1).flatten(-2)).to(x.dtype)
+    pairs = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return (torch.cat(pairs, dim=-1) if split else torch.stack(pairs, dim=-1).flatten(-2)).to(x.dtype)

@@ -1,6 +1,6 @@
-"""Safetensors on disk: headers checked before they are believed, tensors mapped one at a time, never a pickle.
+"""Safetensors on disk: every header is checked before memory is taken, tensors are mapped one at a time.
 
-Nothing is read but the files that are named: an index may only name files of its own folder.
+Pickles are refused, and only the named files are read: an index may only name files of its own folder.
 """
 
 from __future__ import annotations
@@ -26,19 +26,16 @@ FLOATS = {
 }
 """What a weight may be stored as, by safetensors' name."""
 
-_BYTES = {name: dtype.itemsize for name, dtype in FLOATS.items()} | {
-    "F8_E5M2": 1,
-    **{f"{kind}{bits}": bits // 8 for kind in "IU" for bits in (8, 16, 32, 64)},
-    "BOOL": 1,
-}
+_BYTES = {name: dtype.itemsize for name, dtype in FLOATS.items()} | {"F8_E5M2": 1, "BOOL": 1}
+_BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
 _HEADER_LIMIT = 100_000_000
-# Without it Linux refuses a private map that is larger than its memory, though clean pages need none; 0x4000 is its
-# value in every Linux that PyTorch runs on, and Python names it from 3.13 on.
+# Without this flag Linux refuses a private map that is larger than its memory, although pages that are only read need
+# none. 0x4000 is its value in every Linux that PyTorch runs on; Python names it from 3.13 on.
 _NORESERVE = 0x4000
 
 
 class Entry(NamedTuple):
-    """Say where a tensor lies: bytes `start` to `stop` of a file, and as what."""
+    """Where a tensor lies, bytes `start` to `stop` of a file, and its dtype and shape."""
 
     path: Path
     dtype: str
@@ -49,7 +46,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """Name the tensors of one file or of several; nothing of them is loaded."""
+    """The tensors and the metadata of one file or of several; no tensor is loaded."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
@@ -61,17 +58,20 @@ def one_file(path: Path) -> Shards:
     Raises:
         ValueError: it is empty, cut off, a pickle, or its header contradicts itself.
     """
+    # 1. The file begins with the length of the header: it is checked before the header is read.
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length > min(_HEADER_LIMIT, size - 8):
-            raise ValueError(f"{path} cannot be read as safetensors: {_instead(first, length, size)}")
+            raise ValueError(f"{path} cannot be read as safetensors: {_what_it_is(first, length, size)}")
         header = _json(path, file.read(length))
+    # 2. The header is a JSON table of names; each entry has to fit its own shape.
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError(f"{path}: the metadata is no table of texts; the file is damaged")
     entries = {name: _entry(path, name, spec, 8 + length) for name, spec in header.items()}
+    # 3. The tensors follow one another without gap or overlap, up to the end of the file.
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1][-2:]):
         if entry.start != end:
@@ -104,22 +104,23 @@ def many_files(index: Path) -> Shards:
             raise ValueError(f"{min(twice)} is both in {entries[min(twice)].path.name} and in {name} of {index.parent}")
         entries |= shard.entries
         metadata |= shard.metadata
-    if astray := [t for t, name in listing.items() if t not in entries or entries[t].path.name != name]:
-        raise ValueError(f"{index} says that {astray[0]} is in {listing[astray[0]]}, but it is not")
+    if elsewhere := [t for t, name in listing.items() if t not in entries or entries[t].path.name != name]:
+        raise ValueError(f"{index} says that {elsewhere[0]} is in {listing[elsewhere[0]]}, but it is not")
     return Shards(entries, metadata)
 
 
 class Reader:
-    """Give tensors straight in their dtype and on their device; a file's map lives as long as a tensor needs it."""
+    """Read tensors straight into their dtype and device; a file stays mapped as long as a tensor needs it."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self._entries, self._maps = entries, {}
 
     def get(self, name: str, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Tensor:
-        """Give one tensor, never in two copies.
+        """Read one tensor without a second copy of it in memory.
 
-        What needs no conversion stays in the map: pages come from the file when they are touched and go when memory is
-        short, writes are private. What is converted or moved leaves its pages at once.
+        A tensor that needs no conversion stays mapped: the system reads its pages from the file when they are used and
+        drops them when memory is short, and what is written to it does not reach the file. The pages of a tensor that
+        is converted or moved are dropped at once.
         """
         view = self._view(self._entries[name])
         tensor = view.to(device, dtype or view.dtype)
@@ -133,11 +134,11 @@ class Reader:
         raw = torch.frombuffer(
             self._maps[entry.path], dtype=torch.uint8, count=entry.stop - entry.start, offset=entry.start
         )
-        kind = FLOATS[entry.dtype]
-        return (raw.clone() if entry.start % kind.itemsize else raw).view(kind).reshape(entry.shape)
+        dtype = FLOATS[entry.dtype]
+        return (raw.clone() if entry.start % dtype.itemsize else raw).view(dtype).reshape(entry.shape)
 
     def drop(self, name: str) -> None:
-        """Let go of the pages of a tensor; the file has them if they are asked for again."""
+        """Drop the pages of a tensor from memory; they are read again if it is asked for again."""
         entry = self._entries[name]
         start = -(-entry.start // mmap.PAGESIZE) * mmap.PAGESIZE
         length = entry.stop // mmap.PAGESIZE * mmap.PAGESIZE - start
@@ -153,12 +154,12 @@ def _private_map(path: Path) -> mmap.mmap:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON table; ValueError where it is damaged, absurdly large, or names something twice."""
+    """Read a JSON table; ValueError where it is damaged, above 100 MB, or names something twice."""
     return _json(path, path.read_bytes())
 
 
-def _instead(first: bytes, length: int, size: int) -> str:
-    """Say what a file is that has no believable header."""
+def _what_it_is(first: bytes, length: int, size: int) -> str:
+    """Say what a file is whose first bytes are not the length of a header."""
     if not size:
         return "it is empty"
     if first.startswith((b"PK", b"\x80")):
@@ -170,12 +171,12 @@ def _json(path: Path, text: bytes) -> dict:
     try:
         if len(text) > _HEADER_LIMIT:
             raise ValueError(f"{len(text):,} bytes of JSON")
-        found = json.loads(text, object_pairs_hook=_unique)
+        table = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read, its JSON is damaged: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(table, dict):
         raise ValueError(f"{path} cannot be read, its JSON is no table of names")
-    return found
+    return table
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Stream a student: blocks become frames and samples as they come, for as long as anyone watches (paper Sec. 3.4).
+"""Stream a student: each block is decoded to frames and samples as soon as it is made, without end (paper Sec. 3.4).
 
 The `Streamer` is the only stateful object a user meets. Its noise comes from (seed, block), so the same seed gives the
 same stream, whole or cut.
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import safetensors_io
+from omniforcing_lib import masks, safetensors_io
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import MINIATURE_GUIDANCE, Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.interfaces import Codec, TextEncoder
@@ -31,7 +31,7 @@ from omniforcing_lib.rollout import Noise, RolloutConfig, new_cache, next_block,
 from omniforcing_lib.transformer import Transformer
 
 GRAIN = 32_768
-"""Numbers up to which PyTorch leaves a loop to one thread; below, waking a second one costs more than it saves."""
+"""Elements up to which PyTorch leaves a loop to one thread; below, waking a second one costs more than it saves."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 class LatentChunk(NamedTuple):
-    """Latents of a block, not decoded yet, and what was asked for."""
+    """Latents of a block that is not decoded yet, and its prompt."""
 
     latents: AV[Tensor]
     prompt: str
@@ -66,9 +66,9 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Streamer:
-    """Yield one chunk a block, without end; `with` frees its caches at the end.
+    """Yield one chunk per block, without end; `with` frees its cache at the end.
 
-    A block whose activations are fewer numbers than `GRAIN` is made on one thread, a larger one on all.
+    A block whose activations have fewer elements than `GRAIN` is made on one thread, a larger one on all.
 
     Args:
         model: a causal student.
@@ -77,8 +77,11 @@ class Streamer:
         text: encodes prompts.
         prompt: what to show; change it with `set_prompt`.
         seed: of all noise.
-        ahead: make the next block in a thread while this one is decoded and shown; a new prompt then shows a block
-            later. Nothing is made beyond that block, so a consumer that is slow, or gone, holds no more than that.
+        ahead: make the next block in a thread while this one is decoded and shown; a new prompt then shows one block
+            later. No further block is made, however slow the consumer is.
+
+    Attributes:
+        block: number of the next chunk.
     """
 
     model: Transformer
@@ -95,8 +98,8 @@ class Streamer:
         self._decoder = self.codec.start()
         self._maker = ThreadPoolExecutor(1, "blocks") if self.ahead else None
         self._coming: Future[LatentChunk] | None = None
-        self._kept: dict[int, AV[Tensor]] = {}
-        self._made, self._last = 0, math.inf
+        self._latents: dict[int, AV[Tensor]] = {}  # of the blocks that the next block sees
+        self._made, self._last = 0, math.inf  # blocks made so far, and the most that may be
         tokens = len(self.causal.layout.block(1).video) * math.prod(self.codec.grid)
         self._threads = 1 if tokens * self.model.config.video_dim < GRAIN else None
         self.set_prompt(self.prompt)
@@ -122,15 +125,16 @@ class Streamer:
     def set_prompt(self, prompt: str, *, recache: bool = False) -> None:
         """Follow another prompt from the next block that is not begun; unknown words raise ValueError.
 
-        With `recache` the window is remembered anew under the new prompt, which costs a pass for each of its blocks.
+        With `recache` the window is stored again under the new prompt, which costs a pass for each of its blocks.
         """
         self._check_open()
         weight = self.model.proj_out.weight
         context = self.text.encode([prompt], weight.device, weight.dtype)
+        # a block in the making keeps its prompt
         self._settle()
         if recache and self._made:
             with torch.inference_mode(), threads(self._threads):
-                past = self._cache, context, self._noise, self._made, self._kept
+                past = self._cache, context, self._noise, self._made, self._latents
                 recache_window(self.model, self.causal, *past)
         self._cache.forget_text()
         self._context, self.prompt = context, prompt
@@ -139,13 +143,15 @@ class Streamer:
     def step(self) -> Chunk:
         """Decode the next block, generated now or ahead; RuntimeError once the stream is closed."""
         self._check_open()
-        made = self._coming.result() if self._coming else self._make()
+        # 1. Take the block that was made ahead, or make one; ahead, the next one is begun before this one is decoded.
+        chunk = self._coming.result() if self._coming else self._make()
         self._coming = self._maker.submit(self._make) if self._maker and self._made < self._last else None
+        # 2. Decode it where the decoder stands.
         start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
         with threads(self._threads):
-            clip = to_arrays(self.codec.decode(made.latents, self._decoder))
+            clip = to_arrays(self.codec.decode(chunk.latents, self._decoder))
         self.block += 1
-        return Chunk(clip.video, clip.audio, start_s, made.prompt)
+        return Chunk(clip.video, clip.audio, start_s, chunk.prompt)
 
     @torch.inference_mode()
     def finish(self) -> Chunk | None:
@@ -171,11 +177,11 @@ class Streamer:
     @torch.inference_mode()
     def _make(self) -> LatentChunk:
         k, prompt = self._made, self.prompt
-        before = self._kept.get(k - 1)
+        before = self._latents.get(k - 1)
         with threads(self._threads):
-            made = next_block(self.model, self.causal, self._cache, self._context, self._noise, k, before)
-        latents = made.map(Tensor.contiguous)
-        self._kept = {i: self._kept[i] for i in self._numbers(k + 1) if i < k} | {k: latents}
+            latents = next_block(self.model, self.causal, self._cache, self._context, self._noise, k, before)
+        latents = latents.map(Tensor.contiguous)
+        self._latents = {i: self._latents[i] for i in self._past(k + 1) if i < k} | {k: latents}
         self._made += 1
         return LatentChunk(latents, prompt)
 
@@ -183,20 +189,21 @@ class Streamer:
     def _noise(self) -> Noise:
         return seeded_noise([self.seed], self.model.proj_out.weight)
 
-    def _numbers(self, made: int) -> list[int]:
-        """Number the blocks whose latents are kept once `made` are made: block 0 and the window."""
-        return [*dict.fromkeys((0, *range(max(1, made - max(1, self.causal.window)), made)))]
+    def _past(self, k: int) -> tuple[int, ...]:
+        """List the blocks whose latents are kept for block `k`: those that it sees, and the one before it."""
+        return masks.seen(k, max(1, self.causal.window))[:-1]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Store where the stream stands, atomically: `resume` goes on with the same bits."""
         self._settle()
         if not self._made:
             raise ValueError("nothing to save before the first block; step once")
-        video, audio = (torch.cat(parts, dim=1) for parts in zip(*self._kept.values(), strict=True))
+        video, audio = (torch.cat(parts, dim=1) for parts in zip(*self._latents.values(), strict=True))
         tensors = {**self._cache.tensors(), **self._decoder.tensors(), "video": video, "audio": audio}
         coming = self._coming.result().prompt if self._coming else None
-        said = {"prompt": self.prompt, "seed": self.seed, "block": self.block, "coming": coming}
-        return write_tensors(path, tensors, {"stream": json.dumps(said | {"restarted": self._cache.restarted})})
+        position = {"block": self.block, "coming": coming, "restarted": self._cache.restarted}
+        state = {"prompt": self.prompt, "seed": self.seed, **position}
+        return write_tensors(path, tensors, {"stream": json.dumps(state)})
 
     def resume(self, path: str | os.PathLike[str]) -> None:
         """Go on where `save` left a stream of the same model, blocks and window; seed and prompt come with it.
@@ -206,38 +213,40 @@ class Streamer:
         """
         self._check_open()
         self._settle()
-        said, tensors = _stored(Path(path))
-        made, device = said["block"] + (said["coming"] is not None), self.model.proj_out.weight.device
-        kept = self._unpacked(self._numbers(made), tensors)
+        # 1. Read and check all of it; nothing of this stream changes before.
+        state, tensors = _stored(Path(path))
+        made, device = state["block"] + (state["coming"] is not None), self.model.proj_out.weight.device
+        latents = self._unpacked(self._past(made), tensors)
         try:
             decoder = type(self._decoder).from_tensors(tensors, device)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no decoder's state: {error}") from error
-        self.text.encode([said["prompt"]])
+        self.text.encode([state["prompt"]])
         self._cache.fill(tensors)
-        self.seed, self.block, self._made, self._kept, self._decoder = said["seed"], said["block"], made, kept, decoder
-        self._cache.restarted = said["restarted"]
-        self._cache.open(made - 1)
-        self._coming = None
-        if said["coming"] is not None:
+        # 2. Take it over; a block that was made ahead is handed out next.
+        self._cache.restarted, self.seed, self.block = state["restarted"], state["seed"], state["block"]
+        self._made, self._latents, self._decoder, self._coming = made, latents, decoder, None
+        if state["coming"] is not None:
             self._coming = Future()
-            self._coming.set_result(LatentChunk(kept[made - 1], said["coming"]))
-        self.set_prompt(said["prompt"])
+            self._coming.set_result(LatentChunk(latents[made - 1], state["coming"]))
+        self.set_prompt(state["prompt"])
 
-    def _unpacked(self, numbers: list[int], tensors: Mapping[str, Tensor]) -> dict[int, AV[Tensor]]:
+    def _unpacked(self, blocks: tuple[int, ...], tensors: Mapping[str, Tensor]) -> dict[int, AV[Tensor]]:
         """Cut stored latents into blocks; ValueError where they are not those of these blocks."""
         config, device = self.model.config, self.model.proj_out.weight.device
-        sizes = AV(*zip(*(self.causal.layout.block(i).map(len) for i in numbers), strict=True))
+        sizes = AV(*zip(*(self.causal.layout.block(i).map(len) for i in blocks), strict=True))
         shapes = AV(
             (sum(sizes.video), *self.codec.grid, config.in_channels), (sum(sizes.audio), config.audio_in_channels)
         )
         for name, shape in zip(AV._fields, shapes, strict=True):
-            found = list(tensors[name].shape) if name in tensors else None
-            if found != [1, *shape]:
-                raise ValueError(f"{name} latents are {[1, *shape]} here, {found} there; use the same model and window")
+            stored = list(tensors[name].shape) if name in tensors else None
+            if stored != [1, *shape]:
+                raise ValueError(
+                    f"{name} latents are {[1, *shape]} here, {stored} there; use the same model and window"
+                )
         parts = sizes.map(lambda n, x: x.to(device).split(n, dim=1), AV(tensors["video"], tensors["audio"]))
         # copies: where a tensor lies in memory, and its strides, change the last bits of a product
-        return {i: AV(*block).map(Tensor.clone) for i, *block in zip(numbers, *parts, strict=True)}
+        return {i: AV(*block).map(Tensor.clone) for i, *block in zip(blocks, *parts, strict=True)}
 
     def _settle(self) -> None:
         """Wait for the block in the making."""
@@ -253,16 +262,16 @@ def _stored(path: Path) -> tuple[dict, dict[str, Tensor]]:
     """Read what `Streamer.save` wrote; ValueError where it cannot be that."""
     text = safetensors_io.one_file(path).metadata.get("stream", "null")
     try:
-        said = json.loads(text)
+        state = json.loads(text)
     except (ValueError, RecursionError):
-        said = None
-    match said:
+        state = None
+    match state:
         case {"prompt": str(), "seed": int(seed), "block": int(block), "restarted": int(back), "coming": str() | None}:
             if 0 <= seed < 2**63 and 0 <= back <= block < 2**40 and block:
                 tensors = load_file(path)
-                if odd := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
-                    raise ValueError(f"{path}: {odd[0]} holds values that are not finite")
-                return said, tensors
+                if broken := [n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]:
+                    raise ValueError(f"{path}: {broken[0]} holds values that are not finite")
+                return state, tensors
     raise ValueError(f"{path} holds no stream that `save` stored, but says {text[:80]!r}; name another file")
 
 
@@ -293,7 +302,7 @@ def teacher_clips(
     steps: int = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
 ) -> list[AV[np.ndarray]]:
-    """Sample clips with the guided bidirectional teacher, one a prompt and seed, as one batch."""
+    """Sample clips with the guided bidirectional teacher, one for each prompt and seed, as one batch."""
     weight, latents = model.proj_out.weight, codec.clock.latents(seconds)
     shapes = AV((latents.video, *codec.grid, model.config.in_channels), (latents.audio, model.config.audio_in_channels))
     context = text.encode([*prompts, ""], weight.device, weight.dtype)
@@ -344,7 +353,7 @@ def make_clip(
 ) -> AV[np.ndarray]:
     """Make one clip whole: streamed by a causal student, sampled by a teacher in `steps` under `guidance`.
 
-    Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples a second.
+    Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples per second.
     """
     pieces = clip_pieces(model, causal, codec, text, prompt, seconds, seed, steps=steps, guidance=guidance)
     return AV(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))

@@ -16,9 +16,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
+from torch.utils.checkpoint import checkpoint
 
 from omniforcing_lib.blocks import AdaLN, Block, CaptionProjection, Condition, TimestepEmbedding, modulate
-from omniforcing_lib.cache import KVCache
+from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Skip
 from omniforcing_lib.layout import AV, Clock
@@ -26,6 +27,14 @@ from omniforcing_lib.masks import AttentionMask, Masks
 from omniforcing_lib.rope import Ropes, tables
 
 Sigma = AV[Tensor] | AV[float] | AV[tuple[float, ...]]
+_USES = ("own", "cross", "gate", "caption", "prompt")
+_MODULATORS = AV(
+    "adaln_single av_ca_video_scale_shift_adaln_single av_ca_a2v_gate_adaln_single caption_projection "
+    "prompt_adaln_single",
+    "audio_adaln_single av_ca_audio_scale_shift_adaln_single av_ca_v2a_gate_adaln_single audio_caption_projection "
+    "audio_prompt_adaln_single",
+)
+"""Names in the checkpoint of what embeds sigma and the text, in the order of `_USES`."""
 
 
 class Transformer(nn.Module):
@@ -34,17 +43,23 @@ class Transformer(nn.Module):
     Args:
         config: dimensions and RoPE, as read from a checkpoint.
         clock: the two clocks; positions are physical time.
+
+    Attributes:
+        recompute: keep of every block its inputs alone where gradients flow, and run it again for its gradients. A
+            cached pass reads its history again then, so the window must still hold it.
     """
+
+    recompute: bool = False
 
     def __init__(self, config: ModelConfig, clock: Clock | None = None) -> None:
         super().__init__()
         video, audio = config.video_dim, config.audio_dim
-        rows = 9 if config.cross_attention_adaln else 6
+        vectors = 9 if config.cross_attention_adaln else 6
         self.config, self.clock = config, clock or Clock()
         self.patchify_proj = nn.Linear(config.in_channels, video)
         self.audio_patchify_proj = nn.Linear(config.audio_in_channels, audio)
-        self.adaln_single = AdaLN(video, rows)
-        self.audio_adaln_single = AdaLN(audio, rows)
+        self.adaln_single = AdaLN(video, vectors)
+        self.audio_adaln_single = AdaLN(audio, vectors)
         self.av_ca_video_scale_shift_adaln_single = AdaLN(video, 4)
         self.av_ca_audio_scale_shift_adaln_single = AdaLN(audio, 4)
         self.av_ca_a2v_gate_adaln_single = AdaLN(video, 1)
@@ -73,127 +88,121 @@ class Transformer(nn.Module):
         skip: Skip | None = None,
         masks: Masks | None = None,
         cache: KVCache | None = None,
+        blocks: tuple[OpenBlock, ...] = (),
+        sigma_key: Hashable | None = None,
     ) -> AV[Tensor]:
         """Predict the velocity eps - x0.
 
         Without `masks` and `cache` every token sees every token (the teacher; sinks are not used). With `masks` the
-        clip is block-causal. With `cache` the latents are those of the blocks that the cache has open.
+        clip is block-causal. With `cache` the latents are those of the `blocks`, which the cache has opened.
 
-        Shapes: x video [B, F, h, w, C], audio [B, T, C]; sigma [B], or video [B, F] and audio [B, T], or numbers, one
-        for all latents or a tuple of one a latent, whose modulation the cache then holds; text [B, L, caption
-        channels] for each stream; to the shapes of x.
+        Args:
+            x: noisy latents.
+            sigma: noise levels.
+            text: context of the prompt.
+            skip: what a guidance pass leaves out.
+            masks: of a whole clip.
+            cache: what came before.
+            blocks: the open blocks that the latents are of, one after another.
+            sigma_key: name of these noise levels, if the cache is to hold what follows from them and from the prompt
+                alone; None computes it anew, and so does a pass over blocks that store nothing.
+
+        Shapes: x video [B, F, h, w, C], audio [B, T, C]; sigma [B], or video [B, F] and audio [B, T], or one number
+        for all latents or a tuple of one for each latent; text [B, L, caption channels] for each stream; to the
+        shapes of x.
+
+        Raises:
+            ValueError: a cache without blocks or blocks without a cache, or another number of sinks than the model's.
         """
-        skip = skip or Skip()
-        sinks = self._sinks(masks, cache)
-        grid = tuple(x.video.shape[2:4])
-        latents = cache.latents if cache else AV(range(x.video.shape[1]), range(x.audio.shape[1]))
-        condition = self._conditions(sigma, text, latents, grid, sinks, masks, cache)
+        if (cache is None) == bool(blocks):
+            raise ValueError("a cached pass takes a cache and the blocks that it opened; give both or none")
+        skip, grid = skip or Skip(), tuple(x.video.shape[2:4])
+        # 1. Which latents these are, and how many sinks stand in front of the audio.
+        sinks = self._sinks(masks, cache, blocks)
+        if cache:
+            latents = blocks[0].latents.map(lambda a, b: range(a.start, b.stop), blocks[-1].latents)
+        else:
+            latents = x.map(lambda part: range(part.shape[1]))
+        # 2. What every layer needs of sigma and of the text. A pass that stores nothing holds nothing of these either.
+        key = sigma_key if all(block.writes for block in blocks) else None
+        embed = partial(self._timesteps, sigma, sinks, masks)
+        timestep = cache.timesteps.get(key, embed) if cache else embed()
+        if cache and cache.knows_text(key):
+            text = AV(None, None)
+        else:
+            text = text.map(self._project_text, self._modulators)
+        # 3. What every layer needs of time and of causality.
+        ropes = self.rotations(latents, grid, sinks)
+        sees = ((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a)) if masks else ((None, None), (None, None))
+        shared = {"blocks": blocks, "sigma_key": key, "prompt_key": cache and cache.prompt_key(key)}
+        parts = zip(timestep, text, ropes.own, ropes.cross, sees, strict=True)
+        condition = AV(*(Condition(t, context, own, cross, *seen, **shared) for t, context, own, cross, seen in parts))
+        # 4. Latents become tokens.
         x = x.map(lambda part: part.to(self.proj_out.weight.dtype))
-        hidden = AV(
-            self.patchify_proj(rearrange(x.video, "b f h w c -> b (f h w) c")), self._with_sinks(x.audio, sinks)
-        )
-        for index, block in enumerate(self.transformer_blocks):
-            hidden = block(
-                hidden,
-                condition,
-                slots=cache and cache.layer(index),
-                skip_self=index in skip.self_attention,
-                skip_cross=skip.cross_modal,
-            )
-        embedded = condition.map(lambda c: c.level.embedded)
-        video = self._project(hidden.video, embedded.video, self.scale_shift_table, self.proj_out)
-        kept = embedded.audio[:, sinks:] if embedded.audio.shape[1] > 1 else embedded.audio
-        audio = self._project(hidden.audio[:, sinks:], kept, self.audio_scale_shift_table, self.audio_proj_out)
+        video = self.patchify_proj(rearrange(x.video, "b f h w c -> b (f h w) c"))
+        audio = self.audio_patchify_proj(x.audio)
+        if sinks:
+            audio = torch.cat([self.audio_sink_tokens.expand(len(audio), -1, -1), audio], dim=1)
+        # 5. The layers.
+        hidden = AV(video, audio)
+        for index, layer in enumerate(self.transformer_blocks):
+            run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if self.recompute else layer
+            skipped = {"skip_self": index in skip.self_attention, "skip_cross": skip.cross_modal}
+            hidden = run(hidden, condition, cached=cache and cache.layers[index], **skipped)
+        # 6. Tokens become velocities; the sinks are dropped.
+        video, audio = hidden.video, hidden.audio[:, sinks:]
+        at_video, at_audio = condition.map(lambda c: c.timestep.embedded)
+        at_audio = at_audio[:, sinks:] if at_audio.shape[1] > 1 else at_audio
+        video = self._project(video, at_video, self.scale_shift_table, self.proj_out)
+        audio = self._project(audio, at_audio, self.audio_scale_shift_table, self.audio_proj_out)
         return AV(rearrange(video, "b (f h w) c -> b f h w c", h=grid[0], w=grid[1]), audio)
 
     def rotations(self, latents: AV[range], grid: tuple[int, int], sinks: int) -> Ropes:
         """Give the rotations of a stretch of latents; the `sinks` in front of the audio are not rotated."""
         return tables(self.config, self.clock, latents, grid, sinks, self.proj_out.weight.device)
 
-    def _sinks(self, masks: Masks | None, cache: KVCache | None) -> int:
+    def _sinks(self, masks: Masks | None, cache: KVCache | None, blocks: tuple[OpenBlock, ...]) -> int:
         """Count the sinks in front of this call's audio, and check that masks and cache agree with the model."""
         if masks is None and cache is None:
             return 0
-        expected, found = self.config.num_audio_sink_tokens, (masks or cache).sinks
-        if expected != found:
-            raise ValueError(f"the model has {expected} audio sink tokens, the layout {found}; use the same number")
-        return found if masks or cache.at_start else 0
+        expected, given = self.config.num_audio_sink_tokens, masks.sinks if masks else cache.layout.sinks
+        if expected != given:
+            raise ValueError(f"the model has {expected} audio sink tokens, the layout {given}; use the same number")
+        return given if masks or blocks[0].k == 0 else 0
 
-    def _with_sinks(self, audio: Tensor, sinks: int) -> Tensor:
-        hidden = self.audio_patchify_proj(audio)
-        return torch.cat([self.audio_sink_tokens.expand(len(audio), -1, -1), hidden], dim=1) if sinks else hidden
-
-    def _conditions(self, sigma, text, latents, grid, sinks, masks, cache) -> AV[Condition]:
-        """Make what every layer needs of sigma, text, time and causality."""
-        ropes = self.rotations(latents, grid, sinks)
-        sees = AV((None, None), (None, None))
-        if masks is not None:
-            sees = AV((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a))
-        number = None if isinstance(sigma.video, Tensor) else sigma
-        if isinstance(sigma.audio, tuple):
-            number = (sigma, sinks)
-        make = partial(self._levels, sigma, sinks, masks)
-        level = cache.levels.get(number, make) if cache else make()
-        text = text.map(lambda t, m: self._text(t, m["caption"], cache, number), self._modulators)
-        return level.map(
-            lambda level, text, own, cross, sees: Condition(level, number, text, own, cross, *sees),
-            text,
-            ropes.own,
-            ropes.cross,
-            sees,
-        )
-
-    def _levels(self, sigma: Sigma, sinks: int, masks: Masks | None) -> AV[TimestepEmbedding]:
-        """Make what every layer needs of sigma."""
-        sigma = sigma.map(partial(_rows, device=self.proj_out.weight.device))
+    def _timesteps(self, sigma: Sigma, sinks: int, masks: Masks | None) -> AV[TimestepEmbedding]:
+        """Embed sigma for every use that layers make of it."""
+        sigma = sigma.map(partial(_per_sample, device=self.proj_out.weight.device))
         steps = sigma.map(lambda s: s * self.config.timestep_scale_multiplier)
         if sinks and steps.audio.shape[1] > 1:
             first = steps.audio[:, :1].expand(-1, sinks)
             steps = AV(steps.video, torch.cat([first, steps.audio], dim=1))
-        # LTX-2.3: the text, and one stream for the other, go by one sigma a sample; under masks by one a block
-        blocks = steps.map(_block_sizes, AV(masks and masks.a2v, masks and masks.v2a))
-        level = steps.map(_levels_of, blocks)
-        across = AV(level.audio, level.video).map(_spread, blocks) if self.config.cross_attention_adaln else steps
+        # LTX-2.3: the text, and one stream for the other, go by one sigma for each sample; under masks, for each block.
+        sizes = steps.map(_block_sizes, AV(masks and masks.a2v, masks and masks.v2a))
+        by_block = steps.map(_of_blocks, sizes)
+        across = AV(by_block.audio, by_block.video).map(_spread, sizes) if self.config.cross_attention_adaln else steps
         ratio = self.config.av_ca_timestep_scale_multiplier / self.config.timestep_scale_multiplier
 
-        def make(
-            stream: dict[str, nn.Module | None], steps: Tensor, level: Tensor, across: Tensor
+        def embed(
+            modules: dict[str, nn.Module | None], steps: Tensor, by_block: Tensor, across: Tensor
         ) -> TimestepEmbedding:
-            own, embedded = stream["own"](steps)
-            prompt = stream["prompt"](level)[0] if stream["prompt"] else None
-            return TimestepEmbedding(
-                own, stream["cross"](across)[0], stream["gate"](across * ratio)[0], embedded, prompt
-            )
+            own, embedded = modules["own"](steps)
+            cross, gate = modules["cross"](across)[0], modules["gate"](across * ratio)[0]
+            prompt = modules["prompt"](by_block)[0] if modules["prompt"] else None
+            return TimestepEmbedding(own, cross, gate, embedded, prompt)
 
-        return self._modulators.map(make, steps, level, across)
+        return self._modulators.map(embed, steps, by_block, across)
 
     @property
     def _modulators(self) -> AV[dict[str, nn.Module | None]]:
-        return AV(
-            {
-                "own": self.adaln_single,
-                "cross": self.av_ca_video_scale_shift_adaln_single,
-                "gate": self.av_ca_a2v_gate_adaln_single,
-                "caption": getattr(self, "caption_projection", None),
-                "prompt": getattr(self, "prompt_adaln_single", None),
-            },
-            {
-                "own": self.audio_adaln_single,
-                "cross": self.av_ca_audio_scale_shift_adaln_single,
-                "gate": self.av_ca_v2a_gate_adaln_single,
-                "caption": getattr(self, "audio_caption_projection", None),
-                "prompt": getattr(self, "audio_prompt_adaln_single", None),
-            },
+        """Group the modules that embed sigma and text by stream, whatever their names in the checkpoint."""
+        return _MODULATORS.map(
+            lambda names: dict(zip(_USES, (getattr(self, name, None) for name in names.split()), strict=True))
         )
 
-    def _text(
-        self, text: Tensor, caption: nn.Module | None, cache: KVCache | None, level: Hashable | None
-    ) -> Tensor | None:
-        """Project the text once a prompt, and once a level where that enters its keys; with gradients every time."""
-        if cache is not None and cache.knows_text(level):
-            return None
+    def _project_text(self, text: Tensor, modules: dict[str, nn.Module | None]) -> Tensor:
         text = text.to(self.proj_out.weight.dtype)
-        return caption(text) if caption else text
+        return modules["caption"](text) if modules["caption"] else text
 
     def _project(self, x: Tensor, embedded: Tensor, table: Tensor, out: nn.Linear) -> Tensor:
         shift, scale = (table + embedded[:, :, None]).unbind(2)
@@ -205,23 +214,23 @@ def _block_sizes(steps: Tensor, sees: AttentionMask | None) -> tuple[int, ...]:
     groups = steps.shape[1]
     if sees is None or groups == 1:
         return (groups,)
-    return tuple(len(run.rows) * groups // sees.rows for run in sees.runs)
+    return tuple(len(rows) * groups // sees.rows for rows, _ in sees.by_block)
 
 
-def _levels_of(steps: Tensor, blocks: tuple[int, ...]) -> Tensor:
+def _of_blocks(steps: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Give each block's level. Shapes: steps [B, G] to [B, K]."""
-    return torch.cat([part.amax(1, keepdim=True) for part in steps.split(blocks, 1)], dim=1)
+    return torch.cat([part.amax(1, keepdim=True) for part in steps.split(sizes, 1)], dim=1)
 
 
-def _spread(level: Tensor, blocks: tuple[int, ...]) -> Tensor:
-    """Give each latent its block's level. Shapes: level [B, K] to [B, G], or as it is where it is one for all."""
-    if level.shape[1] == 1:
-        return level
-    return torch.cat([part.expand(-1, n) for part, n in zip(level.split(1, 1), blocks, strict=True)], dim=1)
+def _spread(by_block: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Give each latent its block's level. Shapes: [B, K] to [B, G], or as it is where it is one for all."""
+    if by_block.shape[1] == 1:
+        return by_block
+    return torch.cat([part.expand(-1, n) for part, n in zip(by_block.split(1, 1), sizes, strict=True)], dim=1)
 
 
-def _rows(sigma: Tensor | float | tuple[float, ...], device: torch.device) -> Tensor:
-    """Give noise levels a row a sample. Shapes: to [B, G], B and G 1 where one number is for all."""
+def _per_sample(sigma: Tensor | float | tuple[float, ...], device: torch.device) -> Tensor:
+    """Give every sample its noise levels. Shapes: to [B, G], B and G 1 where one number is for all."""
     if isinstance(sigma, Tensor):
         return sigma.to(device).reshape(len(sigma), -1)
     if isinstance(sigma, tuple):
@@ -241,7 +250,7 @@ def initialise(model: Transformer, generator: torch.Generator) -> Transformer:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             nn.init.ones_(parameter)
-        elif parameter.dim() < 2 or name.endswith("table") or _starts_silent(name):
+        elif parameter.dim() < 2 or name.endswith("table") or _starts_at_zero(name):
             nn.init.zeros_(parameter)
         elif name == "audio_sink_tokens":
             nn.init.normal_(parameter, std=0.02, generator=generator)
@@ -250,7 +259,6 @@ def initialise(model: Transformer, generator: torch.Generator) -> Transformer:
     return model
 
 
-def _starts_silent(name: str) -> bool:
-    modulation = name.endswith("adaln_single.linear.weight")
-    text_out = "attn2.to_out" in name
-    return modulation or text_out or name in ("proj_out.weight", "audio_proj_out.weight")
+def _starts_at_zero(name: str) -> bool:
+    output = name in ("proj_out.weight", "audio_proj_out.weight")
+    return output or name.endswith("adaln_single.linear.weight") or "attn2.to_out" in name

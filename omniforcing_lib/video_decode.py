@@ -1,4 +1,4 @@
-"""What a file shows and sounds, placed by its timestamps: the parts that `media.read_clip` is made of."""
+"""Pictures and sound of a video file, placed by their timestamps: the parts of `media.read_clip`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 SCALER = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
-BT709, UNTAGGED = 1, 2  # colour tags of ISO 23091-2; the second is "not said"
-HDR = {16: "PQ", 18: "HLG"}  # its transfer functions of HDR
-SDR_WHITE = 203  # cd/m2 of the white of a page in HDR: what SDR calls 255
+BT709, UNTAGGED = 1, 2  # colour tags of ISO 23091-2; the second means "unspecified"
+HDR = {16: "PQ", 18: "HLG"}  # transfer functions of HDR in ISO 23091-2
+SDR_WHITE = 203  # cd/m2 of HDR's reference white, which is 255 in SDR
 BT2020_TO_BT709 = np.array([(1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)]).T
 TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))  # display matrices, quarters counterclockwise
 HD_HEIGHT = 720  # by convention an untagged picture is BT.709 from this height and BT.601 below
-MOST_PIXELS = 1 << 26  # of one picture: twice 8K; a header may claim more than any memory holds
-DECODING_ORDER = {"avi", "asf"}  # formats whose times say when a packet is decoded, not when its picture is shown
-GAP_SECONDS = Fraction(1, 100)  # Matroska rounds times to milliseconds: less than this is not a gap in the sound
+MOST_PIXELS = 1 << 26  # of one picture: twice 8K; a damaged header may claim any size
+DECODING_ORDER = {"avi", "asf"}  # formats whose timestamps say when a packet is decoded, not when its picture is shown
+GAP_SECONDS = Fraction(1, 100)  # less is no gap in the sound, because Matroska rounds timestamps to milliseconds
 
 
 class Shown:
-    """Iterate over (start, end, frame) of a video stream in seconds and remember when it started and ended.
+    """Iterate over (start, end, frame) of a video stream in seconds; `start` and `end` are those of the whole stream.
 
-    Starts never go back. The last picture is shown at least `until`, where a file says that on its clock.
+    Starts never decrease. The last picture is shown until `until` at least.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Shown:
             yield latest - self.start, max(self.end, self.until) - self.start, frame
 
     def _timed(self) -> Iterator[tuple[int | None, av.VideoFrame]]:
-        """Give each frame its time; where a file has times of packets only, the n-th one shown gets the n-th."""
+        """Give each frame its time; where only packets have times, the n-th picture shown gets the n-th time."""
         ordered = self.container.format.name not in DECODING_ORDER
         times: list[int] = []
         for packet in self.container.demux(self.stream):
@@ -62,20 +62,20 @@ class Shown:
     def notes(self, fps: int) -> list[str]:
         """Say that the rate changes, if it does."""
         rate = self.stream.average_rate
-        return [] if rate == fps else [f"{float(rate or 0):.5g} -> {fps} frames a second"]
+        return [] if rate == fps else [f"{float(rate or 0):.5g} -> {fps} frames per second"]
 
 
 def on_show(shown: Iterable[tuple[Fraction, Fraction, av.VideoFrame]], fps: int) -> Iterator[av.VideoFrame]:
-    """Yield for each tick of `fps` the frame on show: the last that starts no later than half a tick after it.
+    """Yield for each tick of `fps` the frame that is shown: the last that starts at most half a tick after it.
 
-    `shown` gives (start, end, frame), starts growing from 0; the last frame is on show until its end.
+    `shown` gives (start, end, frame) with increasing starts from 0; the last frame is shown until its end.
     """
     tick, frame, end = 0, None, Fraction(0)
-    for time, stop, after in shown:
+    for time, stop, next_frame in shown:
         while frame is not None and Fraction(2 * tick + 1, 2 * fps) < time:
             yield frame
             tick += 1
-        frame, end = after, stop
+        frame, end = next_frame, stop
     while frame is not None and (not tick or Fraction(2 * tick + 1, 2 * fps) < end):
         yield frame
         tick += 1
@@ -89,7 +89,7 @@ class Fit:
         self.source, self.transfer = (0, 0), UNTAGGED
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """Render one frame; ValueError if so much is cut off that what is cut would fill the memory.
+        """Render one frame; ValueError if it has to be scaled so much before cropping that it would fill the memory.
 
         Shapes: returns uint8 [H, W, 3].
         """
@@ -123,26 +123,26 @@ class Fit:
         ).to_ndarray()
 
     def notes(self) -> list[str]:
-        """Say that pixels were cut off, or light, if any was."""
-        found = []
+        """Say what was cut off: pixels, or brightness."""
+        notes = []
         if self.transfer in HDR:
-            found.append(f"{HDR[self.transfer]} -> SDR, what is brighter than {SDR_WHITE} cd/m2 cut off")
+            notes.append(f"{HDR[self.transfer]} -> SDR, what is brighter than {SDR_WHITE} cd/m2 cut off")
         if self.size and self.size[0] * self.source[1] != self.size[1] * self.source[0]:
             shape = f"{self.size[1]}:{self.size[0]}"
-            found.append(f"{self.source[1]}x{self.source[0]} cropped about the centre to {shape}")
-        return found
+            notes.append(f"{self.source[1]}x{self.source[0]} cropped about the centre to {shape}")
+        return notes
 
 
 def _axes(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """Say where a picture is to be shown: right and down on the screen of its first axis, then of its second."""
-    with suppress(ValueError, KeyError):  # PyAV gives no side data at all where there is some that it has no name for
+    """Give the display matrix (a, b, c, d): stored axis x points to (a, b) on the screen, axis y to (c, d)."""
+    with suppress(ValueError, KeyError):  # PyAV gives no side data at all if it has no name for some of it
         a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
         return a, b, c, d
     return TURNS[round(frame.rotation / 90) % 4]
 
 
 def on_sdr(signal: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
-    """Show a picture of PQ or HLG as an SDR screen would whose white is the HDR's reference white (BT.2408, BT.2100).
+    """Convert a PQ or HLG picture to SDR whose white is HDR's reference white (BT.2408, BT.2100).
 
     Shapes: uint16 [H, W, 3] to uint8 [H, W, 3].
     """
@@ -158,7 +158,7 @@ def on_sdr(signal: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
 
 
 class Track:
-    """A stretch of mono sound on our clock, filled by frames that know when they sound."""
+    """A stretch of mono sound on our clock, filled by frames at their timestamps."""
 
     def __init__(self, rate: int, origin: Fraction, length: int) -> None:
         self.rate, self.origin = rate, origin
@@ -174,7 +174,7 @@ class Track:
         form = (frame.format.name, frame.layout.name, frame.sample_rate)
         if form != self.form or abs(time - self.end) > GAP_SECONDS:
             self.flush()
-            # FFmpeg's own mix of two channels is louder than either by 3 dB: the limit keeps a mix within [-1, 1].
+            # FFmpeg's mix of two channels can be 3 dB louder than either; the option keeps it within [-1, 1].
             self.resampler = av.AudioResampler("fltp", "mono", self.rate, options={"rematrix_maxval": "1.0"})
             self.form, self.end = form, time
             self.position = round((time - self.origin) * self.rate)
@@ -182,7 +182,7 @@ class Track:
         self._place(self.resampler.resample(frame))
 
     def flush(self) -> None:
-        """Place what the resampler still holds."""
+        """Place the samples that are left in the resampler."""
         if self.resampler is not None:
             self._place(self.resampler.resample(None))
             self.resampler = None

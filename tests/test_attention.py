@@ -139,7 +139,7 @@ def test_sliced_training_through_flash_attn_is_masked_training(monkeypatch, wind
     mask = masks.build(layout, 8, 4, window=window).a2v
     q, k, v = draw((1, 2, mask.rows, 16), *[(1, 2, mask.columns, 16)] * 2, requires_grad=True)
     grads = []
-    for visibility in (mask, AttentionMask(mask.runs, mask.columns, "dense")):
+    for visibility in (mask, AttentionMask(mask.by_block, mask.columns, "dense")):
         out = attention.attend(q, k, v, visibility)
         grads.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
     for ours, reference in zip(*grads, strict=True):

@@ -33,8 +33,8 @@ COUNTED = {
 
 WAYS = {
     "own pass": {},
-    "merged": {"context_pass": "merged"},
-    "no pass": {"context_pass": "none"},
+    "merged": {"context_pass": "fused"},
+    "no pass": {"context_pass": "skip"},
     "fewer steps later": {"later_steps": (1000, 0)},
 }
 

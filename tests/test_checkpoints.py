@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+import subprocess
+import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,10 +136,31 @@ def test_shards_behind_links_are_found_by_their_names(path, tmp_path):
     assert checkpoints.load(tmp_path / "release").state_dict().keys() == checkpoints.load(path).state_dict().keys()
 
 
-def test_metadata_that_is_absent_is_said_to_be_assumed(path):
-    assert "settings" not in checkpoints.inspect(path)
+def test_metadata_that_is_absent_is_said_to_be_assumed(path, caplog):
+    """By `inspect` and by `load`: Lightricks' own loader would assume other values."""
+    checkpoints.load(path)
+    assert "settings" not in checkpoints.inspect(path) + caplog.text
     rewrite(path, lambda t, c: c["transformer"].pop("rope_type"))
-    assert "the file does not say rope_type; taken from LTX-2.0" in checkpoints.inspect(path)
+    checkpoints.load(path)
+    for text in (checkpoints.inspect(path), caplog.text):
+        assert "the file does not say rope_type; taken from LTX-2.0: split" in text
+
+
+@pytest.mark.parametrize("version", synthetic.CONFIGS)
+def test_what_a_file_is_and_lacks_is_said(version, path, tmp_path):
+    """Its version by tensors and by metadata, and for each use what it needs that is not in the file."""
+    whole = checkpoints.inspect(synthetic.ltx2_file(tmp_path / "whole.safetensors", version))
+    assert f"version: LTX-{version} by its tensors, {version} by its metadata" in whole
+    assert "to decode" not in whole and "to encode" not in whole and "to stream, missing: an `omniforcing`" in whole
+    alone = checkpoints.inspect(path)
+    assert "to decode, missing: video VAE, audio VAE, vocoder" in alone
+    assert "to encode prompts, missing: text connectors, text projection" in alone
+    assert "to stream" not in checkpoints.inspect("student")
+
+
+def test_the_generation_is_told_by_names():
+    gates, bias = ("transformer_blocks.0." + name for name in ("attn1.to_gate_logits.weight", "ff.net.2.bias"))
+    assert [formats.version_of(names) for names in ({bias}, {gates, bias}, {gates})] == ["2.0", "2.3", "2.5"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(path, monkeypatch):
@@ -163,9 +189,30 @@ def test_shipped_files_fit_their_own_config(name):
 
 
 def test_shipped_files_are_the_ones_that_are_described():
-    import hashlib
-
     lines = (files.DATA / "SHA256SUMS").read_text().split()
     expected = dict(zip(lines[1::2], lines[::2], strict=True))
     shipped = sorted(files.DATA.glob("*.safetensors"))
     assert {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in shipped} == expected
+
+
+def test_an_installed_library_finds_the_shipped_files(tmp_path):
+    """pip puts `data/` beside the library as `omniforcing_data`; what SHA256SUMS names goes with it."""
+    root = Path(__file__).parents[1]
+    setup = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "omniforcing_data" in setup["packages"] and setup["package-dir"]["omniforcing_data"] == "data"
+    library, data = tmp_path / "omniforcing_lib", tmp_path / "omniforcing_data"
+    library.mkdir()
+    data.mkdir()
+    for name in ("__init__.py", "files.py"):
+        shutil.copy(root / "omniforcing_lib" / name, library)
+    for pattern in setup["package-data"]["omniforcing_data"]:
+        for file in (root / "data").glob(pattern):
+            (data / file.name).symlink_to(file)
+    named = set((data / "SHA256SUMS").read_text().split()[1::2])
+    assert named == {file.name for file in data.glob("*.safetensors")}
+    code = "from omniforcing_lib import files; print(files.__file__, files.DATA)"
+    run = [sys.executable, "-c", code]
+    out = subprocess.run(
+        run, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}
+    )
+    assert out.stdout.split() == [str(library / "files.py"), str(data)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import replace
 from itertools import islice
 
@@ -133,6 +134,35 @@ def in_diffusers(folder):
     return AV(out.sample.reshape(video.shape), out.audio_sample)
 
 
+NEWEST = {
+    "as published": {"ff_bias": False},
+    "every switch": {"ff_bias": False, "audio_ff_bias": False, "use_prompt_adaln_single": False},
+}
+
+
+@pytest.mark.parametrize("changes", NEWEST.values(), ids=NEWEST)
+def test_the_layers_of_2_5_are_those_of_diffusers(changes, tmp_path):
+    """Feed-forward layers without bias, text modulated by the table alone: equal to 1e-5 in fp32, but for keyframes."""
+    config = replace(synthetic.CONFIGS["2.3"], **changes)
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.3", config=config, dtype=torch.float32)
+    folder = checkpoints.export(path, tmp_path / "folder", to="diffusers")
+    assert distance(velocity(checkpoints.load(path)), in_diffusers(folder)) <= 1e-5
+    assert checkpoints.read(path).config == checkpoints.read(folder).config == config
+    assert "version: LTX-2.5 by its tensors" in checkpoints.inspect(path)
+
+
+def test_a_2_5_file_is_refused_by_its_version(tmp_path):
+    """The transformer has no keyframe embedding, without which the first frame would be wrong."""
+    config = replace(synthetic.CONFIGS["2.3"], ff_bias=False)
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.3", config=config)
+    tensors, described = load_file(path), synthetic.metadata_of(config)
+    described["transformer"]["use_keyframes_abs_pos_embedding"] = True
+    tensors[formats.PREFIX + "keyframes_abs_pos_embedding"] = torch.ones(1, config.video_dim)
+    save_file(tensors, path, {"config": json.dumps(described), "model_version": "2.5.0"})
+    with pytest.raises(ValueError, match=r"use_keyframes_abs_pos_embedding is True: this is LTX-2\.5"):
+        checkpoints.inspect(path)
+
+
 def test_the_shipped_teacher_is_the_same_through_diffusers(tmp_path):
     """bf16-rounded weights in fp32 arithmetic, both implementations: equal to 1e-4."""
     folder = checkpoints.export("teacher", tmp_path / "teacher", to="diffusers")
@@ -176,7 +206,7 @@ RELEASES = {
 
 
 @pytest.mark.parametrize("prefix", RELEASES, ids=["causal", "bare", "bidirectional"])
-def test_a_release_is_run_as_it_was_trained(prefix, tmp_path):
+def test_a_release_is_run_as_it_was_trained(prefix, tmp_path, caplog):
     """No metadata: the settings follow from the format's name, the config from the shapes (spec 1.9)."""
     causal, settings = RELEASES[prefix]
     for given in (released(tmp_path, prefix), tmp_path / "model.safetensors.index.json"):
@@ -190,6 +220,7 @@ def test_a_release_is_run_as_it_was_trained(prefix, tmp_path):
     exported = checkpoints.export(tmp_path, tmp_path / "student" / "own.safetensors")
     assert checkpoints.read(exported).causal == causal and checkpoints.read(exported).config == config
     assert all(map(torch.equal, velocity(checkpoints.load(tmp_path)), velocity(checkpoints.load(exported))))
+    assert "settings: the file carries none" in caplog.text
 
 
 def test_a_release_streams(tmp_path):

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from omniforcing_lib.bounce import clips, codecs
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import noise_like, noised
 from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.ltx2 import checkpoints, low_memory
 from omniforcing_lib.rollout import RolloutConfig, join, rollout, seeded_noise
-from omniforcing_lib.stream import shipped_codec
 from studies import anatomy
 
 LEVEL = torch.tensor([0.6])
@@ -50,7 +50,7 @@ def same(a, b):
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("weights", [None, "fp8"])
 def test_an_offloaded_model_gives_the_same_bits(path, weights, guard):
-    """Bidirectional and through the cache, twice, so that seats are used again."""
+    """Bidirectional and through the cache, twice, so that buffers are used again."""
     kind = {"sinks": PAPER.sinks, "weights": weights}
     whole, parts = checkpoints.load(path, **kind), checkpoints.load(path, offload=True, **kind)
     with guard():
@@ -69,22 +69,25 @@ def test_an_offloaded_model_gives_the_same_bits_on_cuda(path, weights):
 
 
 def test_an_offloaded_model_keeps_its_blocks_in_main_memory(path):
-    """On the device: everything else, and two blocks' worth of seats that are no part of the model's state."""
+    """On the device: everything else, and two buffers of a block each that are no part of the model's state."""
     model = checkpoints.load(path, device="meta", offload=True)
     places = {name: tensor.device.type for name, tensor in model.state_dict().items()}
     assert {name for name, place in places.items() if place == "cpu"} == {n for n in places if "blocks." in n}
     assert places.keys() == checkpoints.load(path).state_dict().keys()
-    assert [seat.attn1.to_q.weight.device.type for seat in model.transformer_blocks._seats] == ["meta", "meta"]
+    assert [block.attn1.to_q.weight.device.type for block in model.transformer_blocks._buffer_blocks] == [
+        "meta",
+        "meta",
+    ]
     with torch.no_grad():
         assert velocity(model).video.shape == (1, 4, 4, 4, 32)
 
 
 def test_seats_take_turns(path):
-    """While one block runs the next is brought; no block sits where another still runs."""
+    """While one block runs the next is copied; no block is copied over another that still runs."""
     model = checkpoints.load(path, offload=True)
     with torch.no_grad():
-        for own, seat in zip(model.transformer_blocks._modules.values(), model.transformer_blocks, strict=True):
-            assert seat is not own and torch.equal(seat.ff.net[2].weight, own.ff.net[2].weight)
+        for block, buffer in zip(model.transformer_blocks._modules.values(), model.transformer_blocks, strict=True):
+            assert buffer is not block and torch.equal(buffer.ff.net[2].weight, block.ff.net[2].weight)
 
 
 def test_gradients_through_offloaded_blocks_are_refused(path):
@@ -136,8 +139,8 @@ def test_fp8_changes_the_blocks_linear_layers_and_nothing_else(path):
 def test_the_shipped_teacher_in_fp8_stays_near_itself():
     """On clips of the world its velocity moves by at most 12 % (rms), and its distance to the truth by a fifth."""
     wide, narrow = checkpoints.load("teacher"), checkpoints.load("teacher", weights="fp8")
-    real = anatomy.held_out(2, 0, 3)
-    latents, text = anatomy.encoded(shipped_codec(), real.clips), TinyText().encode(real.prompts)
+    real = clips.held_out(2, 0, 3)
+    latents, text = clips.encoded(codecs.shipped_codec(), real.clips), TinyText().encode(real.prompts)
     for level in (0.2, 0.5, 0.8):
         sigma = AV(torch.full((2,), level), torch.full((2,), level))
         noise = noise_like(latents, torch.Generator().manual_seed(1))

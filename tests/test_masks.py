@@ -77,6 +77,11 @@ def test_the_predicate_never_looks_ahead_and_keeps_the_prefix(query, key, window
         assert seen == (key == 0 or query - key <= window)
 
 
+@given(st.integers(0, 20), windows)
+def test_the_blocks_that_are_seen_are_those_of_the_predicate(query, window):
+    assert masks.seen(query, window) == tuple(k for k in range(30) if masks.visible(query, k, window))
+
+
 def test_a_mask_of_another_size_is_refused():
     mask = masks.build(PAPER, 4, 4).audio_self
     q = torch.zeros(1, 1, 5, 4)

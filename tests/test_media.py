@@ -185,7 +185,7 @@ def test_a_screen_turns_white_with_its_click_and_stays_white_to_its_end(tmp_path
     """Two pictures of 2 and of 3 seconds are 48 and 72 frames, and the second one's first frame is on its click."""
     sound = clicks([2], 16000, 5)
     path = film(tmp_path / f"slides.{suffix}", [0, 2], rate=16000, layout="mono", sound=sound, last=3)
-    with pytest.warns(MediaNote, match="-> 24 frames a second"):
+    with pytest.warns(MediaNote, match="-> 24 frames per second"):
         clip = read_clip(path)
     assert np.flatnonzero(np.diff(clip.video.mean((1, 2, 3)))).tolist() == [47] and len(clip.video) == 120
     assert len(clip.audio) == samples_of(120)
@@ -275,7 +275,7 @@ RATES = {
     "suffix, rate, layout", [("mp4", 44100, "stereo"), ("mkv", 48000, "5.1"), ("mp4", 16000, "mono")]
 )
 def test_any_film_comes_onto_the_clock(tmp_path, times, suffix, rate, layout):
-    with pytest.warns(MediaNote, match="-> 24 frames a second"):
+    with pytest.warns(MediaNote, match="-> 24 frames per second"):
         clip = read_clip(film(tmp_path / f"film.{suffix}", times, rate=rate, layout=layout), seconds=2)
     assert clip.video.shape == (49, 64, 64, 3) and clip.audio.shape == (32160,)
     seen = (clip.video.mean(axis=(1, 2, 3)) - 40) / 40

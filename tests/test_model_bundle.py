@@ -11,6 +11,7 @@ from synthetic import CONFIGS, ltx2_file
 from omniforcing_lib import model_bundle
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.ltx2.codec import LTX2Codec
 from omniforcing_lib.rollout import RolloutConfig, new_cache
 from omniforcing_lib.stream import Streamer
 from omniforcing_lib.transformer import Transformer
@@ -30,18 +31,25 @@ def beside(request, tmp_path_factory):
 
 def test_the_miniature_has_its_world():
     beside = model_bundle.of()
-    assert beside.known and "truth is known" in str(beside) and len(beside.names) == 18
+    assert beside.has_ground_truth and "truth is known" in str(beside) and len(beside.names) == 18
     found = beside.examples(2, 0, 1)
     assert len(found.clips) == len(found.prompts) == len(found.latents.video) == 2
 
 
 def test_an_ltx2_file_alone_gets_stand_ins_and_says_so(beside):
-    assert not beside.known and "stand-in" in str(beside)
+    assert not beside.has_ground_truth and "stand-in" in str(beside)
     found, context = beside.examples(2, 0, 1), beside.context()
     assert found.clips == [] and found.latents.map(lambda x: x.shape[1:]) == ((4, 2, 3, 24), (26, 16))
     assert context.context.map(lambda c: c.shape[-1]) == model_bundle.text_widths(beside.load().config)
     assert not torch.equal(context.context.video[0], context.context.video[1])
     assert torch.equal(beside.encode(beside.names[:1]).audio, context.context.audio[:1])
+
+
+def test_what_a_bundle_can_do_is_asked_of_its_properties(beside):
+    assert beside.decodes_at_once and not replace(beside, codec=LTX2Codec.__new__(LTX2Codec)).decodes_at_once
+    assert beside.training_bytes == 20 * sum(p.numel() for p in beside.load().parameters())
+    assert beside.fits_training and beside.training_bytes < beside.memory_bytes
+    assert beside.config == beside.load().config and beside.shipped == {}
 
 
 def test_a_student_lent_from_the_teacher_streams_what_the_whole_decodes_to(beside):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_transformer import GRID, TINY, distance, inputs, tiny
 
-from omniforcing_lib.cache import KVCache
+from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
 from omniforcing_lib.rollout import (
     CONTEXT_PASSES,
@@ -61,11 +61,12 @@ def test_each_step_sees_the_last_prediction_under_fresh_noise_at_its_own_level()
         AV(*(torch.randn(shape, generator=torch.Generator().manual_seed(2 * i + j)) for j in (0, 1))) for i in range(3)
     ]
 
-    def model(x: AV, sigma: AV, text: None, cache: None) -> AV:
+    def model(x: AV, sigma: AV, text: None, **_: object) -> AV:
         seen.append((x, sigma))
         return x.map(lambda part: part / 2)
 
-    made, x = denoise_block(model, None, None, sigmas, noises.__getitem__), noises[0]
+    block = OpenBlock(0, None, None, None, None)
+    made, x = denoise_block(model, None, block, None, sigmas, noises.__getitem__), noises[0]
     for i, (given, level) in enumerate(seen):
         assert level == AV(sigmas[i], sigmas[i]) and distance(given, x) <= 1e-6
         x0 = x.map(lambda part, s=sigmas[i]: part - s * part / 2)
@@ -117,6 +118,24 @@ def test_gradients_do_not_know_how_a_stream_remembers():
         rolled(RolloutConfig(context_pass="skip"), 2, history=inputs(PAPER, 4)[0])
 
 
+@pytest.mark.parametrize("way", ["separate", "fused"])
+def test_recomputed_blocks_have_the_same_gradients(way):
+    """Every layer of the exit step runs twice, on the history that it saw; gradients are the same to the bit."""
+    text, grads, runs = inputs(PAPER, 4)[2], [], []
+    for recompute in (False, True):
+        model, calls = tiny(TINY.with_sinks(16)), []
+        model.recompute = recompute
+        for layer in model.transformer_blocks:
+            layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        causal = RolloutConfig(PAPER, steps=(1000, 500, 0), context_pass=way)
+        made = join(list(rollout(model, causal, text, seeded_noise([0], text.video), GRID, 7, exit_step=1)))
+        (made.video.square().sum() + made.audio.square().sum()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        runs.append(sum(calls))
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0]) and grads[0]
+    assert runs == [3 * len(model.transformer_blocks), 2 * 3 * len(model.transformer_blocks)]
+
+
 def test_a_checkpoint_says_how_it_remembers():
     causal = RolloutConfig(PAPER, context_pass="fused", later_steps=(1000, 500, 0))
     assert RolloutConfig.from_metadata(causal.to_metadata()) == causal
@@ -151,8 +170,7 @@ def test_a_restarted_cache_sees_a_clip_of_the_blocks_that_it_kept(way):
     def filled(blocks: dict[int, AV], text: AV) -> KVCache:
         cache = new_cache(model, causal, GRID, 1)
         for i in blocks:
-            cache.open(i)
-            update_cache(model, cache, text, blocks[i], 0.0)
+            update_cache(model, cache, i, text, blocks[i], 0.0)
         return cache
 
     plain, stale = block(window + 1, text, filled(short, text)), block(k, old, filled(kept, old))

@@ -67,10 +67,7 @@ def layouts() -> st.SearchStrategy[BlockLayout]:
     """Draw small layouts, with and without sinks."""
     size = st.integers(1, 3)
     return st.builds(
-        BlockLayout,
-        st.builds(AV, size, st.integers(1, 5)),
-        st.builds(AV, size, st.integers(3, 6)),
-        st.integers(0, 3),
+        BlockLayout, st.builds(AV, size, st.integers(1, 5)), st.builds(AV, size, st.integers(3, 6)), st.integers(0, 3)
     )
 
 
@@ -81,9 +78,8 @@ def run_cached(
     cache = KVCache(model.config, layout, GRID, len(x.video), window, reanchor, dtype=x.video.dtype)
     out = []
     for k, block in enumerate(layout.blocks(x.video.shape[1])):
-        cache.open(k, block)
         own, level = (pair.map(lambda t, span: t[:, span.start : span.stop], block) for pair in (x, sigma))
-        out.append(model(own, level, text, cache=cache, skip=skip))
+        out.append(model(own, level, text, cache=cache, blocks=(cache.open(k, block),), skip=skip))
     return AV(*zip(*out, strict=True)).map(lambda parts: torch.cat(parts, dim=1))
 
 
@@ -250,12 +246,16 @@ def test_gradients_reach_text_and_block_but_not_the_history():
     cache = KVCache(model.config, layout, GRID, dtype=torch.float64)
     first = AV(x.video[:, :1].requires_grad_(), x.audio[:, :1].requires_grad_())
     for k in (0, 1):
-        cache.open(k)
         block = first if k == 0 else x.map(lambda t: t[:, 1:])
         with torch.set_grad_enabled(k == 1):
-            out = model(block, sigma.map(lambda s: s[:, :1]), text, cache=cache)
+            opened = cache.open(k, writes=k == 0)
+            out = model(block, sigma.map(lambda s: s[:, :1]), text, cache=cache, blocks=(opened,))
     (out.video.sum() + out.audio.sum()).backward()
     assert first.video.grad is None
+    with pytest.raises(RuntimeError, match="writes=False"):
+        model(block, sigma.map(lambda s: s[:, :1]), text, cache=cache, blocks=(cache.open(1),))
+    with pytest.raises(ValueError, match="give both or none"):
+        model(block, sigma, text, cache=cache)
     silent = [n for n, p in model.named_parameters() if p.grad is None]
     assert silent == ["audio_sink_tokens"]
 

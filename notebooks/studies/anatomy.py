@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from omniforcing_lib.attention import Attention
-from omniforcing_lib.bounce import detect, evaluate, world
+from omniforcing_lib.bounce import detect, evaluate
+from omniforcing_lib.bounce.clips import encoded
+from omniforcing_lib.bounce.clips import held_out as held_out
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.bounce.world import HELD_OUT
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Model, noise_like, noised
 from omniforcing_lib.layout import AV, Clock
@@ -51,19 +52,6 @@ SETTINGS = {
     "all three, the released code": RELEASED_CODE,
 }
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
-
-
-class HeldOut(NamedTuple):
-    """Clips of the world that training never drew, with their prompts."""
-
-    clips: list[AV[np.ndarray]]
-    prompts: list[str]
-
-
-def held_out(count: int, seed: int, seconds: int) -> HeldOut:
-    """Render clips of the world's evaluation seeds; another `seed` gives others."""
-    scenes = [world.scene(HELD_OUT + 1_000 * seed + i) for i in range(count)]
-    return HeldOut([world.render(scene, seconds=seconds) for scene in scenes], [scene.prompt for scene in scenes])
 
 
 def purpose(name: str) -> tuple[str, str]:
@@ -158,18 +146,6 @@ def latent_rows(moved: Mapping[int, AV[range]], clock: Clock = CLOCK) -> list[di
         | {"samples moved": steps(spans.audio), "its samples by the clock": steps(clock.samples(range(i, i + 1)))}
         for i, spans in moved.items()
     ]
-
-
-@torch.no_grad()
-def encoded(codec: TinyCodec, clips: Sequence[AV[np.ndarray]]) -> AV[Tensor]:
-    """Encode clips of one length.
-
-    Shapes: N clips AV(uint8 [24K + 1, H, W, 3], float32 [16000K + 160]) to AV([N, F, h, w, C], [N, T, C]).
-    """
-    arrays = AV(*(np.stack(part) for part in zip(*clips, strict=True)))
-    device = next(codec.parameters()).device
-    video, audio = arrays.map(lambda array: torch.from_numpy(array).to(device))
-    return codec.encode(AV(video.float() / 127.5 - 1, audio))
 
 
 @torch.no_grad()

@@ -263,8 +263,8 @@ def open_block(model: Transformer, causal: RolloutConfig, grid: tuple[int, int],
     )
     for tensor in cache.tensors().values():
         tensor.normal_()
-    cache.open(k)
-    return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), text, cache=cache))
+    opened = cache.open(k)
+    return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), text, cache=cache, blocks=(opened,), sigma_key=0.7))
 
 
 @torch.inference_mode()
@@ -274,11 +274,9 @@ def steady_block(model: Transformer, causal: RolloutConfig, grid: tuple[int, int
     text, noise = random_text(model.config, weight), seeded_noise([0], weight)
     for tensor in cache.tensors().values():
         tensor.normal_()
-    cache.open(k)
     before = next_block(model, causal, cache, text, noise, k, None)
 
     def block() -> None:
-        cache.open(k)
         next_block(model, causal, cache, text, noise, k + 1, before)
 
     return torch.inference_mode()(block)

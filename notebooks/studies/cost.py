@@ -21,6 +21,7 @@ from torch import Tensor
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.training.plan import training_bytes
 from omniforcing_lib.transformer import Transformer
 
 GPUS = {"H100": (989.0, 3.35), "H200": (989.0, 4.8), "B200": (2250.0, 8.0)}
@@ -219,11 +220,6 @@ def sampling_memory(config: ModelConfig, latents: AV[int], tokens: int, rows: in
     """Give the bytes of a guided teacher on a whole clip, `rows` passes at once."""
     working = working_bytes(config, AV(tokens * latents.video, latents.audio), rows)
     return Memory(bytes_each * parameters(config), 0, working)
-
-
-def training_bytes(config: ModelConfig, average: bool = True) -> int:
-    """Count what one model that learns holds: fp32 weights, gradients, both moments of AdamW, and the average."""
-    return (20 if average else 16) * parameters(config)
 
 
 def memory_rows(

@@ -26,7 +26,7 @@ from omniforcing_lib.attention import attend
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.flow import noise_like, noised
 from omniforcing_lib.layout import AV, BlockLayout, Clock
-from omniforcing_lib.masks import AttentionMask, Masks, Run
+from omniforcing_lib.masks import AttentionMask, BlockRows, Masks
 from omniforcing_lib.transformer import Transformer
 
 CLOCK = Clock()
@@ -149,11 +149,11 @@ def off_by_one(right: Masks, name: str) -> Masks:
     """Spoil one mask: each block sees one column too many, the first token of the next block."""
     mask: AttentionMask = getattr(right, name)
 
-    def longer(run: Run) -> Run:
-        *pinned, recent = run.columns
-        return Run(run.rows, (*pinned, range(recent.start, min(recent.stop + 1, mask.columns))))
+    def longer(block: BlockRows) -> BlockRows:
+        *pinned, recent = block.columns
+        return BlockRows(block.rows, (*pinned, range(recent.start, min(recent.stop + 1, mask.columns))))
 
-    return right._replace(**{name: replace(mask, runs=tuple(longer(run) for run in mask.runs))})
+    return right._replace(**{name: replace(mask, by_block=tuple(map(longer, mask.by_block)))})
 
 
 @torch.no_grad()
@@ -198,10 +198,9 @@ def cached_pass(model: Transformer, inputs: Inputs, layout: BlockLayout) -> AV[T
     kind = {"device": x.video.device, "dtype": x.video.dtype}
     cache, parts = KVCache(model.config, layout, tuple(x.video.shape[2:4]), len(x.video), **kind), []
     for k, block in enumerate(layout.blocks(x.video.shape[1])):
-        cache.open(k, block)
         own = x.map(lambda t, span: t[:, span.start : span.stop], block)
         level = sigma.map(lambda t, span: t if t.ndim == 1 else t[:, span.start : span.stop], block)
-        parts.append(model(own, level, text, cache=cache))
+        parts.append(model(own, level, text, cache=cache, blocks=(cache.open(k, block),)))
     return AV(*zip(*parts, strict=True)).map(lambda part: torch.cat(part, dim=1))
 
 
@@ -260,7 +259,7 @@ def _cost(layout, seconds, tokens_per_frame, heads, dim, repeats, device) -> Cos
     q, k, v = torch.randn(3, 1, heads, sliced.rows, dim, generator=generator).to(device)
     ways = {"no mask": None, "dense mask": dense, "block slices": sliced}
     ms = in_turn({name: lambda way=way: attend(q, k, v, way) for name, way in ways.items()}, repeats, device)
-    pairs = sum(len(run.rows) * sum(map(len, run.columns)) for run in sliced.runs)
+    pairs = sum(len(rows) * sum(map(len, columns)) for rows, columns in sliced.by_block)
     return Cost(sliced.rows, pairs / sliced.rows**2, 1e3 * dense_mask_gb(seconds, tokens_per_frame), ms)
 
 

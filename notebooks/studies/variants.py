@@ -19,7 +19,7 @@ from omniforcing_lib import masks, rope
 from omniforcing_lib.attention import Attention
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
-from omniforcing_lib.masks import AttentionMask, Masks, Run
+from omniforcing_lib.masks import AttentionMask, BlockRows, Masks
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.rope import Rotation
 from omniforcing_lib.training import train as training
@@ -111,7 +111,13 @@ class Biased(nn.Module):
         self.logit = nn.Parameter(torch.zeros(plain.heads, 1, 1, device=plain.to_q.weight.device))
 
     def forward(
-        self, x: Tensor, *, rotations: tuple[Rotation, Rotation], visibility: AttentionMask, slot: None = None
+        self,
+        x: Tensor,
+        *,
+        rotations: tuple[Rotation, Rotation],
+        visibility: AttentionMask,
+        cached: None = None,
+        blocks: tuple = (),
     ) -> Tensor:
         """Attend from [B, T, D] to itself."""
         logits, values = rows.logits_values(rows.Seen(self.plain, x, rotations[0], None))
@@ -153,8 +159,8 @@ STABILISERS = {"none": lambda attention: attention, "qk_norm": _norm_heads, "tan
 def row_causal(kind: Masks) -> Masks:
     """Let audio row i see the sinks and the audio up to itself, in place of its whole block."""
     block, first = kind.audio_self, kind.sinks + 1
-    rest = (Run(range(row, row + 1), (range(row + 1),)) for row in range(first, block.rows))
-    runs = (Run(range(first), (range(first),)), *rest)
+    rest = (BlockRows(range(row, row + 1), (range(row + 1),)) for row in range(first, block.rows))
+    runs = (BlockRows(range(first), (range(first),)), *rest)
     return kind._replace(audio_self=AttentionMask(runs, block.columns, "dense"))
 
 

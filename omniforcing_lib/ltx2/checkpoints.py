@@ -1,14 +1,15 @@
-"""Checkpoints of LTX-2's transformer: say what a file holds, load it strictly, write it. Only safetensors, ever.
+"""Checkpoints of LTX-2's transformer: say what a file holds, load it strictly, write it. Only safetensors are read.
 
-Four formats are read: LTX-2 single files (prefix `model.diffusion_model.`, JSON `config` in the metadata, spec 1.2),
-diffusers folders, OmniForcing releases, and students of this project: LTX-2 files with `audio_sink_tokens` and an
-`omniforcing` part in their config. The miniature's files are of the first and the last.
+Four formats are read: LTX-2 single files (prefix `model.diffusion_model.`, JSON `config` in the metadata), diffusers
+folders, OmniForcing releases, and students of this project: LTX-2 files with `audio_sink_tokens` and an `omniforcing`
+part in their config. The miniature's files are of the first and the last. Source: specification 1.2.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections import Counter
@@ -22,20 +23,21 @@ from torch import Tensor
 
 from omniforcing_lib import files, safetensors_io
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.files import DATA
 from omniforcing_lib.flow import RELEASED_STEPS
 from omniforcing_lib.layout import PAPER, RELEASED
 from omniforcing_lib.ltx2 import exports, formats, low_memory
-from omniforcing_lib.ltx2.exports import BESIDE, INDEX, SCALE, Origin
+from omniforcing_lib.ltx2.exports import BESIDE, INDEX, SCALE
 from omniforcing_lib.ltx2.formats import Format
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.safetensors_io import Entry, Shards
+from omniforcing_lib.safetensors_io import FLOATS, Entry, Reader
 from omniforcing_lib.transformer import Transformer, fresh_sinks
 
+_log = logging.getLogger(__name__)
 SHIPPED = ("teacher", "stage2", "student")
-"""Names of the checkpoints in `DATA`, which stand for their paths."""
-_UNUSED_SCALE = ".input_scale"
+"""Names of the checkpoints in `files.DATA`, which stand for their paths."""
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DECISIVE = ("rope_type", "frequencies_precision", "timestep_scale_multiplier", "av_ca_timestep_scale_multiplier")
+_NEEDED = {"decode": ("video VAE", "audio VAE", "vocoder"), "encode prompts": ("text connectors", "text projection")}
 _SAMPLE = 4096  # bytes of every tensor that a fingerprint reads
 
 
@@ -55,10 +57,10 @@ class KeyReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.matched)} tensors match"]
-        for name in ("missing", "unexpected", "mismatched"):
-            if found := getattr(self, name):
-                more = f", ... ({len(found)} in all)" if len(found) > 4 else ""
-                lines.append(f"{name}: {', '.join(found[:4])}{more}")
+        for kind in ("missing", "unexpected", "mismatched"):
+            if names := getattr(self, kind):
+                more = f", ... ({len(names)} in all)" if len(names) > 4 else ""
+                lines.append(f"{kind}: {', '.join(names[:4])}{more}")
         return "; ".join(lines)
 
 
@@ -78,32 +80,24 @@ class Checkpoint:
         """Map the file's names to shapes."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
-    @property
-    def dtypes(self) -> dict[str, str]:
-        """Map the file's names to dtypes, as safetensors calls them."""
-        return {name: entry.dtype for name, entry in self.entries.items()}
-
     @cached_property
     def transformer(self) -> dict[str, str]:
         """Map bare transformer names to the file's names."""
-        return {bare: name for bare, name in self._own.items() if not self._is_scale(bare)}
+        return {bare: name for bare, name in self._bare.items() if not self._belongs_to_fp8(bare)}
 
     @cached_property
     def scales(self) -> dict[str, str]:
         """Map bare names of fp8 weights to the file's names of their scales."""
-        return {
-            bare.removesuffix("_scale"): name
-            for bare, name in self._own.items()
-            if bare.endswith(SCALE) and self._is_scale(bare)
-        }
+        scales = ((bare, name) for bare, name in self._bare.items() if bare.endswith(SCALE))
+        return {bare.removesuffix("_scale"): name for bare, name in scales if self._belongs_to_fp8(bare)}
 
     @cached_property
-    def _own(self) -> dict[str, str]:
+    def _bare(self) -> dict[str, str]:
         return {bare: name for name in self.entries if (bare := self.format.bare(name)) is not None}
 
-    def _is_scale(self, bare: str) -> bool:
-        """Tell whether a tensor only belongs to the fp8 weight beside it."""
-        layer = bare.removesuffix(SCALE).removesuffix(_UNUSED_SCALE)
+    def _belongs_to_fp8(self, bare: str) -> bool:
+        """Tell whether a tensor is the scale of an fp8 weight, or of the activations that it was made for."""
+        layer = bare.removesuffix(SCALE).removesuffix(".input_scale")
         weight = self.entries.get(self.format.stored(f"{layer}.weight"))
         return layer != bare and weight is not None and weight.dtype == "F8_E4M3"
 
@@ -111,41 +105,36 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hash settings and the beginning of every tensor: 38 GB take a moment, and the file's name does not count."""
         settings = [self.config.to_metadata(), self.causal and self.causal.to_metadata()]
-        found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for bare, name in sorted((self.transformer | {f"{k} scale": v for k, v in self.scales.items()}).items()):
             entry = self.entries[name]
             with entry.path.open("rb") as file:
                 file.seek(entry.start)
-                found.update(f"{bare} {entry.dtype} {entry.shape}".encode())
-                found.update(file.read(min(_SAMPLE, entry.stop - entry.start)))
-        return found.hexdigest()
+                digest.update(f"{bare} {entry.dtype} {entry.shape}".encode())
+                digest.update(file.read(min(_SAMPLE, entry.stop - entry.start)))
+        return digest.hexdigest()
 
     def report(self) -> KeyReport:
-        """Compare names, shapes and kinds with the model on the meta device."""
+        """Compare names, shapes and dtypes with the model on the meta device."""
         with torch.device("meta"):
             expected = {k: tuple(v.shape) for k, v in Transformer(self.config).state_dict().items()}
-        found = {bare: self.entries[name] for bare, name in self.transformer.items()}
-        both = expected.keys() & found.keys()
-        wrong = {k: f"{k} {why}" for k in both if (why := _misfit(found[k], expected[k]))}
-        for bare in self.scales.keys() & both:
-            if math.prod(self.entries[self.scales[bare]].shape) not in (1, expected[bare][0]):
-                wrong[bare] = f"{bare}_scale is not one number, nor one for each of {expected[bare][0]} rows"
+        stored = {bare: self.entries[name] for bare, name in self.transformer.items()}
+        both, wrong = expected.keys() & stored.keys(), {}
+        for bare in sorted(both):
+            entry, shape = stored[bare], expected[bare]
+            scale = self.entries.get(self.scales.get(bare))
+            if entry.shape != shape:
+                wrong[bare] = f"{bare} is {list(entry.shape)}, expected {list(shape)}"
+            elif entry.dtype not in FLOATS:
+                wrong[bare] = f"{bare} is {entry.dtype}, expected one of {', '.join(FLOATS)}"
+            elif scale and math.prod(scale.shape) not in (1, shape[0]):
+                wrong[bare] = f"{bare}_scale is not one number, nor one for each of {shape[0]} rows"
         return KeyReport(
             tuple(sorted(both - wrong.keys())),
-            tuple(sorted(expected.keys() - found.keys())),
-            tuple(sorted(found.keys() - expected.keys())),
-            tuple(wrong[k] for k in sorted(wrong)),
+            tuple(sorted(expected.keys() - stored.keys())),
+            tuple(sorted(stored.keys() - expected.keys())),
+            tuple(wrong.values()),
         )
-
-
-def _misfit(entry: Entry, shape: tuple[int, ...]) -> str | None:
-    if entry.shape != shape:
-        return f"is {list(entry.shape)}, expected {list(shape)}"
-    return (
-        None
-        if entry.dtype in safetensors_io.FLOATS
-        else f"is {entry.dtype}, expected one of {', '.join(safetensors_io.FLOATS)}"
-    )
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
@@ -156,7 +145,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: nothing is there, or a pickle, or a folder with more than one checkpoint.
     """
-    path = DATA / f"{model}.safetensors" if str(model) in SHIPPED else files.given(model)
+    path = files.DATA / f"{model}.safetensors" if str(model) in SHIPPED else files.given(model)
     if not path.exists():
         raise ValueError(f"no checkpoint at {path}: give teacher, student, a .safetensors file, an index or a folder")
     if path.is_dir():
@@ -179,31 +168,30 @@ def read(model: str | os.PathLike[str]) -> Checkpoint:
         ValueError: what is there is damaged, of no known format, or asks for what this model does not do.
     """
     path = resolve(model)
-    found = safetensors_io.many_files(path) if path.name.endswith(INDEX) else safetensors_io.one_file(path)
+    header = safetensors_io.many_files(path) if path.name.endswith(INDEX) else safetensors_io.one_file(path)
+    entries, metadata = dict(header.entries), dict(header.metadata)
     try:
-        return _described(path, found)
+        # 1. The names of the tensors tell the format.
+        format = formats.detect(entries)
+        if format is formats.DIFFUSERS and (beside := path.parent / BESIDE).is_file():
+            extra = safetensors_io.one_file(beside)
+            entries, metadata = entries | extra.entries, metadata | extra.metadata
+        metadata = {name: _maybe_json(text) for name, text in metadata.items()}
+        # 2. The config stands in the metadata, in a file beside the weights, or follows from format and shapes.
+        shapes = {bare: entry.shape for name, entry in entries.items() if (bare := format.bare(name)) is not None}
+        config = _config(format, path, metadata, shapes)
+        sinks = shapes.get("audio_sink_tokens", ())
+        config = config.with_sinks(sinks[1] if len(sinks) == 3 else 0)
+        # 3. A student says how it generates.
+        causal = _causal(format, metadata, config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    format = formats.STUDENT if causal and format is formats.LTX2 else format
+    return Checkpoint(path, format, metadata, config, causal, entries)
 
 
-def _described(path: Path, found: Shards) -> Checkpoint:
-    kind = formats.detect(found.entries)
-    entries, metadata = found.entries, {k: _maybe_json(v) for k, v in found.metadata.items()}
-    if kind is formats.DIFFUSERS and (beside := path.parent / BESIDE).is_file():
-        extra = safetensors_io.one_file(beside)
-        entries, metadata = entries | extra.entries, metadata | {k: _maybe_json(v) for k, v in extra.metadata.items()}
-    shapes = {bare: entry.shape for name, entry in entries.items() if (bare := kind.bare(name)) is not None}
-    config = _config(kind, path, metadata, shapes)
-    sinks = shapes.get("audio_sink_tokens", ())
-    config = config.with_sinks(sinks[1] if len(sinks) == 3 else 0)
-    causal = _causal(kind, metadata, config)
-    if kind is formats.LTX2 and causal:
-        kind = formats.STUDENT
-    return Checkpoint(path, kind, metadata, config, causal, entries)
-
-
-def _config(kind: Format, path: Path, metadata: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
-    if kind is formats.DIFFUSERS:
+def _config(format: Format, path: Path, metadata: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
+    if format is formats.DIFFUSERS:
         beside = path.parent / "config.json"
         if not beside.is_file():
             raise ValueError("the names are those of diffusers, but there is no config.json beside them")
@@ -212,21 +200,23 @@ def _config(kind: Format, path: Path, metadata: Mapping, shapes: Mapping[str, tu
         part = metadata["config"].get("transformer") if isinstance(metadata["config"], dict) else None
         if not isinstance(part, dict):
             raise ValueError("`config` in its metadata is no JSON table with a `transformer` part; LTX-2 files have it")
+        if part.get("use_keyframes_abs_pos_embedding"):
+            raise ValueError("use_keyframes_abs_pos_embedding is True: this is LTX-2.5, which is not supported")
         return ModelConfig.from_metadata(part)
-    if kind is formats.LTX2:
+    if format is formats.LTX2:
         raise ValueError(f"no `config` in its metadata (found: {', '.join(metadata) or 'none'}); LTX-2 files have it")
     config = formats.from_shapes(shapes)
-    return replace(config, **formats.RELEASED_CODE) if kind.causal_release else config
+    return replace(config, **formats.RELEASED_CODE) if format.causal_release else config
 
 
-def _causal(kind: Format, metadata: Mapping, config: ModelConfig) -> RolloutConfig | None:
+def _causal(format: Format, metadata: Mapping, config: ModelConfig) -> RolloutConfig | None:
     part = metadata.get("omniforcing") or metadata.get("config", {}).get("omniforcing")
     if part:
         try:
             return RolloutConfig.from_metadata(part)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"its `omniforcing` part is damaged: {error!r}") from error
-    if not kind.causal_release or "config" in metadata:
+    if not format.causal_release or "config" in metadata:
         return None
     if sinks := config.num_audio_sink_tokens:
         return RolloutConfig(replace(PAPER, sinks=sinks))
@@ -238,6 +228,14 @@ def _maybe_json(text: str) -> object:
         return json.loads(text) if text.startswith("{") else text
     except (json.JSONDecodeError, RecursionError):
         return text
+
+
+def fitting(model: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint as `read` does; ValueError where its tensors are not those that its config describes."""
+    checkpoint = read(model)
+    if not (report := checkpoint.report()).ok:
+        raise ValueError(f"{checkpoint.path} does not fit its own config: {report}")
+    return checkpoint
 
 
 def student(model: str | os.PathLike[str]) -> RolloutConfig:
@@ -263,81 +261,72 @@ def load(
 ) -> Transformer:
     """Load a transformer strictly, tensor by tensor, straight into its dtype and device.
 
+    Settings that no tensor shows and the file does not say are named in a line of the log, as in `inspect`.
+
     Args:
         model: `teacher`, `student` or the path of a file, an index or a folder in any of the four formats.
         device: where it runs.
-        dtype: of all its weights; those of a file on the CPU that has it already stay mapped to the file.
-        sinks: give a checkpoint without sinks this many new ones; None keeps the file's.
+        dtype: of all its weights; on the CPU, weights that have it in the file stay mapped to the file.
+        sinks: give a checkpoint this many new sinks; None keeps the file's.
         changes: config fields to override on purpose (an experiment with the wrong RoPE, say).
-        weights: "fp8" keeps the weights of the blocks' linear layers in e4m3 with a scale a row, computed in `dtype`.
-        offload: keep the blocks in main memory and bring each to `device` when its turn comes; inference only.
+        weights: "fp8" keeps the weights of the blocks' linear layers in e4m3 with one scale per row, and computes in
+            `dtype`.
+        offload: keep the blocks in main memory and copy each to `device` when its turn comes; inference only.
 
     Raises:
         ValueError: names or shapes that do not fit, a tensor that is not finite, unknown `weights` or `dtype`.
     """
     if weights not in (None, "fp8"):
         raise ValueError(f"weights is None (in dtype) or 'fp8', found {weights!r}")
-    if dtype not in (allowed := (torch.float32, torch.bfloat16, torch.float16, torch.float64)):
-        raise ValueError(f"dtype is one of {', '.join(map(str, allowed))}, found {dtype}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(map(str, _DTYPES))}, found {dtype}")
+    # 1. An empty model: as the config says, with new sinks and fp8 layers where they are asked for.
     checkpoint = fitting(model)
+    for line in _assumed(checkpoint):
+        _log.warning("%s: %s", checkpoint.path.name, line)
     config = replace(checkpoint.config, **(changes or {}))
-    fresh = sinks is not None and sinks != config.num_audio_sink_tokens
+    has_new_sinks = sinks is not None and sinks != config.num_audio_sink_tokens
+    config = config.with_sinks(sinks) if has_new_sinks else config
     with torch.device("meta"):
-        built = Transformer(config.with_sinks(sinks) if fresh else config)
-        built = low_memory.with_fp8_layers(built) if weights else built
-    narrow = low_memory.fp8_names(built) if weights else set()
-    reader, state = safetensors_io.Reader(checkpoint.entries), {}
+        transformer = Transformer(config)
+        transformer = low_memory.with_fp8_layers(transformer) if weights else transformer
+    fp8_layers = low_memory.fp8_names(transformer) if weights else set()
+    # 2. Its tensors, one at a time.
+    reader, state = Reader(checkpoint.entries), {}
     for bare in checkpoint.transformer:
         home = "cpu" if offload and bare.startswith("transformer_blocks.") else device
-        if not (fresh and bare == "audio_sink_tokens"):
-            state |= _tensors(checkpoint, reader, bare, home, dtype, bare.removesuffix(".weight") in narrow)
-    if fresh and sinks:
-        state["audio_sink_tokens"] = fresh_sinks(config.with_sinks(sinks)).to(device, dtype)
-    built.load_state_dict(state, strict=True, assign=True)
-    built.requires_grad_(False).eval()
-    return low_memory.offload(built, device) if offload else built
-
-
-def fitting(model: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint as `read` does; ValueError where its tensors are not those that its config describes."""
-    checkpoint = read(model)
-    if not (report := checkpoint.report()).ok:
-        raise ValueError(f"{checkpoint.path} does not fit its own config: {report}")
-    return checkpoint
+        if not (has_new_sinks and bare == "audio_sink_tokens"):
+            to_fp8 = bare.removesuffix(".weight") in fp8_layers
+            state |= _tensors(checkpoint, reader, bare, home, None if to_fp8 else dtype)
+    if has_new_sinks and sinks:
+        state["audio_sink_tokens"] = fresh_sinks(config).to(device, dtype)
+    transformer.load_state_dict(state, strict=True, assign=True)
+    transformer.requires_grad_(False).eval()
+    return low_memory.offload(transformer, device) if offload else transformer
 
 
 def _tensors(
-    checkpoint: Checkpoint,
-    reader: safetensors_io.Reader,
-    bare: str,
-    home: str | torch.device,
-    dtype: torch.dtype,
-    narrow: bool,
+    checkpoint: Checkpoint, reader: Reader, bare: str, home: str | torch.device, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """Read one tensor in `dtype`, or an fp8 weight and its scale; nothing but the result stays in memory."""
-    name = checkpoint.transformer[bare]
-    if checkpoint.entries[name].dtype == "F8_E4M3" and (narrow or bare in checkpoint.scales):
-        made = told = reader.get(name, device=home), _scale(checkpoint, reader, bare, home)
-        if not narrow:
-            made = told = (low_memory.dequantise(*made, dtype),)
+    """Read one tensor in `dtype`, or for None as an fp8 weight with its scale; nothing else stays in memory."""
+    name, scale = checkpoint.transformer[bare], checkpoint.scales.get(bare)
+    if checkpoint.entries[name].dtype == "F8_E4M3" and (dtype is None or scale):
+        weight = reader.get(name, device=home)
+        scales = reader.get(scale, torch.float32, home) if scale else torch.ones(1, device=home)
+        tensors = weight, scales.reshape(-1, 1).expand(len(weight), 1).contiguous()
+        if dtype is not None:
+            tensors = (low_memory.dequantise(*tensors, dtype),)
             reader.drop(name)
-    elif narrow:
-        made = low_memory.quantise(reader.get(name, device=home))
-        told = made[1:]  # where an entry of a row is not finite, neither is the row's scale
+        checked = tensors
+    elif dtype is None:
+        tensors = low_memory.quantise(reader.get(name, device=home))
+        checked = tensors[1:]  # where an entry of a row is not finite, the row's scale is not finite either
         reader.drop(name)
     else:
-        made = told = (reader.get(name, dtype, home),)
-    if not all(map(_finite, told)):
+        checked = tensors = (reader.get(name, dtype, home),)
+    if not all(map(_finite, checked)):
         raise ValueError(f"{checkpoint.path}: {name} holds values that are not finite")
-    return dict(zip((bare, bare + "_scale"), made, strict=False))
-
-
-def _scale(checkpoint: Checkpoint, reader: safetensors_io.Reader, bare: str, home: str | torch.device) -> Tensor:
-    """Give the scale of an fp8 weight a row; 1 where the file has none. Shapes: [out, 1]."""
-    rows = checkpoint.entries[checkpoint.transformer[bare]].shape[0]
-    name = checkpoint.scales.get(bare)
-    scale = reader.get(name, torch.float32, home) if name else torch.ones(1, device=home)
-    return scale.reshape(-1, 1).expand(rows, 1).contiguous()
+    return dict(zip((bare, bare + "_scale"), tensors, strict=False))
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -372,13 +361,11 @@ def save(
     Raises:
         ValueError: the format cannot hold the model.
     """
-
-    def stored(name: str, tensor: Tensor) -> Tensor:
-        kept = tensor.dtype == low_memory.FP8 or name.endswith(SCALE)
-        return tensor.detach().to("cpu", tensor.dtype if kept else dtype)
-
-    state = {name: stored(name, tensor) for name, tensor in model.state_dict().items()}
-    return exports.write(state, model.config, causal, Origin(version, notes or {}), files.given(path), to)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        is_fp8 = tensor.dtype == low_memory.FP8 or name.endswith(SCALE)
+        state[name] = tensor.detach().to("cpu", tensor.dtype if is_fp8 else dtype)
+    return exports.write(state, model.config, causal, _origin(version, notes or {}), files.given(path), to)
 
 
 def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: str = "ltx2") -> Path:
@@ -395,21 +382,25 @@ def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: st
     out = files.given(out)
     exports.check_path(out, to)
     checkpoint = fitting(model)
-    reader = safetensors_io.Reader(checkpoint.entries)
+    reader = Reader(checkpoint.entries)
     names = checkpoint.transformer | {f"{bare}_scale": name for bare, name in checkpoint.scales.items()}
     state = {bare: reader.get(name) for bare, name in names.items()}
     if wrong := [bare for bare, tensor in state.items() if not _finite(tensor)]:
         raise ValueError(f"{checkpoint.path}: {names[wrong[0]]} holds values that are not finite")
     metadata = checkpoint.metadata
-    origin = Origin(metadata.get("model_version", checkpoint.format.name), metadata.get("notes", {}))
+    origin = _origin(metadata.get("model_version", checkpoint.format.name), metadata.get("notes", {}))
     return exports.write(state, checkpoint.config, checkpoint.causal, origin, out, to)
 
 
+def _origin(version: str, notes: Mapping[str, object]) -> dict[str, str]:
+    return {"model_version": version, "notes": json.dumps(dict(notes))}
+
+
 def left_out(checkpoint: Checkpoint, to: str) -> list[str]:
-    """Say in a line each what an export of a checkpoint does not carry over."""
+    """List what an export of a checkpoint does not carry over, in one line each."""
     lines = []
     if others := _others(checkpoint):
-        lines.append(f"not of the transformer, left in {checkpoint.path}: {others}")
+        lines.append(f"not of the transformer, left in {checkpoint.path}: {_listed(others)}")
     if to == "diffusers" and checkpoint.causal:
         lines.append(
             f"diffusers has no blocks, sinks or few-step schedules: they are in {BESIDE}, which is read here and "
@@ -419,11 +410,15 @@ def left_out(checkpoint: Checkpoint, to: str) -> list[str]:
 
 
 def inspect(model: str | os.PathLike[str]) -> str:
-    """Say what a checkpoint holds: format, config, parameters, dtypes and the key report."""
+    """Say what a checkpoint holds: format, version, config, dtypes, the key report, and what is missing for which use.
+
+    Raises:
+        ValueError: as `read`.
+    """
     checkpoint = read(model)
     config, causal, names = checkpoint.config, checkpoint.causal, checkpoint.transformer.values()
     size = sum(math.prod(checkpoint.entries[name].shape) for name in names)
-    kinds = Counter(checkpoint.entries[name].dtype for name in names)
+    dtypes = Counter(checkpoint.entries[name].dtype for name in names)
     folder = files.given(model)
     name = f"{Path(os.path.abspath(folder)).name}/" if folder.is_dir() else checkpoint.path.name
     features = {
@@ -433,37 +428,56 @@ def inspect(model: str | os.PathLike[str]) -> str:
         "no caption projection": config.caption_proj_before_connector,
     }
     lines = [
-        f"{name}: {checkpoint.format.name}, {size / 1e6:,.2f} M transformer parameters in "
-        + ", ".join(f"{dtype} ({count})" for dtype, count in kinds.most_common()),
-        f"other tensors: {_others(checkpoint) or 'none'}",
+        f"{name}: {checkpoint.format.name}, {size / 1e6:,.2f} M transformer parameters in {_listed(dtypes)}",
+        f"version: LTX-{formats.version_of(checkpoint.transformer)} by its tensors, "
+        f"{checkpoint.metadata.get('model_version', 'nothing')} by its metadata",
+        f"other tensors: {_listed(_others(checkpoint)) or 'none'}",
         f"layers {config.num_layers}, widths {config.video_dim} video and {config.audio_dim} audio, "
         f"heads {config.num_attention_heads}",
         f"features: {', '.join(name for name, there in features.items() if there) or 'those of LTX-2.0'}",
         f"rope {config.rope_type}, grid {config.frequencies_precision}, "
         f"gate multiplier {config.av_ca_timestep_scale_multiplier}",
+        *_assumed(checkpoint),
         f"audio sinks {config.num_audio_sink_tokens}",
         f"keys: {checkpoint.report()}",
     ]
-    if assumed := _assumed(checkpoint):
-        lines.insert(5, assumed)
     if causal:
         first, step = tuple(causal.layout.first), tuple(causal.layout.step)
         lines.append(f"causal student: first block {first}, then {step}, steps {causal.steps}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_missing(checkpoint)])
 
 
-def _assumed(checkpoint: Checkpoint) -> str:
+def _assumed(checkpoint: Checkpoint) -> list[str]:
     """Say which settings that no tensor shows were not read from the checkpoint but follow from its format."""
     if checkpoint.format is formats.DIFFUSERS:
-        return ""
+        return []
     if "config" not in checkpoint.metadata:
-        return f"settings: the file carries none; these are what an {checkpoint.format.name} is run with"
+        return [f"settings: the file carries none; these are what an {checkpoint.format.name} is run with"]
     absent = [name for name in _DECISIVE if name not in checkpoint.metadata["config"]["transformer"]]
-    return f"settings: the file does not say {', '.join(absent)}; taken from LTX-2.0" if absent else ""
+    values = ", ".join(str(getattr(checkpoint.config, name)) for name in absent)
+    return [f"settings: the file does not say {', '.join(absent)}; taken from LTX-2.0: {values}"] if absent else []
 
 
-def _others(checkpoint: Checkpoint) -> str:
+def _missing(checkpoint: Checkpoint) -> list[str]:
+    """Say for each use what it needs that is not in the checkpoint."""
+    there = set(_others(checkpoint))
+    if checkpoint.format is formats.DIFFUSERS:
+        pipeline = checkpoint.path.parent.parent
+        there |= {group for group, folder in formats.FOLDERS.items() if (pipeline / folder / "config.json").is_file()}
+    lines = []
+    for use, groups in _NEEDED.items():
+        if absent := [group for group in groups if group not in there]:
+            lines.append(f"to {use}, missing: {', '.join(absent)}")
+    if not checkpoint.causal:
+        lines.append("to stream, missing: an `omniforcing` part, which Stage 2 adds to a causal student")
+    return lines
+
+
+def _others(checkpoint: Checkpoint) -> Counter[str]:
     """Count the tensors that are not the transformer's, by what they belong to."""
     other = (name for name in checkpoint.entries if checkpoint.format.bare(name) is None)
-    found = Counter(formats.group(name) or "unknown" for name in other)
-    return ", ".join(f"{part} ({count})" for part, count in found.items())
+    return Counter(formats.group(name) or "unknown" for name in other)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts.most_common())

@@ -1,19 +1,21 @@
 """LTX-2's own autoencoders and vocoder (diffusers' classes) behind the `Codec` protocol, whole or as a stream.
 
-A stream is decoded by overlap and crop (`overlap`). LTX-2's video decoder is not causal: its convolutions reach some
-22 latents, 7 seconds, ahead; `horizon` cuts that short at a price in fidelity that `stream_error` measures. Its audio
-decoder is causal, its vocoder looks a fraction of a second ahead. Frames and samples leave together, on one clock.
+A stream is decoded by overlap and crop (`overlap`). LTX-2's video decoder is not causal: its convolutions look some
+22 latents, 7 seconds, ahead. `horizon` shortens that wait at a loss of fidelity that `stream_error` measures. Its audio
+decoder is causal, and its vocoder looks a fraction of a second ahead. Frames and samples of one time leave together.
 
 Letters: B batch, F video latents, T audio latents, f frames, n samples, t mel frames, m mel bins, c channels.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -23,25 +25,25 @@ from omniforcing_lib.ltx2 import parts
 from omniforcing_lib.ltx2.overlap import Chain, Layer, Overlap, Tail, convolution, repeated, transposed
 
 START = AV(0, 0)
-N_FFT, QUIETEST = 1024, 1e-5  # of the mel spectrogram that the audio encoder hears (spec 2)
+N_FFT, QUIETEST = 1024, 1e-5  # of the mel spectrogram that the audio encoder takes (specification 2)
 
 
 @dataclass
 class LTX2DecodeState:
-    """Remember where a streamed decoding stands: three overlaps, what one stream holds for the other, what was given.
+    """Where a streamed decoding stands: three overlaps, what one stream holds back for the other, what has left.
 
     Attributes:
         video: latents to frames.
         mel: latents to mel frames.
         wave: mel frames to samples.
-        held: frames and samples that wait for the other stream.
+        waiting: frames and samples that wait for the other stream.
         given: frames and samples that have left.
     """
 
     video: Tail = field(default_factory=Tail)
     mel: Tail = field(default_factory=Tail)
     wave: Tail = field(default_factory=Tail)
-    held: AV[Tensor] | None = None
+    waiting: AV[Tensor] | None = None
     given: AV[int] = START
 
     def shown(self, clock: Clock) -> int:
@@ -53,24 +55,24 @@ class LTX2DecodeState:
         tails = {"video": self.video, "mel": self.mel, "wave": self.wave}
         counts = [n for tail in tails.values() for n in (tail.start, tail.given)]
         stored = {name: tail.kept for name, tail in tails.items() if tail.kept is not None}
-        if self.held is not None:
-            stored |= {f"held_{name}": part for name, part in self.held._asdict().items()}
+        if self.waiting is not None:
+            stored |= {f"held_{name}": part for name, part in self.waiting._asdict().items()}
         stored["counts"] = torch.tensor([*counts, *self.given])
         return {f"decoder.{name}": tensor for name, tensor in stored.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], device: str | torch.device = "cpu") -> LTX2DecodeState:
-        """Take up a decoding where `tensors` left it."""
-        own = {name.removeprefix("decoder."): t.to(device) for name, t in tensors.items() if name[:8] == "decoder."}
-        *counts, frames, samples = own["counts"].tolist()
-        pairs = zip(("video", "mel", "wave"), counts[::2], counts[1::2], strict=True)
-        tails = {name: Tail(own.get(name), start, given) for name, start, given in pairs}
-        held = AV(own["held_video"], own["held_audio"]) if "held_video" in own else None
-        return cls(**tails, held=held, given=AV(frames, samples))
+        """Continue a decoding from what `tensors` stored."""
+        stored = {n.removeprefix("decoder."): t.to(device) for n, t in tensors.items() if n.startswith("decoder.")}
+        *counts, frames, samples = stored["counts"].tolist()
+        spans = zip(("video", "mel", "wave"), counts[::2], counts[1::2], strict=True)
+        tails = {name: Tail(stored.get(name), start, given) for name, start, given in spans}
+        waiting = AV(stored["held_video"], stored["held_audio"]) if "held_video" in stored else None
+        return cls(**tails, waiting=waiting, given=AV(frames, samples))
 
 
 class LTX2Codec(nn.Module):
-    """Encode clips to LTX-2's latents and decode them, whole or as a stream (spec 2).
+    """Encode clips to LTX-2's latents and decode them, whole or as a stream (specification 2).
 
     Args:
         video: diffusers' `AutoencoderKLLTX2Video`.
@@ -78,12 +80,13 @@ class LTX2Codec(nn.Module):
         vocoder: diffusers' `LTX2Vocoder` (24 kHz) or `LTX2VocoderWithBWE` (48 kHz).
         size: height and width of the frames, multiples of 32.
         horizon: video latents that a streamed frame waits for at most; None waits for all, and equals the whole decode.
+        mono: mix both channels of the sound to one; clips are then AV([B, f, H, W, 3], [B, n]).
 
     Attributes:
         grid: tokens of a video latent.
         channels: of a latent of each stream.
         clock: of what `decode` gives.
-        hears: the clock of what `encode` takes: 16 kHz.
+        input_clock: of what `encode` takes, at 16 kHz.
     """
 
     def __init__(
@@ -94,12 +97,13 @@ class LTX2Codec(nn.Module):
         size: tuple[int, int] = (512, 768),
         *,
         horizon: int | None = None,
+        mono: bool = False,
     ) -> None:
         super().__init__()
-        self.video, self.audio, self.vocoder = video, audio, vocoder
+        self.video, self.audio, self.vocoder, self.mono = video, audio, vocoder, mono
         config = audio.config
-        self.hears = Clock(mel_rate=config.sample_rate // config.mel_hop_length, sample_rate=config.sample_rate)
-        self.clock = Clock(mel_rate=self.hears.mel_rate, sample_rate=vocoder.config.output_sampling_rate)
+        self.input_clock = Clock(mel_rate=config.sample_rate // config.mel_hop_length, sample_rate=config.sample_rate)
+        self.clock = Clock(mel_rate=self.input_clock.mel_rate, sample_rate=vocoder.config.output_sampling_rate)
         self.size, patch = tuple(size), video.spatial_compression_ratio
         if any(side < 2 * patch or side % patch for side in size):
             raise ValueError(f"frames have sides of 2 or more multiples of {patch}, found {size[0]} x {size[1]}")
@@ -117,7 +121,7 @@ class LTX2Codec(nn.Module):
 
     @property
     def delays(self) -> AV[Fraction]:
-        """Seconds that each stream of a streamed decoding lags behind its latents; the later one holds the other."""
+        """Seconds that each stream of a streamed decoding lags behind its latents; both leave with the later one."""
         wave = Fraction(self.waves.delay, self.clock.sample_rate)
         return AV(
             Fraction(self.overlaps.video.delay, self.clock.fps),
@@ -152,34 +156,34 @@ class LTX2Codec(nn.Module):
         )
 
     def spectrogram(self, samples: Tensor) -> Tensor:
-        """Give the log-mel spectrogram that the audio encoder hears: 64 Slaney bins, n_fft 1024, hop 160 (spec 2).
+        """Give the log-mel spectrogram that the audio encoder takes: 64 Slaney bins, n_fft 1024, hop 160.
 
-        Shapes: [B, n] or [B, n, 2] at 16 kHz, n = (4k + 1) hops -> [B, 2, 4k + 1, m]; mono goes to both ears.
+        Shapes: [B, n] or [B, n, 2] at 16 kHz, n = (4k + 1) hops -> [B, 2, 4k + 1, m]; mono goes to both channels.
 
         Raises:
             ValueError: another number of samples.
         """
         stereo = samples[..., None].expand(-1, -1, 2) if samples.ndim == 2 else samples
-        hops, rest = divmod(samples.shape[1], self.hears.hop)
-        if rest or hops % self.hears.audio_stride != 1:
-            unit, one = self.hears.audio_stride * self.hears.hop, self.hears.hop
+        hops, rest = divmod(samples.shape[1], self.input_clock.hop)
+        if rest or hops % self.input_clock.audio_stride != 1:
+            unit, one = self.input_clock.audio_stride * self.input_clock.hop, self.input_clock.hop
             raise ValueError(
-                f"samples must be {unit}k + {one} at {self.hears.sample_rate} Hz, found {samples.shape[1]}"
+                f"samples must be {unit}k + {one} at {self.input_clock.sample_rate} Hz, found {samples.shape[1]}"
             )
         flat = rearrange(stereo, "b n c -> (b c) n").float()
         flat = torch.nn.functional.pad(flat, (0, max(0, N_FFT // 2 + 1 - flat.shape[1])))
         window = torch.hann_window(N_FFT, device=flat.device)
-        spectrum = torch.stft(flat, N_FFT, self.hears.hop, window=window, return_complex=True).abs()[..., :hops]
+        spectrum = torch.stft(flat, N_FFT, self.input_clock.hop, window=window, return_complex=True).abs()[..., :hops]
         mel = torch.log((self._filters().to(flat) @ spectrum).clamp_min(QUIETEST))
         return rearrange(mel, "(b c) m t -> b c t m", c=2)
 
     @torch.no_grad()
     def decode(self, latents: AV[Tensor], state: LTX2DecodeState | None = None) -> AV[Tensor]:
-        """Decode latents whole, or the next ones of a stream when a state is given (which it moves on).
+        """Decode latents whole, or the next ones of a stream when a state is given, which is updated.
 
         In a stream frames and samples come `delays` later than their latents; `finish` gives what is left.
 
-        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n, 2], float32 in [-1, 1].
+        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n, 2] (mono: [B, n]), float32.
 
         Raises:
             ValueError: latents of another grid or width.
@@ -192,28 +196,31 @@ class LTX2Codec(nn.Module):
 
     @torch.no_grad()
     def finish(self, state: LTX2DecodeState) -> AV[Tensor]:
-        """Give the frames and samples that a stream still owes, up to the last one of each.
+        """Give the remaining frames and samples of a stream, up to the last one of each.
 
         Shapes: as those of `decode`; empty where no latent came.
         """
         none = AV(torch.zeros(1, 0, *self.grid, self.channels.video), torch.zeros(1, 0, self.channels.audio))
-        kept = AV(state.video.kept, state.mel.kept)
-        return self._advance(none.map(lambda new, old: new if old is None else old[:, :0], kept), state, last=True)
+        inputs = AV(state.video.kept, state.mel.kept)
+        return self._advance(none.map(lambda empty, x: empty if x is None else x[:, :0], inputs), state, last=True)
 
     def _advance(self, latents: AV[Tensor], state: LTX2DecodeState, *, last: bool = False) -> AV[Tensor]:
+        # 1. Each stream gives what depends on no later latent.
         frames = self.overlaps.video.step(state.video, latents.video, last=last)
         mel = self.overlaps.audio.step(state.mel, latents.audio, last=last)
-        made = AV(frames, self.waves.step(state.wave, mel, last=last))
-        if state.held is not None:
-            made = made.map(lambda new, held: torch.cat([held, new], 1), state.held)
-        ends = made.map(lambda part, given: given + part.shape[1], state.given)
+        ready = AV(frames, self.waves.step(state.wave, mel, last=last))
+        if state.waiting is not None:
+            ready = ready.map(lambda new, waiting: torch.cat([waiting, new], 1), state.waiting)
+        # 2. Frames leave with their samples, up to the time that both streams have reached.
+        ends = ready.map(lambda part, given: given + part.shape[1], state.given)
         if not last:
             shared = min(ends.video, self.clock.frames_of(ends.audio))
             ends = AV(shared, self.clock.samples_of(shared))
         count = ends.map(lambda end, given: max(0, end - given), state.given)
-        state.held = made.map(lambda part, n: part[:, n:], count)
-        state.given = state.given.map(lambda given, n: given + n, count)
-        return made.map(lambda part, n: part[:, :n], count)
+        state.waiting = ready.map(lambda part, n: part[:, n:], count)
+        state.given = state.given.map(int.__add__, count)
+        leaving = ready.map(lambda part, n: part[:, :n], count)
+        return AV(leaving.video, leaving.audio.mean(-1)) if self.mono else leaving
 
     def _frames(self, latents: Tensor) -> Tensor:
         raw = latents * self.video.latents_std / self.video.config.scaling_factor + self.video.latents_mean
@@ -232,16 +239,16 @@ class LTX2Codec(nn.Module):
     def _filters(self) -> Tensor:
         from transformers.audio_utils import mel_filter_bank
 
-        rate, bins = self.hears.sample_rate, self.audio.config.mel_bins
+        rate, bins = self.input_clock.sample_rate, self.audio.config.mel_bins
         bank = mel_filter_bank(N_FFT // 2 + 1, bins, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
         return torch.from_numpy(bank.T.copy())
 
     def _check(self) -> None:
-        """Refuse what would be decoded silently wrong: another clock, noise or time steps in the decoder."""
+        """Refuse, by a ValueError, what would be decoded wrong: another clock, noise or time steps in the decoder."""
         video, audio = self.video.config, self.audio.config
-        found = {
+        settings = {
             "vae.timestep_conditioning": (video.timestep_conditioning, False),
-            "vae.decoder_inject_noise": (any(_each(video.decoder_inject_noise)), False),
+            "vae.decoder_inject_noise": (bool(np.any(video.decoder_inject_noise)), False),
             "vae.patch_size_t": (video.patch_size_t, 1),
             "vae temporal compression": (self.video.temporal_compression_ratio, self.clock.video_stride),
             "audio_vae temporal compression": (self.audio.temporal_compression_ratio, self.clock.audio_stride),
@@ -249,9 +256,9 @@ class LTX2Codec(nn.Module):
             "audio_vae.mid_block_add_attention": (audio.mid_block_add_attention, False),
             "audio_vae.attn_resolutions": (bool(audio.attn_resolutions), False),
             "audio_vae.latents_mean": (len(self.audio.latents_mean), self.channels.audio),
-            "vocoder samples a mel frame": (_samples_a_mel(self.vocoder), self.clock.hop),
+            "vocoder samples per mel frame": (_samples_per_mel(self.vocoder), self.clock.hop),
         }
-        for name, (value, expected) in found.items():
+        for name, (value, expected) in settings.items():
             if value != expected:
                 raise ValueError(f"{name} is {value!r}; only {expected!r} is supported")
 
@@ -261,19 +268,24 @@ def load_ltx2_codec(
     size: tuple[int, int] = (512, 768),
     *,
     horizon: int | None = None,
+    mono: bool = False,
     **place: torch.device | torch.dtype,
 ) -> LTX2Codec:
     """Load the codec of an LTX-2 single file or diffusers folder, frozen; `place` is that of `Module.to`.
 
+    The vocoder computes in float32 whatever the dtype: in bfloat16, the wave of a tiny random one with bandwidth
+    extension is off by 7 % (rms).
+
     Raises:
         ValueError: a part that is missing, does not fit its config, or that `LTX2Codec` refuses.
     """
-    loaded = (load(source, **place) for load in (parts.video_vae, parts.audio_vae, parts.vocoder))
-    return LTX2Codec(*loaded, size, horizon=horizon)
+    video, audio = (parts.load(source, part, **place) for part in ("vae", "audio_vae"))
+    vocoder = parts.load(source, "vocoder", **place | {"dtype": torch.float32})
+    return LTX2Codec(video, audio, vocoder, size, horizon=horizon, mono=mono)
 
 
 def stream_error(codec: LTX2Codec, latents: AV[Tensor], horizon: int) -> float:
-    """Measure what a shorter wait costs: PSNR in dB of frames streamed at `horizon` against the whole decode.
+    """Measure the fidelity of a shorter wait: PSNR in dB of frames streamed at `horizon` against the whole decode.
 
     The peak is 2, as frames lie in [-1, 1]; inf where they are equal.
 
@@ -358,18 +370,12 @@ def _same(conv: nn.Conv1d) -> Layer:
     return convolution(kernel, (kernel - 1) * dilation // 2, dilation)
 
 
-def _samples_a_mel(vocoder: nn.Module) -> int:
-    factors = vocoder.config.upsample_factors
-    first = torch.tensor(factors).prod().item()
-    if not hasattr(vocoder, "bwe_generator"):
-        return first
-    return first * vocoder.config.output_sampling_rate // vocoder.config.input_sampling_rate
+def _samples_per_mel(vocoder: nn.Module) -> int:
+    config, samples = vocoder.config, math.prod(vocoder.config.upsample_factors)
+    is_extended = hasattr(vocoder, "bwe_generator")
+    return samples * config.output_sampling_rate // config.input_sampling_rate if is_extended else samples
 
 
 def _like(x: Tensor, module: nn.Module) -> Tensor:
     parameter = next(module.parameters())
     return x.to(parameter.device, parameter.dtype)
-
-
-def _each(value: bool | tuple[bool, ...]) -> tuple[bool, ...]:
-    return (value,) if isinstance(value, bool) else tuple(value)

@@ -1,12 +1,13 @@
-"""The formats in which LTX-2's transformer is found: their tensor names and configs, as functions on names alone.
+"""The formats of LTX-2's transformer: tensor names and configs, as functions on names and shapes alone.
 
-A *bare* name is the transformer's own (`patchify_proj.weight`, spec 1.2); a *stored* name is what a file calls it.
+A *bare* name is the transformer's own (`patchify_proj.weight`); a *stored* name is what a file calls it. Source:
+specification 1.2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, fields
 
 from omniforcing_lib.config import ModelConfig
 
@@ -17,7 +18,7 @@ RELEASED_CODE = {
     "frequencies_precision": "float32",
     "av_ca_timestep_scale_multiplier": 1,
 }
-"""What OmniForcing's released causal code runs LTX-2's weights with, whatever the file says (spec 1.9)."""
+"""What OmniForcing's released causal code runs LTX-2's weights with, whatever the file says (specification 1.9)."""
 
 _TO_DIFFUSERS = {
     "patchify_proj": "proj_in",
@@ -37,34 +38,21 @@ _TO_DIFFUSERS = {
 }
 _FROM_DIFFUSERS = {theirs: ours for ours, theirs in _TO_DIFFUSERS.items()}
 
-_DIFFUSERS_FIELDS = {
-    name: name
-    for name in (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "in_channels",
-        "out_channels",
-        "cross_attention_dim",
-        "audio_num_attention_heads",
-        "audio_attention_head_dim",
-        "audio_in_channels",
-        "audio_out_channels",
-        "audio_cross_attention_dim",
-        "caption_channels",
-        "norm_eps",
-        "rope_type",
-        "timestep_scale_multiplier",
-        "use_prompt_adaln_single",
-        "ff_bias",
-        "audio_ff_bias",
-    )
-} | {
+_OURS_ALONE = (
+    "positional_embedding_max_pos",
+    "audio_positional_embedding_max_pos",
+    "use_middle_indices_grid",
+    "frequencies_precision",
+    "caption_proj_before_connector",
+    "num_audio_sink_tokens",
+)
+_RENAMED = {
     "positional_embedding_theta": "rope_theta",
     "av_ca_timestep_scale_multiplier": "cross_attn_timestep_scale_multiplier",
     "apply_gated_attention": "gated_attn",
     "cross_attention_adaln": "cross_attn_mod",
 }
+_DIFFUSERS_FIELDS = {f.name: _RENAMED.get(f.name, f.name) for f in fields(ModelConfig) if f.name not in _OURS_ALONE}
 _DIFFUSERS_FIXED = {
     "patch_size": 1,
     "patch_size_t": 1,
@@ -82,13 +70,24 @@ _DIFFUSERS_FIXED = {
     "attention_out_bias": True,
     "use_keyframes_abs_pos_embedding": False,
 }
-_GROUPS = {
+GROUPS = {
     "text connectors": (PREFIX + "video_embeddings_connector.", PREFIX + "audio_embeddings_connector."),
     "text projection": ("text_embedding_projection.",),
     "video VAE": ("vae.",),
     "audio VAE": ("audio_vae.",),
     "vocoder": ("vocoder.",),
+    "duration head": ("duration_head.",),
+    "tokenizer": ("tokenizer_json", "hf_asset__"),
 }
+"""Starts of the names of the other models in a single file."""
+FOLDERS = {
+    "text connectors": "connectors",
+    "text projection": "connectors",
+    "video VAE": "vae",
+    "audio VAE": "audio_vae",
+    "vocoder": "vocoder",
+}
+"""Subfolders of a diffusers pipeline that hold the same models."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ RELEASES = (
     Format("OmniForcing release, causal", "model.", causal_release=True),
     Format("OmniForcing release, causal, bare names", causal_release=True),
 )
-"""What the released code writes: bidirectional with LTX-2's settings, causal with `RELEASED_CODE` (spec 1.2, 1.9)."""
+"""What the released code writes: bidirectional with LTX-2's settings, causal with `RELEASED_CODE`."""
 
 
 def detect(names: Iterable[str]) -> Format:
@@ -142,7 +141,14 @@ def detect(names: Iterable[str]) -> Format:
 
 def group(stored: str) -> str | None:
     """Say which other part of an LTX-2 file a tensor belongs to; None for the transformer's and for unknown ones."""
-    return next((part for part, prefixes in _GROUPS.items() if stored.startswith(prefixes)), None)
+    return next((part for part, prefixes in GROUPS.items() if stored.startswith(prefixes)), None)
+
+
+def version_of(bare: Container[str]) -> str:
+    """Tell the generation of LTX-2 from bare tensor names: 2.3 brought gates, 2.5 feed-forward layers without bias."""
+    if "transformer_blocks.0.attn1.to_gate_logits.weight" not in bare:
+        return "2.0"
+    return "2.3" if "transformer_blocks.0.ff.net.2.bias" in bare else "2.5"
 
 
 def to_diffusers(config: ModelConfig) -> dict[str, object]:
@@ -173,30 +179,30 @@ def to_diffusers(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def from_diffusers(found: Mapping[str, object]) -> ModelConfig:
+def from_diffusers(described: Mapping[str, object]) -> ModelConfig:
     """Read diffusers' `config.json`; what it leaves out has diffusers' own default.
 
     Raises:
         ValueError: another class, or a setting that this model would silently do differently.
     """
-    if found.get("_class_name") != DIFFUSERS_CLASS:
-        raise ValueError(f"config.json describes {found.get('_class_name')!r}, expected {DIFFUSERS_CLASS!r}")
+    if described.get("_class_name") != DIFFUSERS_CLASS:
+        raise ValueError(f"config.json describes {described.get('_class_name')!r}, expected {DIFFUSERS_CLASS!r}")
     for name, expected in _DIFFUSERS_FIXED.items():
-        if (value := found.get(name, expected)) != expected:
+        if (value := described.get(name, expected)) != expected:
             raise ValueError(f"config.json: {name} is {value!r}; only {expected!r} is supported")
-    for ours in ("gated_attn", "cross_attn_mod"):
-        if found.get(ours, False) != found.get("audio_" + ours, False):
-            raise ValueError(f"config.json: {ours} and audio_{ours} differ; only the same for both is supported")
-    fields = {ours: found[theirs] for ours, theirs in _DIFFUSERS_FIELDS.items() if theirs in found}
-    space = [found.get(n, d) for n, d in (("pos_embed_max_pos", 20), ("base_height", 2048), ("base_width", 2048))]
+    for name in ("gated_attn", "cross_attn_mod"):
+        if described.get(name, False) != described.get("audio_" + name, False):
+            raise ValueError(f"config.json: {name} and audio_{name} differ; only the same for both is supported")
+    same = {ours: described[theirs] for ours, theirs in _DIFFUSERS_FIELDS.items() if theirs in described}
+    space = [described.get(n, d) for n, d in (("pos_embed_max_pos", 20), ("base_height", 2048), ("base_width", 2048))]
     return ModelConfig.from_metadata(
         {"rope_type": "interleaved"}
-        | fields
+        | same
         | {
-            "caption_proj_before_connector": not found.get("use_prompt_embeddings", True),
-            "frequencies_precision": "float64" if found.get("rope_double_precision", True) else "float32",
+            "caption_proj_before_connector": not described.get("use_prompt_embeddings", True),
+            "frequencies_precision": "float64" if described.get("rope_double_precision", True) else "float32",
             "positional_embedding_max_pos": space,
-            "audio_positional_embedding_max_pos": [found.get("audio_pos_embed_max_pos", 20)],
+            "audio_positional_embedding_max_pos": [described.get("audio_pos_embed_max_pos", 20)],
         }
     )
 
@@ -204,24 +210,20 @@ def from_diffusers(found: Mapping[str, object]) -> ModelConfig:
 def from_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int = 32) -> ModelConfig:
     """Work a config out from the shapes of the tensors, for files that carry none.
 
-    Shapes do not tell `heads`: it is the 19B's unless there are gates to count.
+    Shapes do not tell the number of heads: it is `heads`, that of the 19B, unless there are gates to count.
 
     Raises:
         ValueError: a tensor that tells something is missing.
     """
     first = "transformer_blocks.0."
     try:
-        (video, channels), (audio, audio_channels) = (
-            shapes["patchify_proj.weight"],
-            shapes["audio_patchify_proj.weight"],
-        )
+        video, channels = shapes["patchify_proj.weight"]
+        audio, audio_channels = shapes["audio_patchify_proj.weight"]
         gates = shapes.get(first + "attn1.to_gate_logits.weight")
+        caption = shapes.get("caption_projection.linear_1.weight")
         heads = gates[0] if gates else heads
-        caption, modulated = (
-            shapes.get("caption_projection.linear_1.weight"),
-            shapes[first + "scale_shift_table"][0] == 9,
-        )
-        fields = {
+        modulated = shapes[first + "scale_shift_table"][0] == 9
+        known = {
             "num_layers": 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("transformer_blocks.")),
             "num_attention_heads": heads,
             "audio_num_attention_heads": heads,
@@ -239,13 +241,12 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int = 32) -> Model
             "caption_proj_before_connector": caption is None,
             "ff_bias": first + "ff.net.2.bias" in shapes,
             "audio_ff_bias": first + "audio_ff.net.2.bias" in shapes,
-        }
+        } | ({"caption_channels": caption[1]} if caption else {})
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"the shapes do not tell the model's config: {error} is missing or misshapen") from error
     if video % heads or audio % heads:
         raise ValueError(f"widths {video} and {audio} do not divide into {heads} heads")
-    config = ModelConfig(**fields)
-    return config if caption is None else replace(config, caption_channels=caption[1])
+    return ModelConfig(**known)
 
 
 def _parts(name: str, renamed: Mapping[str, str]) -> str:

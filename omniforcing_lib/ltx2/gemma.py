@@ -1,8 +1,8 @@
 """LTX-2's prompts: Gemma 3 (transformers), then the connectors (diffusers), to the contexts of the two streams.
 
-Gemma is many times larger than what it makes: contexts are cached on disk, so that it can be unloaded, or never loaded
-at all. A cached context is found by its prompt and by what the files of the encoder hold. The cache is a convenience:
-where it cannot be read or written, contexts are made anew.
+Gemma is many times larger than the contexts it gives: they are cached on disk, so that Gemma can be unloaded, or need
+not be loaded at all. A cached context is found by its prompt and by what the encoder's files hold. Where the cache
+cannot be read or written, contexts are computed again.
 """
 
 from __future__ import annotations
@@ -16,29 +16,31 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from omniforcing_lib.files import given, write_tensors
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import parts
+from omniforcing_lib.safetensors_io import Reader, one_file
 
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
-SAMPLES, SAMPLE = 64, 4096  # places and bytes of a file that its fingerprint reads
+SAMPLES, SAMPLE = 64, 4096  # a fingerprint reads 64 stretches of 4096 bytes of a file
 
 
 def user_cache() -> Path:
-    """Name the folder of this user's contexts, below `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Give the folder of this user's contexts, below `$XDG_CACHE_HOME` or `~/.cache`."""
     return given(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "omniforcing" / "contexts"
 
 
 class GemmaText:
-    """Encode prompts for LTX-2 (spec 1.7); a `TextEncoder`. Nothing is loaded before a prompt is not in the cache.
+    """Encode prompts for LTX-2; a `TextEncoder`. Gemma is loaded when the first prompt is not in the cache.
+
+    Source: specification 1.7.
 
     Args:
         gemma: folder of Gemma 3 with its tokenizer, as transformers saves it.
         ltx2: LTX-2 single file or diffusers folder that holds the connectors.
-        cache: folder for contexts; None keeps none, and encodes anew each time.
+        cache: folder for contexts; with None every prompt is computed each time.
         negative: what the unconditional prompt "" stands for.
         length: tokens of a context, padded on the left; a multiple of the connectors' registers.
         place: device and dtype of the encoder while it is loaded.
@@ -73,9 +75,9 @@ class GemmaText:
     @cached_property
     def identity(self) -> str:
         """Fingerprint of all files that make a context, of its length and its precision."""
-        own = self.ltx2.glob("connectors/*") if self.ltx2.is_dir() else [self.ltx2]
-        kinds = (".safetensors", ".json", ".model")
-        files = [path for path in (*self.gemma.iterdir(), *own) if path.suffix in kinds]
+        connectors = self.ltx2.glob("connectors/*") if self.ltx2.is_dir() else [self.ltx2]
+        suffixes = (".safetensors", ".json", ".model")
+        files = [path for path in (*self.gemma.iterdir(), *connectors) if path.suffix in suffixes]
         return fingerprint(files, f"{self.length} {self.place['dtype']}")
 
     @property
@@ -86,15 +88,15 @@ class GemmaText:
     def encode(
         self, prompts: Sequence[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> AV[Tensor]:
-        """Encode prompts, each from the cache where it is there; "" is the negative prompt.
+        """Encode prompts, from the cache where possible; "" is the negative prompt.
 
         Shapes: pair [B, length, width of the stream].
         """
-        made = [self._context(prompt.strip() or self.negative) for prompt in prompts]
-        return AV(*zip(*made, strict=True)).map(lambda parts: torch.cat([p.to(device, dtype) for p in parts]))
+        contexts = [self._context(prompt.strip() or self.negative) for prompt in prompts]
+        return AV(*zip(*contexts, strict=True)).map(lambda rows: torch.cat([row.to(device, dtype) for row in rows]))
 
     def unload(self) -> None:
-        """Free the encoder's memory; it comes back when a prompt is not in the cache."""
+        """Free the encoder's memory; it is loaded again when a prompt is not in the cache."""
         self._modules = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -104,29 +106,30 @@ class GemmaText:
             return self._compute(prompt)
         path = self.cache / f"{hashlib.sha256(f'{self.identity} {prompt}'.encode()).hexdigest()}.safetensors"
         try:
-            with path.open("rb"), safe_open(path, "pt") as file:
-                return AV(file.get_tensor("video"), file.get_tensor("audio"))
-        except SafetensorError as error:
+            reader = Reader(one_file(path).entries)
+            return AV(reader.get("video"), reader.get("audio"))
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is no cached context ({error}); delete it, and it is made again") from error
-        except OSError:  # not there yet, or not for us: then writing it fails too, and says why
-            made = self._compute(prompt)
+        except OSError:  # not there yet, or not readable: then writing fails too, and says why
+            context = self._compute(prompt)
         try:
-            write_tensors(path, made._asdict(), {"prompt": prompt, "encoder": self.identity})
+            write_tensors(path, context._asdict(), {"prompt": prompt, "encoder": self.identity})
         except OSError as error:
             self.cache = None
             warnings.warn(f"contexts are not kept, name another folder for them: {error}", stacklevel=2)
-        return made
+        return context
 
     @torch.no_grad()
     def _compute(self, prompt: str) -> AV[Tensor]:
-        """Run Gemma and the connectors on one prompt, as LTX-2 does: padding would be seen by a longer neighbour."""
+        """Run Gemma and the connectors on one prompt, as LTX-2's pipeline does."""
         if self._modules is None:
             self._modules = self._load()
         tokenizer, gemma, connectors = self._modules
         tokens = tokenizer(
             [prompt], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).to(gemma.device)
-        states = gemma(**_known(tokens), output_hidden_states=True).hidden_states
+        asked = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        states = gemma(**asked, output_hidden_states=True).hidden_states
         hidden = torch.stack(states, -1).to(next(connectors.parameters()).dtype)
         video, audio, _ = connectors(hidden, tokens.attention_mask, padding_side="left")
         return AV(video, audio).map(Tensor.cpu)
@@ -141,10 +144,10 @@ class GemmaText:
             self.gemma, local_files_only=True, use_safetensors=True, dtype=self.place["dtype"]
         )
         gemma = getattr(whole, "language_model", whole).requires_grad_(False).eval()
-        connectors = parts.connectors(self.ltx2, **self.place)
-        if gemma.config.hidden_size != connectors.config.caption_channels:
-            found = f"{gemma.config.hidden_size}, the connectors take {connectors.config.caption_channels}"
-            raise ValueError(f"{self.gemma}: the hidden width is {found}; use the Gemma that LTX-2 was trained with")
+        connectors = parts.load(self.ltx2, "connectors", **self.place)
+        if (width := gemma.config.hidden_size) != (expected := connectors.config.caption_channels):
+            widths = f"{width}, the connectors take {expected}"
+            raise ValueError(f"{self.gemma}: the hidden width is {widths}; use the Gemma that LTX-2 was trained with")
         for stream in (connectors.video_connector, connectors.audio_connector):
             registers = stream.num_learnable_registers
             if not registers or self.length % registers:
@@ -152,12 +155,8 @@ class GemmaText:
         return tokenizer, gemma.to(**self.place), connectors
 
 
-def _known(tokens: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
-
-
 def fingerprint(files: Iterable[Path], more: str = "") -> str:
-    """Hash names, sizes and evenly spread samples of files: different weights differ, and 24 GB take no time."""
+    """Hash names, sizes and evenly spread samples of files: other weights give another hash, 24 GB within a moment."""
     digest = hashlib.sha256(more.encode())
     for path in sorted(files):
         size = path.stat().st_size

@@ -1,7 +1,8 @@
-"""Run a transformer on a device that does not hold it: weights of blocks in fp8, or in main memory until their turn.
+"""Run a transformer on a device that is too small for it: blocks with fp8 weights, or offloaded to main memory.
 
-Both change where weights are and as what, not what the model computes: an offloaded model gives the same bits, an
-fp8 model the same function of rounded weights.
+An offloaded model gives the same bits, an fp8 model the same function of rounded weights. Both are written here because
+torchao and diffusers' group offloading, which do the same, would become requirements of the library, and because blocks
+that are mapped to their file have to stay so until they are copied to the device.
 """
 
 from __future__ import annotations
@@ -17,16 +18,15 @@ from omniforcing_lib.transformer import Transformer
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
-# fp32 numbers of the buffer for conversions: more than the 32 MB below which malloc takes buffers from the heap, where
-# they would leave holes between the weights (2.7 x the model's size in the end, measured)
+# fp32 numbers of the buffer for conversions, 36 MB: malloc takes buffers below 32 MB from the heap, where they leave
+# holes between the weights (a load then took 2.7 times the model's size, measured).
 _PIECE = 9_000_000
-_KEPT_WIDE = "to_gate_logits"
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose weight is kept in e4m3 with a scale for each output, and used in the input's dtype.
+    """A linear layer whose weight is kept in e4m3 with one scale per output, and used in the input's dtype.
 
-    Every e4m3 number is exact in bf16 and in fp32, so the product is that of the rounded weight.
+    Every e4m3 number is exact in bf16 and in fp32, so the product is exactly that of the rounded weight.
 
     Shapes: weight e4m3 [out, in], weight_scale fp32 [out, 1], bias [out] or none.
     """
@@ -34,12 +34,11 @@ class Fp8Linear(nn.Module):
     def __init__(self, out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
 
-        def frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+        def frozen(dtype: torch.dtype, *shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
-        self.weight = frozen(out, width, dtype=FP8)
-        self.weight_scale = frozen(out, 1, dtype=torch.float32)
-        self.bias = frozen(out, dtype=dtype) if bias else None
+        self.weight, self.weight_scale = frozen(FP8, out, width), frozen(torch.float32, out, 1)
+        self.bias = frozen(dtype, out) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
@@ -50,7 +49,7 @@ class Fp8Linear(nn.Module):
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round a weight to e4m3 with the largest scale that each row allows.
 
-    The error of an entry w of a row with largest entry m is at most max(|w| / 16, m / 458752): half a step of e4m3's
+    In a row with largest entry m, the error of an entry w is at most max(|w| / 16, m / 458752): half a step of e4m3's
     3 bits of mantissa, or half its smallest step.
 
     Shapes: weight [out, in] to e4m3 [out, in] and fp32 [out, 1].
@@ -89,56 +88,56 @@ def fp8_names(model: nn.Module) -> set[str]:
         for name, layer in model.named_modules()
         if name.startswith("transformer_blocks.")
         and isinstance(layer, nn.Linear | Fp8Linear)
-        and not name.endswith(_KEPT_WIDE)
+        and not name.endswith("to_gate_logits")
     }
 
 
 def with_fp8_layers(model: Transformer) -> Transformer:
-    """Put empty `Fp8Linear` layers in the place of the blocks' linear layers; their weights are loaded afterwards."""
+    """Replace the blocks' linear layers by empty `Fp8Linear` layers; their weights are loaded afterwards."""
     for name in fp8_names(model):
-        old, (parent, _, own) = model.get_submodule(name), name.rpartition(".")
-        new = Fp8Linear(*old.weight.shape, old.bias is not None, old.weight.dtype)
-        setattr(model.get_submodule(parent), own, new)
+        linear_layer = model.get_submodule(name)
+        shape, dtype = linear_layer.weight.shape, linear_layer.weight.dtype
+        model.set_submodule(name, Fp8Linear(*shape, linear_layer.bias is not None, dtype))
     return model
 
 
 class OffloadedBlocks(nn.ModuleList):
-    """Blocks that stay in main memory: each is copied to one of two seats on the device when its turn comes.
+    """Blocks that stay in main memory: each is copied to one of two buffers on the device when its turn comes.
 
-    While a block runs in one seat the next is copied to the other; on CUDA from pinned memory, beside the computation.
+    While a block runs in one buffer the next is copied to the other; on CUDA in a stream of its own.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
         super().__init__(blocks)
         self.device = device
-        # in a list, so that the seats are no part of the model's state
-        self._seats = [deepcopy(blocks[0]).to(device) for _ in range(min(2, len(blocks)))]
+        # A list keeps them out of the model's state.
+        self._buffer_blocks = [deepcopy(blocks[0]).to(device) for _ in range(min(2, len(blocks)))]
 
     def __iter__(self) -> Iterator[nn.Module]:
         """Yield each block on the device, valid until the block after it is asked for.
 
         Raises:
-            ValueError: gradients are on; the seats would be overwritten before the way back.
+            ValueError: gradients are on; the buffers would be overwritten before the backward pass.
         """
         if torch.is_grad_enabled():
             raise ValueError("offloaded blocks are for inference; run the model under torch.no_grad()")
-        aside = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         blocks = list(self._modules.values())
-        self._fill(0, blocks[0], aside)
+        self._copy(0, blocks[0], copies)
         for index in range(len(blocks)):
-            if aside:
-                torch.cuda.current_stream(self.device).wait_stream(aside)
+            if copies:
+                torch.cuda.current_stream(self.device).wait_stream(copies)
             if index + 1 < len(blocks):
-                self._fill(index + 1, blocks[index + 1], aside)
-            yield self._seats[index % 2]
+                self._copy(index + 1, blocks[index + 1], copies)
+            yield self._buffer_blocks[index % 2]
 
-    def _fill(self, index: int, block: nn.Module, aside: torch.cuda.Stream | None) -> None:
-        """Copy a block into its seat once whoever sat there has finished."""
-        if aside:
-            aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.no_grad(), torch.cuda.stream(aside):
-            for seat, weight in zip(self._seats[index % 2].parameters(), block.parameters(), strict=True):
-                seat.copy_(weight, non_blocking=True)
+    def _copy(self, index: int, block: nn.Module, copies: torch.cuda.Stream | None) -> None:
+        """Copy a block into its buffer once the block before the last, which used it, has run."""
+        if copies:
+            copies.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.no_grad(), torch.cuda.stream(copies):
+            for buffer, weight in zip(self._buffer_blocks[index % 2].parameters(), block.parameters(), strict=True):
+                buffer.copy_(weight, non_blocking=True)
 
 
 def offload(model: Transformer, device: str | torch.device, *, pinned: bool = True) -> Transformer:
@@ -147,7 +146,7 @@ def offload(model: Transformer, device: str | torch.device, *, pinned: bool = Tr
     Args:
         model: any transformer, also with fp8 layers; it is changed in place.
         device: where it runs.
-        pinned: on CUDA, keep the blocks in pinned memory, which is copied faster and beside the computation. Without,
+        pinned: on CUDA, keep the blocks in pinned memory, which is copied faster and while the model computes. Without,
             blocks that `checkpoints.load` mapped stay on the disk until their turn.
     """
     device = torch.device(device)

@@ -1,9 +1,8 @@
-"""Decode a stream through convolutions by overlap and crop: the whole decode, delayed by what its edges must see.
+"""Decode a stream through convolutions by overlap and crop: the same outputs as the whole decode, but later.
 
-A chain lists the layers of a decoder along time. From it alone follows which inputs an output needs, hence which
-outputs are final when the stream stands at some input, and how much of the past has to be kept. Everything is integer
-arithmetic; nothing is estimated. Pointwise layers (norms over channels, activations, residual sums) have no place in
-a chain.
+A chain lists the layers of a decoder along time. It determines which inputs an output needs, hence which outputs are
+final once the stream has reached some input, and how much of the past has to be kept. All of it is exact integer
+arithmetic. Pointwise layers (norms over channels, activations, residual sums) are left out of a chain.
 
 Shapes: B batch, n inputs, m outputs.
 """
@@ -20,7 +19,7 @@ from torch import Tensor
 
 
 class Layer(NamedTuple):
-    """Say what one layer sees: output t depends on inputs (t down + first) // up to (t down + last) // up."""
+    """The receptive field of a layer: output t depends on inputs (t down + first) // up to (t down + last) // up."""
 
     first: int
     last: int
@@ -43,7 +42,7 @@ def transposed(kernel: int, stride: int, cropped: int) -> Layer:
 
 
 def repeated(times: int, dropped: int) -> Layer:
-    """Describe a step that turns into `times` steps of its own, the first `dropped` of the stream left out."""
+    """Describe upsampling: each step becomes `times` steps, and the first `dropped` of the stream are left out."""
     return Layer(dropped, dropped, times)
 
 
@@ -62,7 +61,7 @@ def needs(chain: Chain, outputs: range) -> range:
 
 @dataclass
 class Tail:
-    """Remember where an overlapped decoding stands.
+    """Where an overlapped decoding stands.
 
     Attributes:
         kept: the inputs that later outputs still need, [B, n, ...].
@@ -77,16 +76,16 @@ class Tail:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Run a decoder over a stream so that its pieces, put together, are the decode of the whole.
+    """Run a decoder over a stream so that its pieces, concatenated, are the decode of the whole.
 
     Attributes:
         decode: the decoder, [B, n, ...] to [B, up n - dropped, ...].
         chain: its layers along time.
-        up: outputs an input.
+        up: outputs per input.
         dropped: outputs that the first input lacks (an LTX-2 autoencoder gives 1 of 8, or 1 of 4).
         shape: of one output.
-        horizon: inputs at most that an output waits for; None waits for all it depends on, which is exact. With less
-            the decoder is shown an end where there is none, and an output is as right as its far inputs matter little.
+        horizon: inputs that an output waits for at most; None waits for all it depends on, which is exact. With fewer,
+            the decoder treats the inputs so far as the whole stream, and an output lacks what later inputs would add.
     """
 
     decode: Callable[[Tensor], Tensor] = field(repr=False)
@@ -98,23 +97,23 @@ class Overlap:
 
     @property
     def reach(self) -> tuple[int, int]:
-        """Inputs before and after its own that an output depends on, at most; the horizon cuts both."""
-        spans = [(t // self.up, self.span(range(t - self.dropped, t - self.dropped + 1))) for t in range(self.up)]
-        return max(own - s.start for own, s in spans), max(s.stop - 1 - own for own, s in spans)
+        """Inputs before and after its own that an output depends on at most; the horizon limits both."""
+        spans = [self.span(range(t - self.dropped, t - self.dropped + 1)) for t in range(self.up)]
+        return max(-span.start for span in spans), max(span.stop - 1 for span in spans)
 
     @property
     def delay(self) -> int:
-        """Outputs that a stream lags behind its input."""
+        """Outputs by which a stream lags behind its input."""
         seen = sum(self.reach) + 1
         return self.up * seen - self.dropped - self._ready(0, seen)
 
     def span(self, outputs: range) -> range:
         """Give the inputs that a stretch of outputs waits for, no further away than the horizon."""
-        found = needs(self.chain, outputs)
+        needed = needs(self.chain, outputs)
         if self.horizon is None:
-            return found
+            return needed
         first, last = ((t + self.dropped) // self.up for t in (outputs.start, outputs.stop - 1))
-        return range(max(found.start, first - self.horizon), min(found.stop, last + self.horizon + 1))
+        return range(max(needed.start, first - self.horizon), min(needed.stop, last + self.horizon + 1))
 
     def step(self, state: Tail, new: Tensor, *, last: bool = False) -> Tensor:
         """Take the next inputs of a stream, or the last ones, and give the outputs that are final.
@@ -127,13 +126,13 @@ class Overlap:
         if ready == state.given:
             state.kept = kept
             return new.new_zeros(len(new), 0, *self.shape)
-        # the first input of a window lacks the outputs that the first of the stream lacks: begin one earlier
+        # The decoder drops outputs of the first input that it is given: begin one input earlier than needed.
         begin = max(state.start, self.span(range(state.given, ready)).start - 1)
-        made = self.decode(kept[:, begin - state.start :])
-        made = made[:, state.given - self.up * begin : ready - self.up * begin]
+        outputs = self.decode(kept[:, begin - state.start :])
+        outputs = outputs[:, state.given - self.up * begin : ready - self.up * begin]
         keep = max(begin, self.span(range(ready, ready + 1)).start - 1)
         state.kept, state.start, state.given = kept[:, keep - state.start :], keep, ready
-        return made
+        return outputs
 
     def _ready(self, given: int, seen: int) -> int:
         """Count the outputs that depend on no input after the first `seen`."""

@@ -1,9 +1,10 @@
 """The other models of an LTX-2 file (VAEs, vocoder, text connectors) as diffusers' classes: names, configs, loading.
 
 A single file holds them under `vae.`, `audio_vae.`, `vocoder.`, `text_embedding_projection.` and
-`model.diffusion_model.*_embeddings_connector.`, described by the JSON `config` of its metadata (spec 1.2, 1.12); a
-diffusers folder holds each in a subfolder. Loading is strict either way. Names and config keys are those of ltx-core
-1.0.0, Lightricks' own loader, which reads a tiny file of ours to the same bits; no released file was opened here.
+`model.diffusion_model.*_embeddings_connector.`, described by the JSON `config` of its metadata; a diffusers folder
+holds each in a subfolder. Both are loaded strictly. Names and config keys are those of ltx-core 1.0.0, Lightricks' own
+loader, which reads a tiny file of ours to the same bits; no released file was opened here. Source: specification 1.2
+and 1.12.
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from omniforcing_lib import safetensors_io
 from omniforcing_lib.layout import AV
+from omniforcing_lib.ltx2.formats import GROUPS
+from omniforcing_lib.safetensors_io import Reader
 
-STRIDES = {"compress_time": "temporal", "compress_space": "spatial", "compress_all": "spatiotemporal"}
-UNUSED = ("per_channel_statistics.channel", "per_channel_statistics.mean-of-stds")
-CONNECTORS = ("model.diffusion_model.video_embeddings_connector.", "model.diffusion_model.audio_embeddings_connector.")
-PROJECTIONS = "text_embedding_projection."
+NAMES = ("vae", "audio_vae", "vocoder", "connectors")
+"""What `load` loads: the names of the subfolders of a diffusers folder."""
+CONNECTORS = GROUPS["text connectors"]
+(PROJECTIONS,) = GROUPS["text projection"]
+_STRIDES = {"compress_time": "temporal", "compress_space": "spatial", "compress_all": "spatiotemporal"}
+_UNUSED = ("per_channel_statistics.channel", "per_channel_statistics.mean-of-stds")
 
 
 class Names(NamedTuple):
@@ -50,13 +55,12 @@ def _rename(name: str, starts: Sequence[tuple[str, str]], parts: Sequence[tuple[
     return dotted[1:-1]
 
 
-AUDIO_VAE = Names(
-    [
-        ("audio_vae.", ""),
-        ("audio_vae.per_channel_statistics.mean-of-means", "latents_mean"),
-        ("audio_vae.per_channel_statistics.std-of-means", "latents_std"),
-    ]
-)
+def _with_statistics(prefix: str) -> list[tuple[str, str]]:
+    statistics = f"{prefix}per_channel_statistics."
+    return [(prefix, ""), (statistics + "mean-of-means", "latents_mean"), (statistics + "std-of-means", "latents_std")]
+
+
+AUDIO_VAE = Names(_with_statistics("audio_vae."))
 VOCODER = Names(
     [("vocoder.", "")],
     [
@@ -72,6 +76,7 @@ TEXT = Names(
     [
         (CONNECTORS[0], "video_connector."),
         (CONNECTORS[1], "audio_connector."),
+        (PROJECTIONS, ""),
         (PROJECTIONS + "aggregate_embed.", "text_proj_in."),
         (PROJECTIONS + "video_aggregate_embed.", "video_text_proj_in."),
         (PROJECTIONS + "audio_aggregate_embed.", "audio_text_proj_in."),
@@ -85,11 +90,7 @@ def video_names(config: Mapping) -> Names:
 
     LTX-2 counts residual stacks and resamplers in one list; diffusers puts a resampler into the stage it belongs to.
     """
-    starts = [
-        ("vae.", ""),
-        ("vae.per_channel_statistics.mean-of-means", "latents_mean"),
-        ("vae.per_channel_statistics.std-of-means", "latents_std"),
-    ]
+    starts = _with_statistics("vae.")
     down, up = len(config["encoder_blocks"]), len(config["decoder_blocks"])
     for i in range(down):
         stage = f"down_blocks.{i // 2}." + ("downsamplers.0." if i % 2 else "")
@@ -101,34 +102,35 @@ def video_names(config: Mapping) -> Names:
 
 
 def video_config(config: Mapping) -> dict[str, object]:
-    """Translate the `vae` part of a config for `AutoencoderKLLTX2Video` (spec 2).
+    """Translate the `vae` part of a config for `AutoencoderKLLTX2Video` (specification 2).
 
     Raises:
         ValueError: blocks other than residual stacks with a resampler between each two.
     """
-    down, up = (_blocks(config, name) for name in ("encoder_blocks", "decoder_blocks"))
-    up = up[::-1]
-    narrow, wide = [config.get("latent_channels", 128)], [config.get("decoder_base_channels", 128) * 8]
+    down = _blocks(config, "encoder_blocks")
+    up = _blocks(config, "decoder_blocks")[::-1]  # listed from pixels to latents, run the other way round
+    encoder_widths = [config.get("latent_channels", 128)]
+    decoder_widths = [config.get("decoder_base_channels", 128) * 8]
     for _, params in down[1::2]:
-        narrow.append(narrow[-1] * params.get("multiplier", 2))
+        encoder_widths.append(encoder_widths[-1] * params.get("multiplier", 2))
     for _, params in up[1::2]:
-        wide.append(wide[-1] // params.get("multiplier", 1))
+        decoder_widths.append(decoder_widths[-1] // params.get("multiplier", 1))
     padding = config.get("spatial_padding_mode")
     return {
         "in_channels": config.get("in_channels", 3),
         "out_channels": config.get("out_channels", 3),
-        "latent_channels": narrow[0],
-        "block_out_channels": tuple(narrow[1:]),
+        "latent_channels": encoder_widths[0],
+        "block_out_channels": tuple(encoder_widths[1:]),
         "down_block_types": ("LTX2VideoDownBlock3D",) * (len(down) // 2),
         "layers_per_block": tuple(params["num_layers"] for _, params in down[::2]),
         "spatio_temporal_scaling": (True,) * (len(down) // 2),
-        "downsample_type": tuple(STRIDES[name.removesuffix("_res")] for name, _ in down[1::2]),
-        "decoder_block_out_channels": tuple(wide[:-1][::-1]),
+        "downsample_type": tuple(_STRIDES[name.removesuffix("_res")] for name, _ in down[1::2]),
+        "decoder_block_out_channels": tuple(decoder_widths[:-1][::-1]),
         "decoder_layers_per_block": tuple(params["num_layers"] for _, params in up[::-2]),
         "decoder_spatio_temporal_scaling": (True,) * (len(up) // 2),
         "decoder_inject_noise": tuple(params.get("inject_noise", False) for _, params in up[::-2]),
-        # the one list of the decoder's that diffusers reads from the latents on, not from the pixels on
-        "upsample_type": tuple(STRIDES[name] for name, _ in up[1::2]),
+        # Of the decoder's lists, diffusers reads this one alone from the latents to the pixels.
+        "upsample_type": tuple(_STRIDES[name] for name, _ in up[1::2]),
         "upsample_residual": tuple(params.get("residual", False) for _, params in up[-2::-2]),
         "upsample_factor": tuple(params.get("multiplier", 1) for _, params in up[-2::-2]),
         "patch_size": config.get("patch_size", 4),
@@ -145,18 +147,18 @@ def _blocks(config: Mapping, name: str) -> list[tuple[str, dict]]:
     """Read a list of blocks, [kind, layers or parameters] each; a resampler stands between each two stacks."""
     blocks = [(kind, {"num_layers": rest} if isinstance(rest, int) else rest) for kind, rest in config.get(name, ())]
     ending = "_res" if name == "encoder_blocks" else ""
-    known = ({"res_x"}, {stride + ending for stride in STRIDES})
-    if len(blocks) % 2 == 0 or any(kind not in known[i % 2] for i, (kind, _) in enumerate(blocks)):
-        found = ", ".join(kind for kind, _ in blocks) or "none"
-        raise ValueError(f"config.vae.{name} is res_x and {', '.join(sorted(known[1]))} in turns, found {found}")
+    resamplers = {stride + ending for stride in _STRIDES}
+    expected = [{"res_x"}, resamplers]
+    if len(blocks) % 2 == 0 or any(kind not in expected[i % 2] for i, (kind, _) in enumerate(blocks)):
+        kinds = ", ".join(kind for kind, _ in blocks) or "none"
+        raise ValueError(f"config.vae.{name} is res_x and {', '.join(sorted(resamplers))} in turns, found {kinds}")
     return blocks
 
 
 def audio_config(config: Mapping, names: Iterable[str] = ()) -> dict[str, object]:
     """Translate the `audio_vae` part of a config for `AutoencoderKLLTX2Audio`; `names` tell whether it attends."""
-    params, hearing = config["model"]["params"], config.get("preprocessing", {})
-    details = params.get("ddconfig", {})
-    mel_bins = details.get("mel_bins") or hearing.get("mel", {}).get("n_mel_channels") or 64
+    params, features = config["model"]["params"], config.get("preprocessing", {})
+    details, stft = params.get("ddconfig", {}), features.get("stft", {})
     return {
         "base_channels": details.get("ch", 128),
         "output_channels": details.get("out_ch", 2),
@@ -170,29 +172,34 @@ def audio_config(config: Mapping, names: Iterable[str] = ()) -> dict[str, object
         "causality_axis": details.get("causality_axis", "height"),
         "mid_block_add_attention": any(".mid.attn_1." in name for name in names),
         "sample_rate": params.get("sampling_rate", 16_000),
-        "mel_hop_length": hearing.get("stft", {}).get("hop_length", 160),
-        "is_causal": hearing.get("stft", {}).get("causal", True),
-        "mel_bins": mel_bins,
+        "mel_hop_length": stft.get("hop_length", 160),
+        "is_causal": stft.get("causal", True),
+        "mel_bins": details.get("mel_bins") or features.get("mel", {}).get("n_mel_channels") or 64,
         "double_z": details.get("double_z", True),
     }
 
 
 def vocoder_config(config: Mapping) -> dict[str, object]:
-    """Translate the `vocoder` part of a config: flat for `LTX2Vocoder`, nested for `LTX2VocoderWithBWE` (spec 1.12)."""
+    """Translate the `vocoder` part of a config: flat for `LTX2Vocoder`, nested for `LTX2VocoderWithBWE`."""
     if "bwe" not in config:
-        return _vocoder(config) | {"output_sampling_rate": config.get("output_sampling_rate", 24_000)}
-    finer = config["bwe"]
-    ending = {f"bwe_{name}": value for name, value in (_vocoder(finer) | {"final_act_fn": None}).items()}
-    heard = {"filter_length": "n_fft", "window_length": "n_fft", "num_mel_channels": "num_mels"}
-    same = ("hop_length", "input_sampling_rate", "output_sampling_rate")
+        return _generator(config) | {"output_sampling_rate": config.get("output_sampling_rate", 24_000)}
+    extension = config["bwe"]
+    generator = {f"bwe_{name}": value for name, value in (_generator(extension) | {"final_act_fn": None}).items()}
     return (
-        _vocoder(config.get("vocoder", {}))
-        | ending
-        | {name: finer[source] for name, source in (heard | dict(zip(same, same, strict=True))).items()}
+        _generator(config.get("vocoder", {}))
+        | generator
+        | {
+            "filter_length": extension["n_fft"],
+            "window_length": extension["n_fft"],
+            "num_mel_channels": extension["num_mels"],
+            "hop_length": extension["hop_length"],
+            "input_sampling_rate": extension["input_sampling_rate"],
+            "output_sampling_rate": extension["output_sampling_rate"],
+        }
     )
 
 
-def _vocoder(config: Mapping) -> dict[str, object]:
+def _generator(config: Mapping) -> dict[str, object]:
     kind = config.get("resblock", "1")
     if kind not in ("1", "AMP1") or not config.get("stereo", True):
         raise ValueError(f"config.vocoder is stereo with resblock 1 or AMP1, found resblock {kind!r}, {dict(config)}")
@@ -213,154 +220,139 @@ def _vocoder(config: Mapping) -> dict[str, object]:
 def connector_config(transformer: Mapping, tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """Translate what the `transformer` part of a config says of the text connectors for `LTX2TextConnectors`.
 
-    Sizes come from the tensors (under diffusers' names), heads and RoPE from the config (spec 1.7, 1.12).
+    Sizes come from the tensors (under diffusers' names), heads and RoPE from the config (specification 1.7, 1.12).
     """
-    split = "video_text_proj_in.weight" in tensors
-    projected = tensors["video_text_proj_in.weight" if split else "text_proj_in.weight"]
-    heads = transformer.get("connector_num_attention_heads", 30)
-    width = transformer.get("caption_channels", 3840)
-    made: dict[str, object] = {
+    per_stream = "video_text_proj_in.weight" in tensors
+    projection = tensors["video_text_proj_in.weight" if per_stream else "text_proj_in.weight"]
+    heads, width = transformer.get("connector_num_attention_heads", 30), transformer.get("caption_channels", 3840)
+    config: dict[str, object] = {
         "caption_channels": width,
-        "text_proj_in_factor": projected.shape[1] // width,
+        "text_proj_in_factor": projection.shape[1] // width,
         "connector_rope_base_seq_len": transformer.get("connector_positional_embedding_max_pos", [4096])[0],
         "rope_theta": float(transformer.get("positional_embedding_theta", 10_000.0)),
         "rope_double_precision": str(transformer.get("frequencies_precision", "")).endswith("float64"),
         "rope_type": transformer.get("rope_type", "interleaved"),
-        "per_modality_projections": split,
+        "per_modality_projections": per_stream,
         "proj_bias": "video_text_proj_in.bias" in tensors,
     }
-    if split:
-        made["video_hidden_dim"] = len(projected)
-        made["audio_hidden_dim"] = len(tensors["audio_text_proj_in.weight"])
-    for stream, count in (("video", heads), ("audio", transformer.get("audio_connector_num_attention_heads", heads))):
-        own = {name: t for name, t in tensors.items() if name.startswith(f"{stream}_connector.")}
-        registers = own.get(f"{stream}_connector.learnable_registers")
-        inner = len(own[f"{stream}_connector.transformer_blocks.0.attn1.to_q.weight"])
-        made |= {
+    if per_stream:
+        config["video_hidden_dim"] = len(projection)
+        config["audio_hidden_dim"] = len(tensors["audio_text_proj_in.weight"])
+    stream_heads = AV(heads, transformer.get("audio_connector_num_attention_heads", heads))
+    for stream, count in stream_heads._asdict().items():
+        prefix = f"{stream}_connector."
+        connector = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        registers = connector.get("learnable_registers")
+        layers = [int(name.split(".")[1]) for name in connector if name.startswith("transformer_blocks.")]
+        config |= {
             f"{stream}_connector_num_attention_heads": count,
-            f"{stream}_connector_attention_head_dim": inner // count,
-            f"{stream}_connector_num_layers": 1 + max(int(n.split(".")[2]) for n in own if ".transformer_blocks." in n),
+            f"{stream}_connector_attention_head_dim": len(connector["transformer_blocks.0.attn1.to_q.weight"]) // count,
+            f"{stream}_connector_num_layers": 1 + max(layers),
             f"{stream}_connector_num_learnable_registers": None if registers is None else len(registers),
-            f"{stream}_gated_attn": any(".to_gate_logits." in name for name in own),
+            f"{stream}_gated_attn": any(".to_gate_logits." in name for name in connector),
         }
-    return made
+    return config
 
 
 Source = str | os.PathLike[str]
 
 
-def video_vae(source: Source, **place: torch.device | torch.dtype) -> nn.Module:
-    """Load `AutoencoderKLLTX2Video` from a single file or a diffusers folder; `place` is that of `Module.to`."""
-    from diffusers import AutoencoderKLLTX2Video
+def load(source: Source, part: str, **place: torch.device | torch.dtype) -> nn.Module:
+    """Load one of `NAMES` from an LTX-2 single file or diffusers folder, strictly and frozen.
 
+    Args:
+        source: the file or folder.
+        part: "vae" is `AutoencoderKLLTX2Video`, "audio_vae" `AutoencoderKLLTX2Audio`, "vocoder" `LTX2Vocoder` (24 kHz)
+            or `LTX2VocoderWithBWE` (48 kHz), "connectors" `LTX2TextConnectors`, the projection and both connectors.
+        place: device and dtype, as `Module.to` takes them; float32 by default.
+
+    Raises:
+        ValueError: the part is missing, names or shapes do not fit its config, or a value is not finite.
+    """
+    classes = _classes(part)
     if Path(source).is_dir():
-        return _from_folder(source, "vae", AutoencoderKLLTX2Video, **place)
-    config = part_config(source, "vae")
-    tensors = tensors_of(source, ("vae.",), video_names(config))
-    return filled(AutoencoderKLLTX2Video, video_config(config), tensors, **place)
+        class_name, config, tensors = _from_folder(Path(source) / part)
+    else:
+        class_name, config, tensors = _from_file(source, part)
+    if class_name not in classes:
+        raise ValueError(f"{source}: {part} is of class {class_name!r}, expected {' or '.join(classes)}")
+    module = classes[class_name](**config)
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{class_name}: the tensors do not fit the config: {error}") from error
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{class_name}: {broken[0]} holds values that are not finite; get the file again")
+    # diffusers' own `to` warns at each change of dtype, whether or not it matters
+    return nn.Module.to(module, **place).requires_grad_(False).eval()
 
 
-def audio_vae(source: Source, **place: torch.device | torch.dtype) -> nn.Module:
-    """Load `AutoencoderKLLTX2Audio` from a single file or a diffusers folder; `place` is that of `Module.to`."""
-    from diffusers import AutoencoderKLLTX2Audio
-
-    if Path(source).is_dir():
-        return _from_folder(source, "audio_vae", AutoencoderKLLTX2Audio, **place)
-    tensors = tensors_of(source, ("audio_vae.",), AUDIO_VAE)
-    config = audio_config(part_config(source, "audio_vae"), tensors)
-    return filled(AutoencoderKLLTX2Audio, config, tensors, **place)
-
-
-def vocoder(source: Source, **place: torch.device | torch.dtype) -> nn.Module:
-    """Load `LTX2Vocoder` (24 kHz), or `LTX2VocoderWithBWE` (48 kHz) where the file has one."""
+def _classes(part: str) -> dict[str, type[nn.Module]]:
+    from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
     from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
 
-    if Path(source).is_dir():
-        return _from_folder(source, "vocoder", LTX2Vocoder, LTX2VocoderWithBWE, **place)
-    config = part_config(source, "vocoder")
-    kind = LTX2VocoderWithBWE if "bwe" in config else LTX2Vocoder
-    return filled(kind, vocoder_config(config), tensors_of(source, ("vocoder.",), VOCODER), **place)
+    classes = {
+        "vae": (AutoencoderKLLTX2Video,),
+        "audio_vae": (AutoencoderKLLTX2Audio,),
+        "vocoder": (LTX2Vocoder, LTX2VocoderWithBWE),
+        "connectors": (LTX2TextConnectors,),
+    }
+    return {cls.__name__: cls for cls in classes[part]}
 
 
-def connectors(source: Source, **place: torch.device | torch.dtype) -> nn.Module:
-    """Load `LTX2TextConnectors`, the projection and both connectors, from a single file or a diffusers folder."""
-    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+def _from_file(source: Source, part: str) -> tuple[str, dict[str, object], dict[str, Tensor]]:
+    """Read class, config and tensors of a part of a single file, under diffusers' names."""
+    described = _part_config(source, "transformer" if part == "connectors" else part)
+    names = {"audio_vae": AUDIO_VAE, "vocoder": VOCODER, "connectors": TEXT}.get(part) or video_names(described)
+    stored, prefixes = _header(source).entries, tuple(start for start, _ in names.starts)
+    wanted = [n for n in stored if n.startswith(prefixes) and not any(unused in n for unused in _UNUSED)]
+    if not wanted:
+        raise ValueError(f"{source} has no tensors under {prefixes[0]}; use a file that holds the whole model")
+    reader = Reader(stored)
+    tensors = {names.to_diffusers(name): reader.get(name) for name in wanted}
+    match part:
+        case "vae":
+            return "AutoencoderKLLTX2Video", video_config(described), tensors
+        case "audio_vae":
+            return "AutoencoderKLLTX2Audio", audio_config(described, tensors), tensors
+        case "vocoder":
+            kind = "LTX2VocoderWithBWE" if "bwe" in described else "LTX2Vocoder"
+            return kind, vocoder_config(described), tensors
+    return "LTX2TextConnectors", connector_config(described, tensors), tensors
 
-    if Path(source).is_dir():
-        return _from_folder(source, "connectors", LTX2TextConnectors, **place)
-    tensors = tensors_of(source, (*CONNECTORS, PROJECTIONS), TEXT)
-    return filled(LTX2TextConnectors, connector_config(part_config(source, "transformer"), tensors), tensors, **place)
+
+def _from_folder(folder: Path) -> tuple[str | None, dict[str, object], dict[str, Tensor]]:
+    """Read class, config and tensors of one subfolder of a diffusers folder."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        raise ValueError(f"{folder} holds no config.json with safetensors weights; get this part of the model")
+    described = safetensors_io.read_json(folder / "config.json")
+    entries = {name: entry for path in weights for name, entry in _header(path).entries.items()}
+    config = {name: value for name, value in described.items() if not name.startswith("_")}
+    reader = Reader(entries)
+    return described.get("_class_name"), config, {name: reader.get(name) for name in entries}
 
 
 def context_widths(source: Source) -> AV[int]:
     """Read how wide a text context is in each stream, from the connectors' own description; nothing is loaded."""
     if Path(source).is_dir():
-        config = json.loads((Path(source) / "connectors" / "config.json").read_text(encoding="utf-8"))
+        config = safetensors_io.read_json(Path(source) / "connectors" / "config.json")
         sizes = ("num_attention_heads", "attention_head_dim")
         return AV(*(prod(config[f"{stream}_connector_{size}"] for size in sizes) for stream in AV._fields))
-    with _opened(source) as file:
-        first = "transformer_1d_blocks.0.attn1.to_q.weight"
-        return AV(*(file.get_slice(prefix + first).get_shape()[0] for prefix in CONNECTORS))
+    entries = _header(source).entries
+    return AV(*(entries[f"{prefix}transformer_1d_blocks.0.attn1.to_q.weight"].shape[0] for prefix in CONNECTORS))
 
 
-def part_config(source: Source, part: str) -> dict:
+def _part_config(source: Source, part: str) -> dict:
     """Read one part of the JSON `config` in a single file's metadata; ValueError where it is not there."""
-    with _opened(source) as file:
-        config = json.loads((file.metadata() or {}).get("config", "{}"))
+    config = json.loads(_header(source).metadata.get("config", "{}"))
     if part not in config:
         raise ValueError(f"{source}: the metadata's `config` has no part {part!r}, found {', '.join(config) or 'none'}")
     return config[part]
 
 
-def tensors_of(source: Source, prefixes: tuple[str, ...], names: Names) -> dict[str, Tensor]:
-    """Read the tensors under `prefixes` with diffusers' names; ValueError where there are none."""
-    with _opened(source) as file:
-        wanted = [n for n in file.keys() if n.startswith(prefixes) and not any(part in n for part in UNUSED)]
-        found = {names.to_diffusers(name): file.get_tensor(name) for name in wanted}
-    if not found:
-        raise ValueError(f"{source} has no tensors under {', '.join(prefixes)}; use a file that holds the whole model")
-    return found
-
-
-def filled(kind: type[nn.Module], config: Mapping, tensors: Mapping[str, Tensor], **place) -> nn.Module:
-    """Build a module and fill it strictly: frozen, in evaluation mode, float32 unless `place` says otherwise.
-
-    Raises:
-        ValueError: names or shapes that do not fit, or values that are not finite.
-    """
-    module = kind(**config)
-    try:
-        module.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{kind.__name__}: the tensors do not fit the config: {error}") from error
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
-        raise ValueError(f"{kind.__name__}: {broken[0]} holds values that are not finite; get the file again")
-    # diffusers' own `to` warns at each change of dtype, whether or not it matters
-    return nn.Module.to(module, **place).requires_grad_(False).eval()
-
-
-def _from_folder(source: Source, part: str, *kinds: type[nn.Module], **place) -> nn.Module:
-    """Load one subfolder of a diffusers folder as the class that its own config names."""
-    folder = Path(source) / part
-    weights = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not weights:
-        raise ValueError(f"{folder} holds no config.json with safetensors weights; get this part of the model")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = {kind.__name__: kind for kind in kinds}.get(name := config.get("_class_name"))
-    if kind is None:
-        raise ValueError(
-            f"{folder}: config.json is of class {name!r}, expected {' or '.join(k.__name__ for k in kinds)}"
-        )
-    config = {name: value for name, value in config.items() if not name.startswith("_")}
-    tensors: dict[str, Tensor] = {}
-    for path in weights:
-        with _opened(path) as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}
-    return filled(kind, config, tensors, **place)
-
-
-def _opened(source: Source) -> safe_open:
-    try:
-        return safe_open(source, "pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{source} cannot be read as safetensors ({error}); only safetensors are loaded") from error
+def _header(source: Source) -> safetensors_io.Shards:
+    if not Path(source).is_file():
+        raise ValueError(f"{source} is not there; give a .safetensors file or a diffusers folder")
+    return safetensors_io.one_file(Path(source))

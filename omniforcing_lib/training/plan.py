@@ -142,6 +142,13 @@ def _saving(model: Transformer) -> Iterator:
         handle.remove()
 
 
+def training_bytes(config: ModelConfig, average: bool = True) -> int:
+    """Count what one model that learns holds: fp32 weights, gradients, both moments of AdamW, and the average."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Transformer(config).parameters())
+    return (20 if average else 16) * parameters
+
+
 def components(counted: Counted, gpus: int, *, amp: bool = True, recompute: bool = True) -> dict[str, int]:
     """Give the bytes of every component on one of `gpus` GPUs, all models sharded over all of them."""
     student, scorer = counted.parameters

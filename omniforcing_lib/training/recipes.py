@@ -317,7 +317,7 @@ def prompts(
     beside = model_bundle.of(model, device=device, dtype="bfloat16", gemma=gemma)
     if isinstance(beside.text, model_bundle.StandInText):
         raise ValueError(f"{beside}; training needs real ones: name a Gemma folder (--gemma)")
-    if beside.known:
+    if beside.has_ground_truth:
         beside.text.encode(names)  # one outside the world's grammar is refused before any is stored
     return dataset.store_prompts(out, beside.text, names)
 

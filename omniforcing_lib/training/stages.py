@@ -23,11 +23,11 @@ from omniforcing_lib.flow import (
     snap_indices,
     x0_of,
 )
+from omniforcing_lib.graphs import recorded
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig, fresh_noise, join, rollout
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, check_numbers
 from omniforcing_lib.training.distributed import MicroBatch
-from omniforcing_lib.training.graphs import recorded
 from omniforcing_lib.training.train import Learner, Metrics, Step
 from omniforcing_lib.transformer import Transformer
 

@@ -15,11 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from omniforcing_lib import losses
-from omniforcing_lib.blocks import Block
 from omniforcing_lib.flow import ONES
 from omniforcing_lib.layout import AV
 from omniforcing_lib.training import run_folder
@@ -89,9 +87,7 @@ class Learner:
             copied = team.clone_sharded(model) if team.mesh else copy.deepcopy(model)
             self.average = copied.eval().requires_grad_(False)
         self._blend = get_ema_multi_avg_fn(recipe.ema)
-        if recipe.recompute:
-            for block in model.transformer_blocks:
-                _recompute(block)
+        self.model.recompute = recipe.recompute
         self.optimiser = self._adamw()
 
     def _adamw(self) -> torch.optim.AdamW:
@@ -225,32 +221,6 @@ class Learner:
 
     def _learning(self) -> list[nn.Parameter]:
         return [p for group in self.optimiser.param_groups for p in group["params"]]
-
-
-def _recompute(block: Block) -> None:
-    """Let a block keep its inputs alone where gradients flow, and run again when they are asked for."""
-    plain = block.forward
-
-    def forward(x: AV[Tensor], condition: AV[object], *, slots: AV | None = None, **skip: bool) -> AV[Tensor]:
-        if not torch.is_grad_enabled():
-            return plain(x, condition, slots=slots, **skip)
-        cache = slots.video.own._cache if slots else None
-        then = dict(vars(cache)) if cache else {}
-
-        def run(x: AV[Tensor]) -> AV[Tensor]:
-            """Run as then: by now the cache may have another block open."""
-            if cache is None:
-                return plain(x, condition, **skip)
-            now = dict(vars(cache))
-            vars(cache).update(then)
-            try:
-                return plain(x, condition, slots=slots, **skip)
-            finally:
-                vars(cache).update(now)
-
-        return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
-
-    block.forward = forward
 
 
 @dataclass

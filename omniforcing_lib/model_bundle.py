@@ -39,9 +39,6 @@ from omniforcing_lib.training import plan
 from omniforcing_lib.training.dataset import Prompts, latent_shapes
 from omniforcing_lib.transformer import Transformer, fresh_sinks
 
-WORLD_ONLY = "the world only"
-AT_ONCE = "each latent decodes at once"
-TRAINED = "all weights are trained"
 SENTENCES = (
     "rain falls on a tin roof while a dog barks in the yard",
     "a woman plays a slow tune on a piano in an empty hall",
@@ -177,18 +174,6 @@ class ModelBundle:
     def fits_training(self) -> bool:
         """Tell whether the device has the memory to train all weights."""
         return self.training_bytes <= self.memory_bytes
-
-    def leave_out(self, run) -> None:
-        """Deprecated: mark cells to skip; notebooks should ask the properties above instead."""
-        print(self)
-        need, there = f"{self.training_bytes / 1e9:.0f} GB", f"{self.memory_bytes / 1e9:.0f}"
-        for mark, runs, why in (
-            (AT_ONCE, self.decodes_at_once, "LTX-2's decoders look ahead: chunks come later than their latents"),
-            (TRAINED, self.fits_training, f"training needs {need}, {self.device} has {there}"),
-            (WORLD_ONLY, self.has_ground_truth, "no ground truth is known for clips of this teacher"),
-        ):
-            if not runs:
-                run.leave_out(mark, why)
 
     @cached_property
     def config(self) -> ModelConfig:

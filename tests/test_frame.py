@@ -127,8 +127,8 @@ def test_profile_errors_list_what_there_is():
     with pytest.raises(ValueError, match="unknown profile 'profle'; choose one of smoke, cpu, full, gpu"):
         profiles.from_name("profle")
     with pytest.raises(ValueError, match="profile 'smoke' has no field clip; it has name, "):
-        profiles.SMOKE.override({"clip": 3})
-    assert profiles.SMOKE.override({"clips": 3, "seconds": None}).clips == 3
+        profiles.from_name("smoke").override({"clip": 3})
+    assert profiles.from_name("smoke").override({"clips": 3, "seconds": None}).clips == 3
 
 
 @pytest.mark.parametrize(

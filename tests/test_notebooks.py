@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from series import origins, runner
+from series import origins, report, runner
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -23,11 +23,13 @@ SERIES = (
     "04_self_forcing_distillation",
     "05_realtime_benchmark",
 )
+FIRST_PAGE = "00_start_here"
 QUICKEST = "02_mask_construction"
 COMMON = {"profile": "smoke", "seed": 0, "device": "cpu", "teacher": "", "out_dir": ""}
 CHECKED = "nbval-check-output"
 
-each_notebook = pytest.mark.parametrize("name", SERIES)
+each_notebook = pytest.mark.parametrize("name", (FIRST_PAGE, *SERIES))
+each_lesson = pytest.mark.parametrize("name", SERIES)
 
 
 def read(name):
@@ -52,7 +54,9 @@ def stored_text(cell):
 
 
 def test_the_series_is_these_five():
-    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == list(SERIES)
+    """And a first page, which runs with them."""
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == [path.stem for path in runner.select()]
+    assert [path.stem for path in runner.select()] == [FIRST_PAGE, *SERIES]
 
 
 @each_notebook
@@ -120,11 +124,60 @@ def test_code_argues_and_the_library_computes(name):
 
 
 @each_notebook
+def test_cells_that_not_every_checkpoint_can_run_say_so_in_plain_python(name):
+    """What they ask of the components is what `Run.introduce` explains."""
+    for cell in code_cells(name)[2:]:
+        tests = [node.test for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.If)]
+        asked = {test.attr for test in tests if isinstance(test, ast.Attribute) and test.value.id == "components"}
+        assert asked <= set(report.LEFT_OUT)
+
+
+@each_notebook
 def test_prose_goes_before_code(name):
+    """Formulas, exercises and references are not prose that is read from one end to the other."""
     cells = read(name).cells
-    words = sum(len(cell.source.split()) for cell in cells if cell.cell_type == "markdown")
+    aside = {"exercise", "references"}
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown" and not aside & {*tags(cell)}]
+    words = sum(len(re.sub(r"\$\$.*?\$\$", "", text, flags=re.DOTALL).split()) for text in prose)
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
-    assert 300 <= words <= 1700
+    assert 300 <= words <= 1500
+
+
+@each_lesson
+def test_a_lesson_has_formulas_the_librarys_own_lines_and_references(name):
+    *_, last = cells = read(name).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    assert len(re.findall(r"\$\$.*?\$\$", text, re.DOTALL)) >= 2
+    assert sum("run.source(" in cell.source for cell in cells) >= 2
+    assert "references" in tags(last) and len(re.findall(r"\]\(https://(arxiv|doi)\.org/", last.source)) >= 3
+    assert "2603.11647" in last.source and re.search(r"\bpaper\b.{0,40}Sec\. 3\.\d", text)
+
+
+@each_lesson
+def test_three_exercises_ask_first_and_fold_their_answers(name):
+    cells = read(name).cells
+    asked = [i for i, cell in enumerate(cells) if cell.source.startswith("**Exercise ")]
+    assert len(asked) == 3
+    for question, solution in ((cells[i], cells[i + 1]) for i in asked):
+        assert "?" in question.source and "exercise" in tags(question)
+        assert {"solution", "hide-cell", CHECKED} <= {*tags(solution)}
+        assert solution.metadata.jupyter == {"outputs_hidden": True, "source_hidden": True}
+        assert "run.check(" in solution.source
+
+
+@each_notebook
+def test_links_between_notebooks_lead_somewhere(name):
+    text = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\((?!https:)([^)#]+)\)", text)
+    assert links and not [link for link in links if not (FOLDER / link).exists()]
+
+
+@each_notebook
+def test_every_picture_is_told_in_words(name):
+    outputs = [output.get("data", {}) for cell in code_cells(name) for output in cell.outputs]
+    assert not [data for data in outputs if {"image/png", "image/jpeg", "image/svg+xml"} & data.keys()]
+    pictures = re.findall(r"<img [^>]*>", "".join("".join(data.get("text/html", "")) for data in outputs))
+    assert pictures and all(len(re.search(r'alt="([^"]*)"', picture)[1].split()) >= 4 for picture in pictures)
 
 
 def test_no_four_lines_are_the_same_in_two_notebooks():
@@ -137,7 +190,7 @@ def test_no_four_lines_are_the_same_in_two_notebooks():
 
 
 def test_notebooks_stay_small_enough_to_review():
-    sizes = {name: (FOLDER / f"{name}.ipynb").stat().st_size for name in SERIES}
+    sizes = {path.stem: path.stat().st_size for path in runner.select()}
     assert max(sizes.values()) <= 400_000 and sum(sizes.values()) <= 1_500_000, sizes
 
 

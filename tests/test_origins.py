@@ -35,7 +35,7 @@ def test_what_fits_the_repository_is_told_by_its_commit_alone(clone):
     rows = origins.rows(["04"], "cpu", clone)
     names = ["04", "scores/scores", "ablations"]
     assert rows == [{"numbers": name, "commit": "c0ffee1", "not as here": "—"} for name in names]
-    assert claims._aged(rows) == ""
+    assert claims.out_of_date(rows) == ""
 
 
 def test_what_does_not_fit_is_said_in_the_report_and_in_the_readme(clone):

@@ -193,10 +193,10 @@ def test_a_kernel_that_says_nothing_is_told_of(watched):
 
 # Two players: the shipped student, and flashes of light that each come with a click.
 CELLS = (
-    """from omniforcing_lib.bounce import text
-from omniforcing_lib import stream
-from series import widgets
+    """from omniforcing_lib import stream
+from omniforcing_lib.bounce import codecs, text
 from omniforcing_lib.ltx2 import checkpoints
+from series import widgets
 
 codec, causal = codecs.shipped_codec(), checkpoints.read("student").causal
 live = stream.Streamer(checkpoints.load("student"), causal, codec, text.TinyText(), "a red ball, bell")

@@ -15,7 +15,7 @@ from omniforcing_lib import masks
 from omniforcing_lib.bounce import world
 from omniforcing_lib.layout import AV, LAYOUTS, PAPER
 from omniforcing_lib.media import wav_bytes
-from series import canvas, plots, widgets
+from series import plots, widgets
 
 RNG = np.random.default_rng(0)
 
@@ -45,13 +45,11 @@ def some_motions(count):
 
 FIGURES = {
     "rulers": lambda: plots.rulers(LAYOUTS, 4),
+    "overview": lambda: plots.overview(PAPER),
     "strip": lambda: plots.strip(a_clip(), [Event(0.4)], [Event(0.41), Event(1.2)], title="a red ball, bell"),
     "contact_sheet": lambda: plots.contact_sheet([a_clip(i) for i in range(6)], [f"clip {i}" for i in range(6)]),
     "mask_grid": lambda: plots.mask_grid(some_masks(PAPER), PAPER, 7, 16, block=1),
     "leak_heatmap": lambda: plots.leak_heatmap({"video → audio": leaky(), "audio → video": np.triu(leaky())}),
-    "sigma_schedule": lambda: plots.sigma_schedule(
-        {"teacher": np.linspace(1, 0, 41), "student": [1, 0.9, 0.7, 0.4, 0]}
-    ),
     "curves": lambda: plots.curves({"student": ([1, 2], [3, 4], ([2, 3], [4, 5]))}, xlabel="s", ylabel="F1", log="y"),
     "bars_with_ci": lambda: plots.bars_with_ci({"F1": {"teacher": (0.8, 0.7, 0.9), "student": (0.7, 0.6, 0.8)}}),
     "by_sinks": lambda: plots.by_sinks({"norm": {"ours": ([0, 4, 16], [np.nan, 40, 9])}}, log=True),
@@ -67,16 +65,15 @@ FIGURES = {
     "velocities": lambda: plots.velocities(
         {name: some_motions(192) for name in ("real", "teacher", "Stage 2", "b", "a")}
     ),
-    "roofline": lambda: plots.roofline({"decode": (2, 8)}, peak_gflops=60, bandwidth_gb_s=12),
 }
 
 
 @pytest.mark.parametrize("draw", FIGURES.values(), ids=FIGURES)
 def test_a_figure_fits_its_page(draw):
     fig = draw()
-    data = widgets.png(fig)
+    data = plots.png(fig)
     width, height = fig.get_size_inches()
-    assert Image.open(io.BytesIO(data)).size == (round(width * 100), round(height * 100)) and width <= canvas.WIDTH
+    assert Image.open(io.BytesIO(data)).size == (round(width * 100), round(height * 100)) and width <= plots.WIDTH
     assert len(data) <= 60_000
     FigureCanvasAgg(fig).draw()
     drawn = fig.get_tightbbox()
@@ -84,7 +81,7 @@ def test_a_figure_fits_its_page(draw):
 
 
 def test_every_figure_is_tried():
-    assert set(FIGURES) == set(plots.__all__) - {"Estimate"}
+    assert set(FIGURES) == {name for name, thing in vars(plots).items() if hasattr(thing, "__wrapped__")}
 
 
 def test_drawing_leaves_matplotlib_as_it_was():
@@ -94,12 +91,12 @@ def test_drawing_leaves_matplotlib_as_it_was():
 
 
 def test_the_same_arrays_give_the_same_picture():
-    assert widgets.png(FIGURES["rulers"]()) == widgets.png(FIGURES["rulers"]())
+    assert plots.png(FIGURES["rulers"]()) == plots.png(FIGURES["rulers"]())
 
 
 def test_streams_sinks_and_teacher_keep_their_colours():
-    names = canvas.colours(["video loss", "audio loss", "teacher", "16 sinks", "student", "stage 2"])
-    assert list(names.values())[:4] == [*canvas.STREAM, canvas.GREY, canvas.SINK]
+    names = plots.colours(["video loss", "audio loss", "teacher", "16 sinks", "student", "stage 2"])
+    assert list(names.values())[:4] == [*plots.STREAM, plots.GREY, plots.SINK]
     assert len(set(names.values())) == 6
 
 
@@ -187,7 +184,7 @@ def test_mask_explorer_shows_the_twin_of_what_is_chosen():
     first = picture.value
     sinks.value, block.value = 4, 1
     layout = replace(PAPER, sinks=4)
-    assert picture.value == widgets.png(plots.mask_grid(some_masks(layout), layout, 7, 16, block=1)) != first
+    assert picture.value == plots.png(plots.mask_grid(some_masks(layout), layout, 7, 16, block=1)) != first
     name.value = "released"
     assert sinks.value == 0 and block.value is None and len(block.options) == 3
 
@@ -196,5 +193,5 @@ def test_clip_browser_shows_and_sounds_the_chosen_clip():
     clips = [a_clip(0), a_clip(1)]
     choice, picture, sound = widgets.clip_browser(clips, ["a", "b"]).children
     choice.value = 1
-    assert picture.value == widgets.png(plots.strip(clips[1], title="b"))
+    assert picture.value == plots.png(plots.strip(clips[1], title="b"))
     assert sound.value == wav_bytes(clips[1].audio)

@@ -1,7 +1,9 @@
 """The runner and the run context, on notebooks of three cells."""
 
+import inspect
 import json
 import sys
+from typing import NamedTuple
 
 import matplotlib
 import nbformat
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from omniforcing_lib import files
+from omniforcing_lib import files, model_bundle
 from omniforcing_lib.__main__ import main
 from omniforcing_lib.bounce import world
 from series import claims, profiles, report, runner, verdicts
@@ -43,7 +45,7 @@ def series(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    return report.Run("02_masks", profiles.SMOKE, seed=0, device="cpu", teacher="", folder=tmp_path)
+    return report.Run("02_masks", profiles.from_name("smoke"), seed=0, device="cpu", teacher="", folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,27 @@ def test_a_check_prints_one_line_or_raises(run, capsys):
     assert set(run.metrics) == {"no leak before block 2", "latents"}
 
 
+class Bundle(NamedTuple):
+    has_ground_truth: bool
+    decodes_at_once: bool
+    fits_training: bool
+
+    def __str__(self):
+        return "a checkpoint"
+
+
+@pytest.mark.parametrize("missing", report.LEFT_OUT)
+def test_what_a_checkpoint_does_not_have_is_left_out_in_so_many_words(run, capsys, missing):
+    run.introduce(Bundle(**{name: name != missing for name in report.LEFT_OUT}))
+    told = f"left out: cells under `if components.{missing}:`; {report.LEFT_OUT[missing]}"
+    assert capsys.readouterr().out == f"a checkpoint\n{told}\n"
+
+
+def test_the_miniature_leaves_nothing_out(run, capsys):
+    run.introduce(model_bundle.of())
+    assert "left out" not in capsys.readouterr().out
+
+
 def test_metrics_files_are_sorted_rounded_and_plain_json(run, monkeypatch):
     monkeypatch.setattr(report, "_device_name", str)
     run.metric("loss", np.float32(1 / 3), tol=0.01, better="lower", interval=(0.1, 0.5))
@@ -146,13 +169,37 @@ def test_figures_and_claims_need_their_numbers(run):
     figure = Figure(figsize=(9, 5))
     noise = np.random.default_rng(0).normal(size=(300, 500))
     figure.subplots().imshow(noise, cmap="magma")
-    run.figure("leak", figure, metric="leak")
+    run.figure("leak", figure, alt="Noise, as a map of colours", metric="leak")
     assert len(report._small_png(figure)) <= report.FIGURE_BYTES
     assert (run.folder / "figures" / "02_masks_leak.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="claim 7 quotes unrecorded metrics: leak"):
         run.claim(7, {"leak": verdicts.at_most(0, exact=True)})
     with pytest.raises(ValueError, match="figure 'leak' names metrics that were not recorded: leak"):
         run.finish()
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What a notebook would show."""
+    outputs = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: outputs.append(data))
+    return outputs
+
+
+def test_a_figure_is_told_in_words_where_a_page_looks_for_them(run, shown):
+    run.figure("noise", Figure(), alt='A "map" of <noise>', metric="noise")
+    (data,) = shown
+    assert 'alt="A &quot;map&quot; of &lt;noise&gt;"' in data["text/html"] and "image/png" not in data
+    assert data["text/plain"] == 'figure noise: A "map" of <noise>'
+
+
+def test_a_source_is_the_one_that_runs(run, shown):
+    run.source(verdicts.at_least, verdicts.at_most)
+    (data,) = shown
+    assert data["text/plain"] == "\n\n".join(
+        inspect.getsource(f).rstrip() for f in (verdicts.at_least, verdicts.at_most)
+    )
+    assert data["text/markdown"] == f"```python\n{data['text/plain']}\n```"
 
 
 def test_tables_align_and_escape():
@@ -224,6 +271,18 @@ def test_a_page_shows_warnings_and_players_and_no_bars(tmp_path):
     page = (tmp_path / "run.html").read_text()
     assert page.count("9 steps") == page.count("UserWarning: heed me") == 1
     assert "stage 2" not in page and '"model_id": "closed bar"' not in page and '"model_id": "player"' in page
+
+
+def test_a_page_folds_solutions_and_links_pages(tmp_path):
+    cells = [nbformat.v4.new_markdown_cell("[next](02_mask_construction.ipynb)")]
+    cells += [nbformat.v4.new_code_cell(text) for text in ("question = 1", "answer = 2")]
+    cells[2].metadata.tags = ["solution"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "run.ipynb")
+    runner._write_html(tmp_path / "run.ipynb", tmp_path / "run.html")
+    page = (tmp_path / "run.html").read_text()
+    assert 'href="02_mask_construction.html"' in page
+    before, folded = page.split("<details><summary>Solution</summary>")
+    assert "question" in before and "answer" in folded.split("</details>")[0] and "answer" not in before
 
 
 def test_only_seeds_are_called_held_out():

@@ -85,7 +85,7 @@ def test_more_comparisons_make_every_interval_wider():
 
 @pytest.fixture
 def run(tmp_path):
-    return report.Run("04", profiles.SMOKE, seed=0, device="cpu", teacher="", folder=tmp_path)
+    return report.Run("04", profiles.from_name("smoke"), seed=0, device="cpu", teacher="", folder=tmp_path)
 
 
 def test_a_run_answers_by_the_intervals_it_recorded(run):
@@ -115,7 +115,9 @@ def test_a_short_run_is_read_beside_the_stored_long_one(run, tmp_path, monkeypat
     tables = []
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report.Run, "table", lambda self, rows: tables.append(rows))
-    stored = report.Run("04", profiles.SMOKE, seed=0, device="cpu", teacher="", folder=tmp_path / "reports")
+    stored = report.Run(
+        "04", profiles.from_name("smoke"), seed=0, device="cpu", teacher="", folder=tmp_path / "reports"
+    )
     stored.metric("ratio", 0.469, interval=(0.2, 1.24))
     files.write_json(tmp_path / "reports" / "metrics" / "cpu" / "04.json", stored.metrics)
     run.metric("ratio", 3.5, "x")

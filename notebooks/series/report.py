@@ -8,12 +8,15 @@ run of the same seed; what changes (times, versions, commits) goes to `run/<note
 from __future__ import annotations
 
 import dataclasses
+import html
+import inspect
 import io
 import json
 import math
 import os
 import platform
 import random
+import textwrap
 import time
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -31,11 +34,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from omniforcing_lib.layout import AV, Clock
+    from omniforcing_lib.model_bundle import ModelBundle
 
 ROOT = origins.ROOT
 FIGURE_BYTES = 60_000
 CLIP_BYTES = 100_000
 VERSIONS_OF = ("torch", "numpy", "scipy", "matplotlib", "av", "einops", "diffusers", "transformers")
+LEFT_OUT = {
+    "has_ground_truth": "nobody knows the truth about this teacher's clips, nor what to expect of it",
+    "decodes_at_once": "the decoders look ahead, so chunks come later than their latents",
+    "fits_training": "the device's memory cannot hold the training of this model",
+}
+"""A property of `ModelBundle` -> why the cells that ask for it are left out where it is False."""
 
 
 class CheckFailed(AssertionError):
@@ -104,9 +114,12 @@ class Run:
     illustrated: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def path(self, *parts: str) -> Path:
-        """Return a path inside the repository, whatever the working directory is."""
-        return ROOT.joinpath(*parts)
+    def introduce(self, components: ModelBundle) -> None:
+        """Print what runs, and for each thing that this checkpoint does not have, which cells are left out and why."""
+        print(components)
+        for name, why in LEFT_OUT.items():
+            if not getattr(components, name):
+                print(f"left out: cells under `if components.{name}:`; {why}")
 
     def out(self, *parts: str) -> Path:
         """Return a path inside the run's folder; its parent folder exists."""
@@ -116,23 +129,11 @@ class Run:
 
     def check(self, name: str, condition: object, detail: str = "") -> None:
         """Print `name: True` and record it; raise CheckFailed when the condition is false."""
+        detail = f" ({detail})" if detail else ""
         if not bool(condition):
-            raise CheckFailed(f"{name}: False" + (f" ({detail})" if detail else ""))
+            raise CheckFailed(f"{name}: False{detail}")
         self.metrics[name] = {"value": True, "unit": "check", "tol": None, "better": None}
-        print(f"{name}: True" + (f" ({detail})" if detail else ""))
-
-    def leave_out(self, mark: str, why: str) -> None:
-        """From here on do not run cells whose first line is the comment `mark`; each says `why` in one line instead.
-
-        The notebook stays the same for every teacher. Outside a kernel this does nothing.
-        """
-        from IPython import get_ipython
-
-        def skipped(lines: list[str]) -> list[str]:
-            return [f"print({f'left out: {why}'!r})\n"] if lines and lines[0].strip() == f"# {mark}" else lines
-
-        if shell := get_ipython():
-            shell.input_transformers_cleanup.append(skipped)
+        print(f"{name}: True{detail}")
 
     def metric(
         self,
@@ -150,15 +151,14 @@ class Run:
         """
         if better not in (None, "higher", "lower"):
             raise ValueError(f"metric {name!r}: better is 'higher', 'lower' or None, found {better!r}")
-        entry = {"value": _rounded(value), "unit": unit, "tol": tol, "better": better}
+        self.metrics[name] = {"value": _rounded(value), "unit": unit, "tol": tol, "better": better}
         if interval is not None:
-            entry["interval"] = [_rounded(edge) for edge in interval]
-        self.metrics[name] = entry
+            self.metrics[name]["interval"] = [_rounded(edge) for edge in interval]
 
     def claim(
         self, number: int, limits: Mapping[str, verdicts.Limit] | str, *, also: Sequence[str] = (), note: str = ""
     ) -> None:
-        """Answer claim `number` of the paper (`claims.CLAIMS` lists them) with recorded metrics.
+        """Answer claim `number` of the paper (`claims.toml` lists them) with recorded metrics.
 
         `limits` says what each of some metrics would have to be, and `verdicts.verdict` decides; or it is
         `verdicts.NOT_TRIED` or `NOT_RUN`. The metrics `also` are quoted beside them and decide nothing.
@@ -169,34 +169,49 @@ class Run:
             raise ValueError(f"the claims are numbered {min(CLAIMS)} to {max(CLAIMS)}, found {number}")
         if missing := [name for name in names if name not in self.metrics]:
             raise ValueError(f"claim {number} quotes unrecorded metrics: {', '.join(missing)}")
-        if tried:
-            status = verdicts.whole({name: self._verdict(name, limit) for name, limit in limits.items()})
-        elif limits in (verdicts.NOT_TRIED, verdicts.NOT_RUN):
-            status = limits
-        else:
+        if not tried and limits not in (verdicts.NOT_TRIED, verdicts.NOT_RUN):
             raise ValueError(f"claim {number} is judged by limits, or is 'not tried', found {limits!r}")
-        entry = {"claim": number, "metrics": names, "status": status, "note": note}
-        entry["limits"] = {name: str(limit) for name, limit in limits.items()} if tried else {}
-        self.metrics[f"claim {number:02d}"] = entry
-
-    def _verdict(self, name: str, limit: verdicts.Limit) -> str:
-        value, *interval = (float(x) for x in (self.metrics[name]["value"], *self.metrics[name].get("interval", ())))
-        return verdicts.verdict(value, interval or None, limit)
+        status, answers = limits, {}
+        if tried:
+            for name, limit in limits.items():
+                entry = self.metrics[name]
+                interval = [float(edge) for edge in entry.get("interval", ())]
+                answers[name] = verdicts.verdict(float(entry["value"]), interval or None, limit)
+            status = verdicts.whole(answers)
+        self.metrics[f"claim {number:02d}"] = {
+            "claim": number,
+            "metrics": names,
+            "status": status,
+            "note": note,
+            "limits": {name: str(limits[name]) for name in answers},
+        }
 
     def quote(self, name: str) -> str:
         """Return a recorded metric as text, with its unit and interval."""
         return quote(self.metrics[name])
 
-    def figure(self, name: str, fig: Figure, *, metric: str | Sequence[str]) -> None:
-        """Save a figure, show it at no more than 60 kB, and name the metrics that say the same in numbers."""
-        import matplotlib.pyplot as plt
+    def figure(self, name: str, fig: Figure, *, alt: str, metric: str | Sequence[str]) -> None:
+        """Save a figure, show it at no more than 60 kB, and name the metrics that say the same in numbers.
+
+        `alt` says in a sentence what is drawn, for readers who do not see it. An `img` element carries it: neither
+        JupyterLab nor nbconvert gives alternative text to an `image/png`.
+        """
         from IPython.display import display
 
+        from series import plots
+
         self.illustrated[name] = (metric,) if isinstance(metric, str) else tuple(metric)
-        write_bytes(self.out("figures", f"{self.name}_{name}.png"), _png(fig, dpi=100))
+        write_bytes(self.out("figures", f"{self.name}_{name}.png"), plots.png(fig))
         picture = b64encode(_small_png(fig)).decode()
-        display({"image/png": picture, "text/plain": f"figure {name}"}, raw=True)
-        plt.close(fig)
+        image = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{picture}">'
+        display({"text/html": image, "text/plain": f"figure {name}: {alt}"}, raw=True)
+
+    def source(self, *parts: object) -> None:
+        """Show functions and classes as the library has them, so that a reader sees the method and not a call."""
+        from IPython.display import display
+
+        code = "\n\n".join(textwrap.dedent(inspect.getsource(part)).rstrip() for part in parts)
+        display({"text/plain": code, "text/markdown": f"```python\n{code}\n```"}, raw=True)
 
     def table(self, rows: Sequence[Mapping[str, object]]) -> None:
         """Show rows as a table: the keys of the first row are the columns."""
@@ -210,10 +225,11 @@ class Run:
         """Show recorded numbers, all or some; in profile smoke those beside them that profile cpu has in `reports`."""
         numbers = {name: e for name, e in self.metrics.items() if e.get("unit", "check") != "check"}
         rows = [{"measure": name, "value": quote(numbers[name])} for name in names or numbers if name in numbers]
-        path = self.path("reports", "metrics", "cpu", f"{self.name}.json")
+        path = ROOT / "reports" / "metrics" / "cpu" / f"{self.name}.json"
         if self.profile.name == "smoke" and not self.teacher and path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
-            rows = [row | {"profile cpu": _quoted(stored.get(row["measure"]))} for row in rows]
+            for row in rows:
+                row["profile cpu"] = quote(stored[row["measure"]]) if row["measure"] in stored else "—"
         self.table(rows)
 
     def clip(self, name: str, clip: AV[np.ndarray], clock: Clock | None = None) -> None:
@@ -230,7 +246,11 @@ class Run:
         media.write_clip(path, clip, clock or Clock())
         shown = {"text/plain": f"clip {name}: clips/{path.name}"}
         if path.stat().st_size <= CLIP_BYTES:
-            shown["text/html"] = _player(path)
+            shown["text/html"] = (
+                f'<video controls loop width="256" style="image-rendering: pixelated" title="{path.name}" '
+                f'aria-label="clip with sound: {name}" '
+                f'src="data:video/mp4;base64,{b64encode(path.read_bytes()).decode()}"></video>'
+            )
         display(shown, raw=True)
 
     def finish(self) -> None:
@@ -239,12 +259,7 @@ class Run:
             if missing := [name for name in names if name not in self.metrics]:
                 raise ValueError(f"figure {figure!r} names metrics that were not recorded: {', '.join(missing)}")
         write_json(self.out("metrics", f"{self.name}.json"), self.metrics)
-        write_json(self.out("run", f"{self.name}.json"), self._record())
-        checks = sum(entry.get("unit") == "check" for entry in self.metrics.values())
-        print(f"{self.name}: {checks} checks hold, {len(self.metrics) - checks} measures written")
-
-    def _record(self) -> dict:
-        return {
+        record = {
             "notebook": self.name,
             "notebook_sha256": origins.source_sha256(ROOT / "notebooks" / f"{self.name}.ipynb"),
             "profile": dataclasses.asdict(self.profile),
@@ -256,28 +271,27 @@ class Run:
             "versions": versions(),
             **self.origin,
         }
-
-
-def _quoted(entry: Mapping | None) -> str:
-    return quote(entry) if entry else "—"
+        write_json(self.out("run", f"{self.name}.json"), record)
+        checks = sum(entry.get("unit") == "check" for entry in self.metrics.values())
+        print(f"{self.name}: {checks} checks hold, {len(self.metrics) - checks} measures written")
 
 
 def versions() -> dict[str, str]:
     """Return the versions that a number may depend on."""
-    found = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+    installed = {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
     for name in VERSIONS_OF:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def _device_name(device: str) -> str:
     import torch
 
-    kind = torch.device(device).type
-    return torch.cuda.get_device_name(device) if kind == "cuda" else f"{device}, {os.cpu_count()} logical cores"
+    cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else f"{device}, {os.cpu_count()} logical cores"
 
 
 def _rounded(value: object) -> float | int | str:
@@ -288,27 +302,15 @@ def _rounded(value: object) -> float | int | str:
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)
 
 
-def _png(fig: Figure, dpi: int) -> bytes:
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def _small_png(fig: Figure) -> bytes:
     from PIL import Image
 
+    from series import plots
+
     for dpi in (100, 80, 64, 50):
         buffer = io.BytesIO()
-        image = Image.open(io.BytesIO(_png(fig, dpi))).convert("RGB")
+        image = Image.open(io.BytesIO(plots.png(fig, dpi))).convert("RGB")
         image.quantize(128, dither=Image.Dither.NONE).save(buffer, "png", optimize=True)
         if buffer.tell() <= FIGURE_BYTES:
             return buffer.getvalue()
     raise ValueError(f"a stored figure takes at most {FIGURE_BYTES} bytes, found {buffer.tell()} at 50 dpi")
-
-
-def _player(path: Path) -> str:
-    data = b64encode(path.read_bytes()).decode()
-    return (
-        f'<video controls loop width="256" style="image-rendering: pixelated" title="{path.name}" '
-        f'src="data:video/mp4;base64,{data}"></video>'
-    )

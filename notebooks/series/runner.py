@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +36,12 @@ SCRUBBED_KEYS = (
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SEEDS = 2**32  # what every generator that the notebooks use can take; none counts further either
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+PAGE = """{% extends 'lab/index.html.j2' %}
+{% block codecell %}
+{% if 'solution' in cell.metadata.get('tags', []) %}<details><summary>Solution</summary>{{ super() }}</details>
+{% else %}{{ super() }}{% endif %}
+{% endblock codecell %}"""
+"""Template of an executed notebook's page: nbconvert's own, with solutions folded."""
 LITERALS = {"true": True, "false": False, "none": None}
 
 
@@ -48,15 +54,15 @@ def select(folder: Path = NOTEBOOKS, only: str = "") -> list[Path]:
 
     Raises ValueError that lists the names when a word fits none.
     """
-    found = sorted(folder.glob("[0-9]*.ipynb"))
-    if not found:
+    notebooks = sorted(folder.glob("[0-9]*.ipynb"))
+    if not notebooks:
         raise ValueError(f"no notebooks in {folder}")
     words = [word.strip().removesuffix(".ipynb") for word in only.split(",") if word.strip()]
     for word in words:
-        if not any(path.stem.startswith(word) for path in found):
-            names = ", ".join(path.stem for path in found)
+        if not any(path.stem.startswith(word) for path in notebooks):
+            names = ", ".join(path.stem for path in notebooks)
             raise ValueError(f"--only {word} fits no notebook; there are {names}")
-    return [path for path in found if not words or path.stem.startswith(tuple(words))]
+    return [path for path in notebooks if not words or path.stem.startswith(tuple(words))]
 
 
 def parse(assignments: Sequence[str]) -> dict[str, object]:
@@ -66,17 +72,11 @@ def parse(assignments: Sequence[str]) -> dict[str, object]:
         name, equals, text = word.partition("=")
         if not (equals and name.isidentifier()):
             raise ValueError(f"a parameter is written name=value, found {word[:80]!r}")
-        values[name] = _literal(text)
+        try:
+            values[name] = LITERALS[text.lower()] if text.lower() in LITERALS else ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two: brackets without end
+            values[name] = text
     return values
-
-
-def _literal(text: str) -> object:
-    if text.lower() in LITERALS:
-        return LITERALS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two for brackets without end
-        return text
 
 
 def assign(notebooks: Sequence[Path], values: Mapping[str, object]) -> dict[Path, dict[str, object]]:
@@ -91,21 +91,17 @@ def assign(notebooks: Sequence[Path], values: Mapping[str, object]) -> dict[Path
     known = sorted({name for parameters in declared.values() for name in parameters})
     if unknown := sorted(set(values) - set(known)):
         raise ValueError(f"unknown parameter {', '.join(unknown)}; the notebooks take {', '.join(known)}")
-    for parameters in declared.values():
-        for name in parameters.keys() & values.keys():
-            _check_type(name, values[name], parameters[name]["inferred_type_name"])
-    return {
-        path: {name: value for name, value in values.items() if name in parameters}
-        for path, parameters in declared.items()
-    }
-
-
-def _check_type(name: str, value: object, declared: str) -> None:
-    allowed = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(declared)
-    if allowed and (not isinstance(value, allowed) or (bool not in allowed and isinstance(value, bool))):
-        raise ValueError(f"parameter {name} is of type {declared}, found {repr(value)[:80]}")
-    if declared == "int" and not 0 <= value < SEEDS:
-        raise ValueError(f"parameter {name} is from 0 to {SEEDS - 1}, found {repr(value)[:80]}")
+    plan = {}
+    for path, parameters in declared.items():
+        plan[path] = {name: value for name, value in values.items() if name in parameters}
+        for name, value in plan[path].items():
+            kind = parameters[name]["inferred_type_name"]
+            types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(kind, (object,))
+            if not isinstance(value, types) or (isinstance(value, bool) and not {bool, object} & {*types}):
+                raise ValueError(f"parameter {name} is of type {kind}, found {repr(value)[:80]}")
+            if kind == "int" and not 0 <= value < SEEDS:
+                raise ValueError(f"parameter {name} is from 0 to {SEEDS - 1}, found {repr(value)[:80]}")
+    return plan
 
 
 def execute(notebook: Path, output: Path, values: Mapping[str, object]) -> float:
@@ -146,19 +142,19 @@ def _kernel_of_this_interpreter() -> type:
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    class Own(AsyncKernelManager):
+    class ThisInterpreter(AsyncKernelManager):
         kernel_spec = KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
-    return Own
+    return ThisInterpreter
 
 
 def _failing_line(error: PapermillExecutionError) -> str:
     """Find the line of a cell that its traceback names first; the cell's own first line where it names none."""
     lines = error.source.splitlines()
     where = rf"Cell In ?\[{error.exec_count}\], line (\d+)"  # a cause may begin in a function of another cell
-    found = re.search(where, ANSI.sub("", "\n".join(error.traceback)))
-    if found and int(found[1]) <= len(lines):
-        return lines[int(found[1]) - 1].strip()
+    named = re.search(where, ANSI.sub("", "\n".join(error.traceback)))
+    if named and int(named[1]) <= len(lines):
+        return lines[int(named[1]) - 1].strip()
     return error.source.strip().partition("\n")[0]
 
 
@@ -175,6 +171,8 @@ def reproduce(
     Returns the run folder. Raises ValueError for a bad name or value before anything runs, NotebookFailed at the
     first notebook that fails; what ran until then is reported.
     """
+    from tqdm import tqdm
+
     values = {"profile": profiles.from_name(profile).name, **_given(parameters, profile)}
     notebooks = select(folder, only)
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}-{profile}"
@@ -184,16 +182,23 @@ def reproduce(
         raise ValueError(f"--out {out} is not empty; a report holds the numbers of one run")
     plan = assign(notebooks, {**values, "out_dir": str(target)})
     target.mkdir(parents=True, exist_ok=True)
-    times: dict[str, float] = {}
+    wall: dict[str, float] = {}
     try:
-        _run_all(plan, target, times)
+        with tqdm(plan.items(), unit="notebook", desc="series", disable=None) as bar:
+            for notebook, given in bar:
+                executed = target / "notebooks" / notebook.name
+                wall[notebook.stem] = round(execute(notebook, executed, given), 1)
+                _write_html(executed, target / "html" / f"{notebook.stem}.html")
+                tqdm.write(f"{notebook.stem:<32} {wall[notebook.stem]:7.1f} s", file=sys.stdout)
+                sys.stdout.flush()
     finally:
-        _gather(target, profile, parameters, times)
+        _write_report(target, profile, parameters, wall)
     print(f"report: {target / 'index.html'}")
     return target
 
 
 def _given(parameters: Sequence[str], profile: str) -> dict[str, object]:
+    """Read the parameters of a command, and refuse what no notebook could take; checkpoints become whole paths."""
     values = parse(parameters)
     for name, flag in (("profile", "--profile"), ("out_dir", "--out")):
         if name in values:
@@ -204,98 +209,75 @@ def _given(parameters: Sequence[str], profile: str) -> dict[str, object]:
         backends.device(str(device))
     if (prompt := values.get("prompt")) and not values.get("teacher"):
         TinyText().encode([str(prompt)])  # outside the miniature's grammar is refused
-    for name, described in (("teacher", checkpoints.fitting), ("student", checkpoints.student)):
-        if values.get(name):
-            values[name] = _checkpoint(name, str(values[name]), described)
+    for name, describe in (("teacher", checkpoints.fitting), ("student", checkpoints.student)):
+        if model := str(values.get(name) or ""):
+            try:
+                describe(model)
+            except ValueError as error:
+                raise ValueError(f"parameter {name}: {error}") from error
+            values[name] = model if model in checkpoints.SHIPPED else str(files.given(model).absolute())
     return values
 
 
-def _checkpoint(name: str, model: str, described: Callable[[str], object]) -> str:
-    """Refuse a checkpoint that the notebooks could not take; give its path from anywhere, by the user's own name."""
-    try:
-        described(model)
-    except ValueError as error:
-        raise ValueError(f"parameter {name}: {error}") from error
-    return model if model in checkpoints.SHIPPED else str(files.given(model).absolute())
-
-
-def _run_all(plan: Mapping[Path, dict[str, object]], target: Path, times: dict[str, float]) -> None:
-    from tqdm import tqdm
-
-    with tqdm(plan.items(), unit="notebook", desc="series", disable=None) as bar:
-        for notebook, values in bar:
-            output = target / "notebooks" / notebook.name
-            times[notebook.stem] = execute(notebook, output, values)
-            _write_html(output, target / "html" / f"{notebook.stem}.html")
-            tqdm.write(f"{notebook.stem:<32} {times[notebook.stem]:7.1f} s", file=sys.stdout)
-            sys.stdout.flush()
-
-
 def _write_html(notebook: Path, path: Path) -> None:
+    """Write an executed notebook as a page: no bars, solutions folded, links to the other pages."""
     import nbformat
+    from jinja2 import DictLoader
     from nbconvert import HTMLExporter
 
     node = nbformat.read(notebook, as_version=4)
-    widgets = node.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
+    widgets = node.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     for cell in node.cells:
         if cell.cell_type == "code":
-            cell.outputs = [kept for o in cell.outputs if (kept := _without_bars(o, widgets.get("state", {})))]
-    body, _ = HTMLExporter().from_notebook_node(node)
-    files.write_text(path, body)
+            cell.outputs = [output for output in cell.outputs if _shown_at_the_end(output, widgets)]
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"page.html.j2": PAGE})], template_file="page.html.j2")
+    body, _ = exporter.from_notebook_node(node)
+    files.write_text(path, re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body))
 
 
-def _without_bars(output: NotebookNode, widgets: Mapping[str, Mapping]) -> NotebookNode | None:
-    """Keep what a reader sees at the end: bars of a terminal overwrite themselves, those of Jupyter close."""
+def _shown_at_the_end(output: NotebookNode, widgets: Mapping[str, Mapping]) -> bool:
+    """Tell whether an output is no progress bar; bars of a terminal are taken out of the text around them."""
     if view := output.get("data", {}).get(WIDGET):
         parts = widgets.get(view["model_id"], {}).get("state", {}).get("children", [])
-        kinds = {widgets.get(part.removeprefix("IPY_MODEL_"), {}).get("model_name") for part in parts}
-        return None if "FloatProgressModel" in kinds else output
-    if output.get("name") != "stderr":
-        return output
-    shown = (line.rsplit("\r", 1)[-1].rstrip() for line in output.text.split("\n"))
-    output.text = "\n".join(filter(None, shown))
-    return output if output.text else None
+        models = {widgets.get(part.removeprefix("IPY_MODEL_"), {}).get("model_name") for part in parts}
+        return "FloatProgressModel" not in models
+    if output.get("name") == "stderr":
+        lines = (line.rsplit("\r", 1)[-1].rstrip() for line in output.text.split("\n"))
+        output.text = "\n".join(filter(None, lines))
+        return bool(output.text)
+    return True
 
 
-def _gather(target: Path, profile: str, parameters: Sequence[str], times: Mapping[str, float]) -> None:
+def _write_report(target: Path, profile: str, parameters: Sequence[str], wall: Mapping[str, float]) -> None:
     """Write run.json, REPORT.md and index.html of a run folder."""
-    total = round(sum(times.values()), 1)
-    wall = {name: round(seconds, 1) for name, seconds in times.items()}
-    files.write_json(
-        target / "run.json",
-        {
-            "profile": profile,
-            "parameters": list(parameters),
-            "wall_s": wall,
-            "total_s": total,
-            "git": origins.git_state(),
-            "versions": report.versions(),
-        },
-    )
+    from nbconvert.filters import markdown2html
+
+    record = {
+        "profile": profile,
+        "parameters": list(parameters),
+        "wall_s": wall,
+        "total_s": round(sum(wall.values()), 1),
+    }
+    files.write_json(target / "run.json", record | {"git": origins.git_state(), "versions": report.versions()})
     title = ", ".join([f"profile {profile}", *parameters])
     text = claims.markdown(claims.read_metrics(target / "metrics"), title)
     files.write_text(target / "REPORT.md", text)
-    files.write_text(target / "index.html", _index(target, text, wall))
-
-
-def _index(target: Path, text: str, wall: Mapping[str, float]) -> str:
-    from nbconvert.filters import markdown2html
-
     notebooks = "".join(f'<li><a href="html/{name}.html">{name}</a> {seconds} s</li>' for name, seconds in wall.items())
-    files = "".join(
+    listed = "".join(
         f'<li><a href="{path}">{html.escape(path)}</a></li>'
-        for kind in ("clips", "figures", "metrics", "run")
-        for path in sorted(str(p.relative_to(target)) for p in (target / kind).glob("*"))
+        for folder in ("clips", "figures", "metrics", "run")
+        for path in sorted(str(p.relative_to(target)) for p in (target / folder).glob("*"))
     )
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
         "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2rem .5rem;text-align:left}"
     )
-    return (
+    page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(target.name)}</title>'
         f"<style>{style}</style><h1>Notebooks</h1><ul>{notebooks}</ul>{markdown2html(text)}"
-        f"<h1>Files</h1><ul>{files}</ul></html>\n"
+        f"<h1>Files</h1><ul>{listed}</ul></html>\n"
     )
+    files.write_text(target / "index.html", page)
 
 
 def refresh(folder: Path = NOTEBOOKS, *, only: str = "") -> list[str]:
@@ -303,22 +285,18 @@ def refresh(folder: Path = NOTEBOOKS, *, only: str = "") -> list[str]:
 
     The metrics of that run become the committed smoke metrics. Returns the names.
     """
+    import nbformat
+
     notebooks = select(folder, only)
     with tempfile.TemporaryDirectory() as scratch:
         for notebook in notebooks:
             seconds = execute(notebook, Path(scratch) / notebook.name, {})
             print(f"{notebook.stem:<32} {seconds:7.1f} s", flush=True)
         for notebook in notebooks:
-            _store(Path(scratch) / notebook.name, notebook)
+            node = scrub(nbformat.read(Path(scratch) / notebook.name, as_version=4))
+            files.write_text(notebook, nbformat.writes(node).rstrip("\n") + "\n")
     publish(STORED / "runs" / "interactive", "smoke", [path.stem for path in notebooks])
     return [path.stem for path in notebooks]
-
-
-def _store(executed: Path, notebook: Path) -> None:
-    import nbformat
-
-    node = scrub(nbformat.read(executed, as_version=4))
-    files.write_text(notebook, nbformat.writes(node).rstrip("\n") + "\n")
 
 
 def scrub(node: NotebookNode) -> NotebookNode:
@@ -329,12 +307,8 @@ def scrub(node: NotebookNode) -> NotebookNode:
     node = strip_output(node, keep_output=True, keep_count=True, keep_id=True, extra_keys=keys)
     for cell in node.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _passing(output)]
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
     return node
-
-
-def _passing(output: NotebookNode) -> bool:
-    return output.get("name") == "stderr" or WIDGET in output.get("data", {})
 
 
 def publish(folder: Path, profile: str, names: Sequence[str]) -> None:
@@ -369,9 +343,9 @@ def publish_run(folder: Path) -> list[str]:
 
 def rebuild() -> None:
     """Rebuild reports/REPORT.md and the README's table from the committed metrics."""
-    found, readme = stored(), report.ROOT / "README.md"
-    files.write_text(STORED / "REPORT.md", claims.markdown(*found))
-    files.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), *found))
+    told, readme = stored(), report.ROOT / "README.md"
+    files.write_text(STORED / "REPORT.md", claims.markdown(*told))
+    files.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), *told))
 
 
 def stored() -> tuple[claims.Metrics, str, dict[str, dict], list[dict[str, str]]]:

@@ -14,7 +14,6 @@ from typing import Protocol
 import ipywidgets as ipw
 import numpy as np
 from anywidget import AnyWidget
-from matplotlib.figure import Figure
 from PIL import Image
 from traitlets import Bool, Bunch, Int, Unicode
 
@@ -61,7 +60,7 @@ def mask_explorer(seconds: int = 3, tokens_per_frame: int = 16) -> ipw.VBox:
     def draw(_: object = None) -> None:
         layout = replace(LAYOUTS[name.value], sinks=sinks.value)
         dense = {side: mask.numpy() for side, mask in masks.dense(layout, latents, tokens_per_frame).items()}
-        picture.value = png(plots.mask_grid(dense, layout, latents, tokens_per_frame, block=block.value))
+        picture.value = plots.png(plots.mask_grid(dense, layout, latents, tokens_per_frame, block=block.value))
 
     def lay_out(_: object = None) -> None:
         layout = LAYOUTS[name.value]
@@ -93,19 +92,12 @@ def clip_browser(
 
     def show(_: object = None) -> None:
         clip, seen = clips[choice.value], events[choice.value] if events else (None, None)
-        picture.value = png(plots.strip(clip, *seen, title=titles[choice.value], clock=clock))
+        picture.value = plots.png(plots.strip(clip, *seen, title=titles[choice.value], clock=clock))
         sound.value = wav_bytes(clip.audio, clock.sample_rate)
 
     show()
     choice.observe(show, "value")
     return ipw.VBox([choice, picture, sound])
-
-
-def png(fig: Figure) -> bytes:
-    """Render a figure as the bytes of a PNG."""
-    with io.BytesIO() as buffer:
-        fig.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
 
 
 def jpeg(frame: np.ndarray) -> bytes:

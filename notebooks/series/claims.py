@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from series.origins import SCORES
 
-README_MARKS = ("<!-- results: written by make report -->", "<!-- end of results -->")
+RESULT_MARKS = ("<!-- results: written by make report -->", "<!-- end of results -->")
 Metrics = dict[str, dict[str, dict]]
 MEASURES = {
     "one_ball": "frames with exactly one ball",
@@ -271,18 +271,18 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def fill_readme(
+def fill_results(
     text: str,
     metrics: Metrics,
     title: str,
     scores: Mapping[str, dict] | None = None,
     origins: Sequence[Mapping[str, str]] = (),
 ) -> str:
-    """Replace what stands between the README's two result markers: quality, the short claims, what is out of date."""
-    head, opening, rest = text.partition(README_MARKS[0])
-    _, closing, tail = rest.partition(README_MARKS[1])
+    """Replace what is between the markers of docs/results.md: quality, the short claims, what is out of date."""
+    head, opening, rest = text.partition(RESULT_MARKS[0])
+    _, closing, tail = rest.partition(RESULT_MARKS[1])
     if not (opening and closing):
-        raise ValueError(f"the README needs the lines {README_MARKS[0]} and {README_MARKS[1]}, in this order")
+        raise ValueError(f"docs/results.md needs the lines {RESULT_MARKS[0]} and {RESULT_MARKS[1]}, in this order")
     rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in claim_rows(metrics, short=True)]
     first = f"{quality(scores)}\n\n" if scores else ""
     claims = f"Claim by claim, {title}; all numbers in `reports/REPORT.md`.\n\n{markdown_table(rows)}"

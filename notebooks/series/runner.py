@@ -368,10 +368,10 @@ def publish_run(folder: Path) -> list[str]:
 
 
 def rebuild() -> None:
-    """Rebuild reports/REPORT.md and the README's table from the committed metrics."""
-    found, readme = stored(), report.ROOT / "README.md"
+    """Rebuild reports/REPORT.md and the tables of docs/results.md from the committed metrics."""
+    found, page = stored(), report.ROOT / "docs" / "results.md"
     files.write_text(STORED / "REPORT.md", claims.markdown(*found))
-    files.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), *found))
+    files.write_text(page, claims.fill_results(page.read_text(encoding="utf-8"), *found))
 
 
 def stored() -> tuple[claims.Metrics, str, dict[str, dict], list[dict[str, str]]]:

@@ -14,7 +14,7 @@ PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 SOURCES = sorted([*ROOT.glob("omniforcing_lib/**/*.py"), *ROOT.glob("notebooks/s*/*.py"), *ROOT.glob("tests/*.py")])
 NUMBER = r"\d+(?:\.\d+)*"
-CITED = re.compile(rf"\bspec(?:ification)? ({NUMBER}(?:(?:,| and) {NUMBER})*)")
+CITED = re.compile(rf"\bspec(?:ification)?\s+({NUMBER}(?:(?:,| and)\s+{NUMBER})*)")
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 

@@ -1,4 +1,4 @@
-"""The README's page for the real weights: every command parses, its numbers are counted, and it can be followed."""
+"""The page for the real weights, docs/gpu.md: every command parses, its numbers are counted, and it can be followed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from series import claims
 from studies import cost
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
 DATA = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-PAGE = README.split("## On a GPU, with the real weights\n")[1].split("\n## ")[0]
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith(".venv/bin/") and " -m " in line]
 CODE = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]
 SMALLER = {"cuda": "cpu", "30": "1", "5": "1", "4096": "2", "8": "1", "3000": "1", "gpu": "smoke", "16": "2", "24": "3"}

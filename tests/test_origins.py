@@ -45,8 +45,8 @@ def test_what_does_not_fit_is_said_in_the_report_and_in_the_readme(clone):
     files.write_json(clone / "notebooks" / "04.ipynb", {"cells": [{"source": ["x = 2"]}]})
     files.write_json(stored / "scores" / "long.json", {})
     rows = origins.rows(["04", "05"], "cpu", clone)
-    text = claims.markdown({}, "profile cpu", None, rows) + claims.fill_readme(
-        "\n".join(claims.README_MARKS), {}, "", None, rows
+    text = claims.markdown({}, "profile cpu", None, rows) + claims.fill_results(
+        "\n".join(claims.RESULT_MARKS), {}, "", None, rows
     )
     for says in (
         "| 04 | c0ffee1 | an older text of the notebook |",

@@ -12,7 +12,7 @@ from series.origins import SCORES
 
 Metrics = dict[str, dict[str, dict]]
 """Notebook -> name -> entry, as `report.Run.metric` and `report.Run.claim` record them."""
-README_MARKS = ("<!-- results: written by make report -->", "<!-- end of results -->")
+RESULT_MARKS = ("<!-- results: written by make report -->", "<!-- end of results -->")
 _DATA = tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding="utf-8"))
 CLAIMS: dict[int, dict[str, str]] = dict(enumerate(_DATA["claims"], start=1))
 SYSTEMS: dict[str, str] = _DATA["systems"]
@@ -148,18 +148,18 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def fill_readme(
+def fill_results(
     text: str,
     metrics: Metrics,
     title: str,
     scores: Mapping[str, dict] | None = None,
     origins: Sequence[Mapping[str, str]] = (),
 ) -> str:
-    """Replace what stands between the README's two result markers: quality, the short claims, what is out of date."""
-    head, opening, rest = text.partition(README_MARKS[0])
-    _, closing, tail = rest.partition(README_MARKS[1])
+    """Replace what is between the markers of docs/results.md: quality, the short claims, what is out of date."""
+    head, opening, rest = text.partition(RESULT_MARKS[0])
+    _, closing, tail = rest.partition(RESULT_MARKS[1])
     if not (opening and closing):
-        raise ValueError(f"the README needs the lines {README_MARKS[0]} and {README_MARKS[1]}, in this order")
+        raise ValueError(f"docs/results.md needs the lines {RESULT_MARKS[0]} and {RESULT_MARKS[1]}, in this order")
     rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in claim_rows(metrics, short=True)]
     first = f"{quality(scores)}\n\n" if scores else ""
     claims = f"Claim by claim, {title}; all numbers in `reports/REPORT.md`.\n\n{markdown_table(rows)}"

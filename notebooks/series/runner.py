@@ -342,10 +342,10 @@ def publish_run(folder: Path) -> list[str]:
 
 
 def rebuild() -> None:
-    """Rebuild reports/REPORT.md and the README's table from the committed metrics."""
-    told, readme = stored(), report.ROOT / "README.md"
+    """Rebuild reports/REPORT.md and the tables of docs/results.md from the committed metrics."""
+    told, page = stored(), report.ROOT / "docs" / "results.md"
     files.write_text(STORED / "REPORT.md", claims.markdown(*told))
-    files.write_text(readme, claims.fill_readme(readme.read_text(encoding="utf-8"), *told))
+    files.write_text(page, claims.fill_results(page.read_text(encoding="utf-8"), *told))
 
 
 def stored() -> tuple[claims.Metrics, str, dict[str, dict], list[dict[str, str]]]:

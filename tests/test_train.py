@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from test_transformer import TINY
 
 from omniforcing_lib import losses, masks
-from omniforcing_lib.flow import DMD_GUIDANCE, Guidance, both, guided_denoiser, noised
+from omniforcing_lib.flow import DMD_GUIDANCE, Guidance, both, guided_denoiser, ltx2_sigmas, noised
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.rollout import RolloutConfig, fresh_noise, rollout
-from omniforcing_lib.training import stages, train
+from omniforcing_lib.training import dataset, stages, train
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts
 from omniforcing_lib.training.stages import DMDConfig, OnPolicyConfig, StudentClips
 from omniforcing_lib.training.train import Learner, OptimConfig
@@ -263,6 +264,55 @@ def test_on_policy_block_0_is_left_to_the_trajectories():
             exit_step = 1 + int(torch.randint(2, (), generator=torch.Generator().manual_seed(i)))
             moved[exit_step].add(float(step(i, torch.Generator().manual_seed(i))["norm"]) > 1e-6)
         assert moved == expected
+
+
+def first_blocks(count: int = 4) -> Pairs:
+    states = AV((1, *GRID, 3), (1, 5)).map(lambda size: draw(count, 4, *size, seed=len(size)))
+    return Pairs(states, replace(CAUSAL, steps=(1000, 500, 100, 0)).sigmas.float(), torch.arange(count) % 2)
+
+
+def test_block_0_learns_from_trajectories_of_its_own_alone():
+    """Then the ends of the teacher's pairs in block 0 count for nothing, and those of its own do."""
+    causal = replace(CAUSAL, steps=(1000, 500, 100, 0))
+    teacher = new_learner(sinks=0).model.requires_grad_(False).eval()
+    states = SIZES.map(lambda size: draw(3, 4, *size, seed=len(size)))
+    wrong = states.map(torch.clone)
+    for stream in wrong:
+        stream[:, -1, :1] += 100
+
+    def losses_of(states: AV[torch.Tensor], first: Pairs | None) -> list[float]:
+        taught = Pairs(states, causal.sigmas.float(), torch.arange(3) % 2)
+        config = OnPolicyConfig(guidance=Guidance(), stride=4, regression=1.0, first_blocks=2)
+        step = stages.on_policy_stage(new_learner(seed=1), teacher, taught, clips(2, causal), config, first_block=first)
+        metrics = step(0, torch.Generator().manual_seed(0))
+        return [float(metrics[name]) for name in ("video", "audio")]
+
+    assert min(losses_of(wrong, None)) > 10 * max(losses_of(states, None))
+    assert losses_of(wrong, first_blocks()) == losses_of(states, first_blocks())
+    far = first_blocks()
+    for stream in far.states:
+        stream[:, -1] += 100
+    assert min(losses_of(states, far)) > 10 * max(losses_of(states, first_blocks()))
+
+
+def test_first_blocks_end_where_their_own_noise_leads():
+    """The same noise gives the same block in any batch; a causal model under masks goes the same way."""
+    causal = replace(CAUSAL, steps=(1000, 500, 100, 0))
+    model = new_learner().model.requires_grad_(False).eval()
+    together = dataset.first_block_pairs(model, causal, prompts(), range(4), GRID, steps=6, progress=False)
+    alone = dataset.first_block_pairs(model, causal, prompts(), range(4), GRID, steps=6, batch=1, progress=False)
+    assert together.states.video.shape == (4, 4, 1, *GRID, 3) and together.states.audio.shape == (4, 4, 1, 5)
+    for a, b in zip(together.states, alone.states, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    mask = masks.build(causal.layout, 1, GRID[0] * GRID[1], window=causal.window)
+    sigmas = ltx2_sigmas(6)
+    x = together.states.map(lambda s: s[:, 0])
+    for now, after in pairwise(sigmas.tolist()):
+        level = x.map(lambda part, now=now: torch.full(part.shape[:2], now))
+        velocity = model(x, level, prompts().take(together.prompt), masks=mask)
+        x = x.map(lambda part, v, step=after - now: part + step * v, velocity)
+    for a, b in zip(x, together.states.map(lambda s: s[:, -1]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_what_has_left_the_window_is_not_recomputed():

@@ -17,10 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import Guidance, block_noise, guided_denoiser, ltx2_sigmas, snap_indices, trajectory
 from omniforcing_lib.interfaces import TextEncoder
 from omniforcing_lib.layout import AV
+from omniforcing_lib.rollout import RolloutConfig, new_cache, predict
 from omniforcing_lib.training import records
 from omniforcing_lib.training.distributed import ALONE, DistributedContext
 from omniforcing_lib.transformer import Transformer
@@ -290,6 +292,45 @@ def ode_pairs(
         text = prompts.take(index[start : start + batch])
         denoise = guided_denoiser(teacher, text, prompts.negative, guidance)
         batches.append(trajectory(denoise, noise, sigmas.to(device), keep))
+    return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float(), index)
+
+
+@torch.no_grad()
+def first_block_pairs(
+    model: Transformer,
+    causal: RolloutConfig,
+    prompts: Prompts,
+    seeds: Sequence[int],
+    grid: tuple[int, int],
+    *,
+    steps: int = 40,
+    batch: int = 128,
+    progress: bool = True,
+) -> Pairs:
+    """Run a causal model on block 0 alone and keep its states at the student's noise levels.
+
+    Where such a trajectory ends depends on the noise of block 0, the prompt, and nothing else: block 0 can learn to
+    jump there from its noise, as Causal-Forcing has it. The prompt of block i is i modulo the number of prompts.
+
+    Shapes: states AV([N, K, F, h, w, C], [N, K, T, C]), F and T latents of block 0.
+    """
+    sigmas, keep = ltx2_sigmas(steps), snap_indices(causal.steps, steps)
+    weight = model.proj_out.weight
+    shapes = latent_shapes(model, causal.layout.block(0).map(len), grid)
+    index = torch.arange(len(seeds), device=weight.device) % len(prompts)
+    batches = []
+    for start in tqdm(range(0, len(seeds), batch), desc="first blocks", disable=not progress, leave=False):
+        some, text = seeds[start : start + batch], prompts.take(index[start : start + batch])
+        cache = new_cache(model, causal, grid, len(some), blocks=1)
+        block = cache.open(0)
+
+        def denoise(
+            x: AV[Tensor], sigma: Tensor, text: AV[Tensor] = text, cache: KVCache = cache, block: OpenBlock = block
+        ) -> AV[Tensor]:
+            return predict(model, x, float(sigma), text, cache, block)
+
+        noise = block_noise(some, 0, shapes).map(lambda x: x.to(weight))
+        batches.append(trajectory(denoise, noise, sigmas, keep))
     return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float(), index)
 
 

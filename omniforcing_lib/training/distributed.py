@@ -47,6 +47,10 @@ class MicroBatch(NamedTuple):
         """Cut what was drawn for the batch. Shapes: [batch, ...] to [rows, ...]."""
         return x[self.rows]
 
+    def times(self, count: int) -> MicroBatch:
+        """Give the same share of a batch that is `count` times as large."""
+        return MicroBatch(self.batch * count, slice(self.rows.start * count, self.rows.stop * count))
+
     def noise(self, like: AV[Tensor], generator: torch.Generator) -> AV[Tensor]:
         """Draw normal noise for these rows. Shapes: those of `like`, [rows, ...]."""
         whole = like.map(lambda x: x[:1].expand(self.batch, *x.shape[1:]))

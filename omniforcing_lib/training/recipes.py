@@ -194,20 +194,18 @@ def average(steps: int, share: float = 1 / 20) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainTeacher(TrainConfig):
-    """Train the bidirectional miniature LTX-2 on clips of the world by flow matching."""
+class RealClipsConfig(TrainConfig):
+    """Say which clips of the world are learnt from."""
 
-    stage = "teacher"
-    out: str = option(".safetensors file to write", "teacher.safetensors", setting=False, writes=".safetensors")
     codec: str = option(".safetensors file of the world's codec", CODEC, content="data")
-    steps: int = option("steps of the optimiser", 20_000, setting=False)
-    batch: int = option(BATCH, 16)
     clips: int = option("clips of the world to draw from, rendered at the start", 8_192)
-    seconds: int = option("length of a clip in seconds", 5)
-    lr: float = option("peak learning rate", 1.5e-3)
 
-    def _run(self) -> Path:
-        prompts = self.contexts()
+    def real_clips(self, prompts: Prompts | StoredPrompts, seconds: int) -> Clips:
+        """Render and encode the clips.
+
+        Raises:
+            ValueError: the prompts are not the world's, or the seed draws clips that are held out.
+        """
         if tuple(prompts.names) != tuple(world.prompts()):
             raise ValueError(f"--prompts {self.prompts}: clips of the world have the world's own prompts, in its order")
         first, last = self.seed * self.clips, (self.seed + 1) * self.clips
@@ -216,7 +214,23 @@ class TrainTeacher(TrainConfig):
                 f"--seed {self.seed} draws clips that are held out; (seed + 1) x clips is at most {world.HELD_OUT}"
             )
         codec = load_codec(self.codec, self.place)
-        clips = world_clips(codec, range(first, last), self.seconds, progress=self.group.is_main)
+        return world_clips(codec, range(first, last), seconds, progress=self.group.is_main)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTeacher(RealClipsConfig):
+    """Train the bidirectional miniature LTX-2 on clips of the world by flow matching."""
+
+    stage = "teacher"
+    out: str = option(".safetensors file to write", "teacher.safetensors", setting=False, writes=".safetensors")
+    steps: int = option("steps of the optimiser", 20_000, setting=False)
+    batch: int = option(BATCH, 16)
+    seconds: int = option("length of a clip in seconds", 5)
+    lr: float = option("peak learning rate", 1.5e-3)
+
+    def _run(self) -> Path:
+        prompts = self.contexts()
+        clips = self.real_clips(prompts, self.seconds)
         model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(self.seed)).to(self.place)
         optim = replace(self.optim, lr=self.lr, steps=self.steps, ema=average(self.steps))
         learner = Learner(model, replace(optim, warmup=min(500, self.steps // 10)), self.group)
@@ -377,6 +391,40 @@ class MakePairs(PairsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FirstBlock(RealClipsConfig):
+    """Make trajectories of block 0 that its own noise decides: what `train on-policy` takes as `--first-block`.
+
+    A causal model learns block 0 of real clips by flow matching, and its ODE makes the trajectories; the model itself
+    is not kept.
+    """
+
+    stage = "first-block"
+    out: str = option(".safetensors file to write", "first_block.safetensors", setting=False, writes=".safetensors")
+    student: str = option(STUDENT, "stage2", content="checkpoint")
+    clips: int = option("clips of the world to draw from, rendered at the start", 6_144)
+    count: int = option("trajectories, prompts in turn", 1_024)
+    steps: int = option("steps of the optimiser", 700)
+    batch: int = option(BATCH, 64)
+    lr: float = option("peak learning rate", 5e-4)
+
+    def _run(self) -> Path:
+        if self.group.mesh:
+            raise ValueError("first blocks are small, and made by one process: start this stage without torchrun")
+        causal, prompts = checkpoints.student(self.student), self.contexts()
+        clips = self.real_clips(prompts, 1)
+        first = causal.layout.block(0)
+        clips = Clips(clips.latents.map(lambda x, span: x[:, : len(span)].contiguous(), first), clips.prompt)
+        optim = replace(self.optim, lr=self.lr, steps=self.steps, warmup=min(30, self.steps // 10), final=0.02)
+        learner = Learner(self.load(self.student), replace(optim, ema=0.99), self.group)
+        step = stages.flow_stage(learner, clips, prompts, self.batch, causal=causal)
+        self.fit(step, {"model": learner}, "first block")
+        pairs = dataset.first_block_pairs(
+            learner.best.eval(), causal, prompts, range(self.count), tuple(clips.latents.video.shape[2:4])
+        )
+        return pairs.save(self.out, prompts.names, self.settings)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TakesPairs(PairsConfig):
     """Say where the pairs of a stage are."""
 
@@ -485,6 +533,7 @@ class OnPolicy(TakesPairs):
         "the teacher takes every so many-th of the 40 levels of its schedule, from the student's level on", 2
     )
     regression: float = option("weight of the loss on the pairs", 0.2)
+    first_block: str = option("file of `train first-block`; without one the pairs teach block 0", "", content="data")
     rescale: tuple[float, float] = option(
         "shares of the guided result, of video and audio, that take the spread of the unguided one",
         (0.7, 0.7),
@@ -498,9 +547,24 @@ class OnPolicy(TakesPairs):
         clips = StudentClips(prompts, causal, grid, latents.video, self.batch)
         guidance = Guidance(cfg=AV(*self.cfg), rescale=AV(*self.rescale))
         config = OnPolicyConfig(guidance=guidance, stride=self.stride, regression=self.regression)
+        first_block = self.first_pairs(prompts, causal)
         student, teacher = self.load(self.student), self.load(self.teacher, frozen=True)
-        learner, history = self.train(student, teacher, pairs, clips, config)
+        learner, history = self.train(student, teacher, pairs, clips, config, first_block=first_block)
         return self.save(learner, history, ("own_video", "own_audio"), causal)
+
+    def first_pairs(self, prompts: Prompts | StoredPrompts, causal: RolloutConfig) -> Pairs | None:
+        """Read the trajectories of block 0, if there are any.
+
+        Raises:
+            ValueError: they are of other prompts, noise levels or sizes.
+        """
+        if not self.first_block:
+            return None
+        pairs = Pairs.load(self.first_block, self.place)
+        sizes = {"latents": list(causal.layout.block(0).map(len)), "grid": list(self.geometry()[1])}
+        notes = dataset.pair_notes(prompts, **sizes, sigmas=causal.sigmas.float().tolist())
+        dataset.check_pairs(self.first_block, pairs, notes)
+        return pairs
 
     def train(
         self,
@@ -510,11 +574,12 @@ class OnPolicy(TakesPairs):
         clips: StudentClips,
         config: OnPolicyConfig,
         optim: OptimConfig | None = None,
+        first_block: Pairs | None = None,
     ) -> tuple[Learner, History]:
         """Train a student on its own states, as `optim` says, or by this config's own rates."""
         own = replace(self.optim, lr=self.lr, betas=(0.9, 0.999), warmup=3, steps=self.steps, final=self.final)
         learner = Learner(student, optim or replace(own, ema=average(self.steps, 1 / 10)), self.group)
-        step = stages.on_policy_stage(learner, teacher, pairs, clips, config)
+        step = stages.on_policy_stage(learner, teacher, pairs, clips, config, first_block=first_block)
         return learner, self.fit(step, {"student": learner}, "on policy")
 
 
@@ -561,6 +626,7 @@ STAGES: dict[str, type[Command]] = {
     "teacher": TrainTeacher,
     "prompts": EncodePrompts,
     "pairs": MakePairs,
+    "first-block": FirstBlock,
     "stage2": Stage2,
     "stage3": Stage3,
     "on-policy": OnPolicy,

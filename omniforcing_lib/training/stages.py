@@ -54,10 +54,24 @@ def training_sigma(batch: int, generator: torch.Generator, shifts: tuple[float, 
 
 
 def flow_stage(
-    learner: Learner, clips: Clips, prompts: Prompts, batch: int, *, drop: float = 0.1, weights: AV[float] = ONES
+    learner: Learner,
+    clips: Clips,
+    prompts: Prompts,
+    batch: int,
+    *,
+    causal: RolloutConfig | None = None,
+    drop: float = 0.1,
+    weights: AV[float] = ONES,
 ) -> Step:
-    """Train the bidirectional teacher by flow matching; a share `drop` of the prompts is dropped for CFG."""
+    """Train by flow matching: the bidirectional teacher, or a `causal` model under its masks.
+
+    A share `drop` of the prompts is dropped for CFG.
+    """
     check_numbers(clips.prompt, len(prompts))
+    masked = {}
+    if causal is not None:
+        frames, height, width = clips.latents.video.shape[1:4]
+        masked["masks"] = masks.build(causal.layout, frames, height * width, window=causal.window)
 
     def terms(generator: torch.Generator, micro_batch: MicroBatch) -> Metrics:
         index = pick(len(clips), batch, generator)
@@ -65,9 +79,10 @@ def flow_stage(
         dropped = torch.rand(batch, generator=generator, device=generator.device) < drop
         text = prompts.take(micro_batch.of(torch.where(dropped, -1, clips.prompt[index])))
         level, eps = micro_batch.of(training_sigma(batch, generator)), micro_batch.noise(x0, generator)
-        sigma = AV(level, level)
+        # Under masks each latent has a level of its own; here they are all one.
+        sigma = x0.map(lambda x: level[:, None].expand(-1, x.shape[1]) if masked else level)
         with learner.autocast():
-            velocity = learner.model(x0.map(noised, eps, sigma), sigma, text)
+            velocity = learner.model(x0.map(noised, eps, sigma), sigma, text, **masked)
         return losses.flow_matching(velocity, x0, eps).map(lambda loss: loss * micro_batch.share)._asdict()
 
     learn = recorded(lambda g: learner.learn(batch, g, partial(terms, g), weights), learner, live=prompts.live)
@@ -93,9 +108,15 @@ def ode_stage(
 
 
 def _regression(
-    learner: Learner, pairs: Pairs | StoredPairs, prompts: Prompts | StoredPrompts, causal: RolloutConfig, batch: int
+    learner: Learner,
+    pairs: Pairs | StoredPairs,
+    prompts: Prompts | StoredPrompts,
+    causal: RolloutConfig,
+    batch: int,
+    *,
+    first_block: bool = True,
 ) -> Callable[[torch.Generator, MicroBatch], Metrics]:
-    """Prepare the losses of `ode_stage`."""
+    """Prepare the losses of `ode_stage`; without `first_block`, block 0 is seen by the others and not learnt."""
     if not pairs.live:
         check_numbers(pairs.prompt, len(prompts))
     (frames, height, width), audio = pairs.shapes.video[1:4], pairs.shapes.audio[1]
@@ -115,9 +136,11 @@ def _regression(
         sigma = level.map(lambda number: sigmas[number])
         with learner.autocast():
             velocity = learner.model(x, sigma, prompts.take(prompt), masks=mask)
-        loss = losses.ode_regression(x.map(x0_of, velocity, sigma), states.map(lambda s: s[:, -1]), sigma)
+        counts = block_of.map(lambda blocks: (blocks > 0) | first_block)
+        x0_hat, counted = x.map(x0_of, velocity, sigma), sigma.map(torch.mul, counts)
+        loss = losses.ode_regression(x0_hat, states.map(lambda s: s[:, -1]), counted)
         # Only noisy latents count, so each micro-batch counts by how many of the batch's it has.
-        noisy = levels.map(lambda number: sigmas[number] > 1e-6)
+        noisy = levels.map(lambda number, counts: (sigmas[number] > 1e-6) & counts, counts)
         share = noisy.map(lambda n: micro_batch.of(n).sum() / n.sum().clamp_min(1))
         return loss.map(torch.mul, share)._asdict()
 
@@ -292,12 +315,14 @@ class OnPolicyConfig:
         guidance: of the teacher.
         stride: the teacher takes every `stride`-th level of its 40-step schedule.
         regression: weight of the loss on trajectories.
+        first_blocks: first blocks per clip of a batch, where block 0 has trajectories of its own; they are small.
         weights: of the streams' losses.
     """
 
     guidance: Guidance = DMD_GUIDANCE
     stride: int = 2
     regression: float = 0.2
+    first_blocks: int = 8
     weights: AV[float] = ONES
 
 
@@ -307,6 +332,8 @@ def on_policy_stage(
     pairs: Pairs | StoredPairs,
     clips: StudentClips,
     config: OnPolicyConfig = OnPolicyConfig(),
+    *,
+    first_block: Pairs | StoredPairs | None = None,
 ) -> Step:
     """Stage 3 without a critic: regress the student, on its own past, on the teacher's end of its own states.
 
@@ -320,6 +347,11 @@ def on_policy_stage(
     They are left to the loss of `ode_stage` on the teacher's own trajectories, `pairs`. This is not in the paper;
     `LOG.md` says what was tried before.
 
+    Where a trajectory of the teacher ends depends on the noise of the whole clip, and block 0 has its own noise alone:
+    from pure noise, regression teaches it the mean of all starts, a picture without a ball. So block 0 can have
+    trajectories that depend on its own noise alone, `first_block`: those of a causal model trained by flow matching
+    (as Causal-Forcing does for every block), see `dataset.first_block_pairs`. `pairs` then teach the other blocks.
+
     Raises:
         ValueError: the student has one step only, so that all its states are pure noise; or blocks leave the window,
             so that they can't be recomputed.
@@ -329,7 +361,9 @@ def on_policy_stage(
     if len(entries) < 3:
         raise ValueError(f"steps {causal.steps} have no noise level between noise and data; use three steps or more")
     clips.check(student)
-    regress = _regression(student, pairs, prompts, causal, batch)
+    regress = _regression(student, pairs, prompts, causal, batch, first_block=first_block is None)
+    many = config.first_blocks
+    start = _regression(student, first_block, prompts, causal, batch * many) if first_block else None
     after_first_block = causal.layout.block_index(clips.video_latents).map(
         lambda blocks: (torch.tensor(blocks, device=prompts.device) > 0).float()
     )
@@ -351,12 +385,18 @@ def on_policy_stage(
         stored = regress(generator, micro_batch)
         total = loss.map(lambda own, other: own + config.regression * other, AV(stored["video"], stored["audio"]))
         told = {name: value * micro_batch.share for name, value in health(x_hat).items()}
+        # 4. Block 0 on trajectories of its own; micro-batches share them out as they do clips.
+        if start:
+            first = start(generator, micro_batch.times(many))
+            total = total.map(torch.add, AV(first["video"], first["audio"]))
+            told |= {"first_video": first["video"].detach(), "first_audio": first["audio"].detach()}
         return total._asdict() | told | {"own_video": loss.video.detach(), "own_audio": loss.audio.detach()}
 
     def learn(generator: torch.Generator, exit_step: int) -> Metrics:
         return student.learn(batch, generator, partial(terms, generator, exit_step), config.weights)
 
-    learn = recorded(learn, student, live=prompts.live or pairs.live)
+    live = prompts.live or pairs.live or (first_block is not None and first_block.live)
+    learn = recorded(learn, student, live=live)
 
     def step(i: int, generator: torch.Generator) -> Metrics:
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())

@@ -108,7 +108,7 @@ def test_ratios_compare_with_the_base():
 
 
 def test_the_interval_of_a_frechet_ratio_holds_the_truth_near_the_floor():
-    """Two shifted sets: the mean of many ratios lies in half of the intervals or more, and in a fifth of a bootstrap's."""
+    """The mean of many ratios lies in half of the intervals or more, and in a fifth of those of a bootstrap."""
     rng = np.random.default_rng(0)
 
     def three() -> tuple[np.ndarray, ...]:

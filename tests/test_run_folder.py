@@ -377,7 +377,7 @@ def test_a_state_that_does_not_say_its_settings_goes_on_aloud(tmp_path, capsys):
     train.fit(step, learners, 1, folder=tmp_path, progress=False)
     found = train.fit(step, learners, 2, folder=tmp_path, progress=False, settings={"lr": 1.0})
     assert "does not say its lr: taken on trust" in capsys.readouterr().out
-    assert found.changes == ["lr not known up to step 1"] and found.done == 2
+    assert found.changes == ["of 1 steps up to step 1", "lr not known up to step 1"] and found.done == 2
     with pytest.raises(ValueError, match=r"lr 1.0, found 2.0"):
         train.fit(step, learners, 2, folder=tmp_path, progress=False, settings={"lr": 2.0})
 

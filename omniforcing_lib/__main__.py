@@ -369,12 +369,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str]) -> Command:
     """Read a command and its options; bad ones end the program with one line and code 2."""
-    parser = Parser(prog="omniforcing", description=__doc__)
-    subparsers = parser.add_subparsers(required=True, metavar="command", dest="command")
-    for name, command in COMMANDS.items():
-        subparsers.add_parser(name, help=command.__doc__, description=command.__doc__).add_options(command)
-    given = vars(parser.parse_args(words))
+    given = vars(parser().parse_args(words))
     return COMMANDS[given.pop("command")].of(given)
+
+
+def parser() -> Parser:
+    """Build the parser of all commands."""
+    whole = Parser(prog="omniforcing", description=__doc__)
+    commands = whole.add_subparsers(required=True, metavar="command", dest="command")
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.__doc__, description=command.__doc__).add_options(command)
+    return whole
 
 
 def _fail(error: Exception, code: int) -> int:

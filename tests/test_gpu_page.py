@@ -53,7 +53,7 @@ def test_every_command_parses(command):
     if words(command)[0] == "train":
         assert options(command)
     else:
-        assert cli.parse(words(command)).run
+        assert cli.parser().parse_args(words(command)).command == words(command)[0]
 
 
 @pytest.mark.parametrize("text", [PAGE, DATA], ids=["page", "data"])

@@ -75,7 +75,7 @@ def test_the_lock_of_the_dead_is_taken_over_aloud_and_of_another_host_when_it_ha
     with pytest.raises(ValueError, match=r"another-host process 1, which cannot be seen.*over in 30 minutes"):
         train.fit(step, learners, 2, folder=tmp_path, progress=False)
     long_ago = time.time() - run_folder.SILENT_S - 60
-    for path in tmp_path.iterdir():
+    for path in tmp_path.rglob("*"):
         os.utime(path, (long_ago, long_ago))
     train.fit(step, learners, 2, folder=tmp_path, progress=False)
     assert "taken over from another-host process 1" in capsys.readouterr().out
@@ -377,7 +377,7 @@ def test_a_state_that_does_not_say_its_settings_goes_on_aloud(tmp_path, capsys):
     train.fit(step, learners, 1, folder=tmp_path, progress=False)
     found = train.fit(step, learners, 2, folder=tmp_path, progress=False, settings={"lr": 1.0})
     assert "does not say its lr: taken on trust" in capsys.readouterr().out
-    assert found.changes == ["lr not known up to step 1"] and found.done == 2
+    assert found.changes == ["of 1 steps up to step 1", "lr not known up to step 1"] and found.done == 2
     with pytest.raises(ValueError, match=r"lr 1.0, found 2.0"):
         train.fit(step, learners, 2, folder=tmp_path, progress=False, settings={"lr": 2.0})
 

@@ -1,4 +1,4 @@
-"""Which device computes, and which kernel attends: flash-attn, FlexAttention or PyTorch's own (spec 1.6, 8.2).
+"""Which device computes, and which kernel attends: flash-attn, FlexAttention or PyTorch's own (specification 1.6, 8.2).
 
 A kernel is chosen once for each kind of tensor. A cached step and a block of a sliced mask need no mask, so flash-attn
 serves both; masked training on a GPU takes FlexAttention, everything else PyTorch's scaled dot product. One log line

@@ -1,4 +1,4 @@
-"""The parts of LTX-2's transformer: sigma embedded, text projected, and the dual-stream block (spec 1.4, 1.5).
+"""The parts of LTX-2's transformer: sigma embedded, text projected, and the dual-stream block (specification 1.4, 1.5).
 
 Names of modules are those of the checkpoint; `Stream` groups them by stream, so that every step is written once.
 
@@ -24,7 +24,7 @@ from omniforcing_lib.rope import Rotation
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed sigma (times the scale multiplier) by a sinusoid of 256 and two linear layers (spec 1.4)."""
+    """Embed sigma (times the scale multiplier) by a sinusoid of 256 and two linear layers (specification 1.4)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """Turn sigma into a number of modulation vectors, and give the embedding itself (spec 1.4)."""
+    """Turn sigma into a number of modulation vectors, and give the embedding itself (specification 1.4)."""
 
     def __init__(self, dim: int, vectors: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class AdaLN(nn.Module):
 
 
 class CaptionProjection(nn.Module):
-    """Bring text features to the width of a stream (spec 1.3)."""
+    """Bring text features to the width of a stream (specification 1.3)."""
 
     def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def _modulated(text: Tensor | None, prompt: Tensor) -> Tensor | None:
 
 
 class Block(nn.Module):
-    """One dual-stream block (spec 1.5)."""
+    """One dual-stream block (specification 1.5)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class Block(nn.Module):
         return gated(x, gate, update)
 
     def _perturbed(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
-        """Drop the self-attention branch (LTX-2.0) or pass its values through (2.3): STG (spec 1.11)."""
+        """Drop the self-attention branch (LTX-2.0) or pass its values through (2.3): STG (specification 1.11)."""
         if s.attention.to_gate_logits is None:
             return x
         shift, gain, gate, *_ = m.own

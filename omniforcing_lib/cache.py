@@ -2,7 +2,7 @@
 
 Keys and values of a stream live in [sinks | block 0 | ring of blocks]. Sinks and block 0 are pinned; block k >= 1 goes
 to ring place (k - 1) mod (window + 1) and there overwrites the block that has left the window. Attention does not
-depend on the order of keys, so nothing is ever moved and a read is one slice (paper Sec. 3.4; spec 6.2, 6.4).
+depend on the order of keys, so nothing is ever moved and a read is one slice (paper Sec. 3.4; specification 6.2, 6.4).
 
 `KVCache.open` describes a block as an immutable `OpenBlock`. The caller passes it to the model, which passes it to
 every attention, which writes and reads through `Ring.extend`. The cache itself does not know which block is open.

@@ -25,7 +25,7 @@ _TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[in
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of one LTX-2 transformer; the defaults are the 19B model (spec 1.1, 1.2).
+    """Dimensions of one LTX-2 transformer; the defaults are the 19B model (specification 1.1, 1.2).
 
     Field names are those of the `transformer` part of the safetensors metadata, so that a checkpoint can be read
     without a table of translations. `num_audio_sink_tokens` is OmniForcing's (paper Sec. 3.2).
@@ -71,7 +71,9 @@ class ModelConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; found {getattr(self, name)!r}")
         if not self.use_middle_indices_grid:
-            raise ValueError("use_middle_indices_grid must be true: positions are the middle of each cell (spec 1.8)")
+            raise ValueError(
+                "use_middle_indices_grid must be true: positions are the middle of each cell (specification 1.8)"
+            )
         if self.num_attention_heads != self.audio_num_attention_heads:
             raise ValueError(
                 "cross-modal attention needs the same heads in both streams, found "

@@ -2,7 +2,7 @@
 
 The convention everywhere: x = (1 - sigma) x0 + sigma eps, velocity = eps - x0, so x0 = x - sigma velocity.
 Noise levels may be one number, one per sample [B], or one per latent [B, F]. Arithmetic is in float32 at least,
-whatever the latents are stored in: 0.906229 and its nearest bfloat16 are different noise levels (spec 8.1).
+whatever the latents are stored in: 0.906229 and its nearest bfloat16 are different noise levels (specification 8.1).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ZEROS, ONES = AV(0.0, 0.0), AV(1.0, 1.0)
 
 
 class Skip(NamedTuple):
-    """Parts of the transformer that a guidance pass leaves out (spec 1.11).
+    """Parts of the transformer that a guidance pass leaves out (specification 1.11).
 
     Attributes:
         self_attention: blocks whose video and audio self-attention is perturbed (STG).
@@ -45,7 +45,7 @@ Denoiser = Callable[[AV[Tensor], Tensor | AV[Tensor]], AV[Tensor]]
 
 
 def ltx2_sigmas(steps: int, tokens: int = 4096) -> Tensor:
-    """Compute the shifted and stretched schedule of LTX-2, from 1 to 0 (spec 1.10).
+    """Compute the shifted and stretched schedule of LTX-2, from 1 to 0 (specification 1.10).
 
     Shapes: float64 [steps + 1] on the CPU; the last non-zero entry is 0.1.
     """
@@ -60,7 +60,7 @@ def ltx2_sigmas(steps: int, tokens: int = 4096) -> Tensor:
 
 
 def snap_indices(step_list: Sequence[int], steps: int = 40) -> tuple[int, ...]:
-    """Find the entry of the `steps`-step schedule that is nearest to each value / 1000 (spec 5.0)."""
+    """Find the entry of the `steps`-step schedule that is nearest to each value / 1000 (specification 5.0)."""
     if not step_list or [*step_list] != sorted({*step_list}, reverse=True) or not {*step_list} <= {*range(1001)}:
         raise ValueError(f"a step list falls within 1000 .. 0, like {RELEASED_STEPS}; found {step_list}")
     wanted = torch.tensor(step_list, dtype=torch.float64) / 1000
@@ -71,7 +71,7 @@ def snap_indices(step_list: Sequence[int], steps: int = 40) -> tuple[int, ...]:
 
 
 def snap(step_list: Sequence[int], steps: int = 40) -> Tensor:
-    """Return the noise levels that a step list stands for: entries of the `steps`-step schedule (spec 5.0).
+    """Return the noise levels that a step list stands for: entries of the `steps`-step schedule (specification 5.0).
 
     Shapes: float64 [len(step_list)] on the CPU.
     """
@@ -79,7 +79,7 @@ def snap(step_list: Sequence[int], steps: int = 40) -> Tensor:
 
 
 def dmd_lut() -> Tensor:
-    """Return the noise level of each integer timestep 0 .. 1000: the 1000-step schedule, reversed (spec 5.0).
+    """Return the noise level of each integer timestep 0 .. 1000: the 1000-step schedule, reversed (specification 5.0).
 
     Shapes: float64 [1001] on the CPU.
     """
@@ -125,7 +125,7 @@ def velocity_of(x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Guidance:
-    """Weights of the passes of guidance, per stream; the defaults switch all of them off (spec 1.11).
+    """Weights of the passes of guidance, per stream; the defaults switch all of them off (specification 1.11).
 
     Attributes:
         cfg: prompt against negative prompt; off at 1.
@@ -170,7 +170,7 @@ def guide(
     perturbed: AV[Tensor] | None = None,
     unimodal: AV[Tensor] | None = None,
 ) -> AV[Tensor]:
-    """Combine the passes of one step in x0 space, in float32 at least (spec 1.11).
+    """Combine the passes of one step in x0 space, in float32 at least (specification 1.11).
 
     Rescaling takes its standard deviations over each sample, so that a sample does not depend on its batch.
 
@@ -244,7 +244,7 @@ def _path(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor) -> Iterator[AV[T
 def euler(
     denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, callback: Callable[[int, AV[Tensor]], None] | None = None
 ) -> AV[Tensor]:
-    """Integrate the flow by Euler steps on (x - x0) / sigma; a step to 0 returns x0 exactly (spec 1.11).
+    """Integrate the flow by Euler steps on (x - x0) / sigma; a step to 0 returns x0 exactly (specification 1.11).
 
     Shapes: noise [B, F, ...] per stream; sigmas [N + 1], falling; `callback(i, x)` sees each state, i = 0 .. N.
     """
@@ -255,7 +255,7 @@ def euler(
 
 
 def trajectory(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, keep: Sequence[int]) -> AV[Tensor]:
-    """Integrate like `euler` and keep the states at sigmas[keep], noise first: an ODE pair (spec 5.4).
+    """Integrate like `euler` and keep the states at sigmas[keep], noise first: an ODE pair (specification 5.4).
 
     Shapes: noise [B, F, ...] per stream -> [B, len(keep), F, ...].
     """

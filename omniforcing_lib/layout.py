@@ -30,7 +30,7 @@ class AV(NamedTuple, Generic[T]):
 
 @dataclass(frozen=True)
 class Clock:
-    """Convert latents to frames, samples and seconds (spec 2; paper Sec. 3.1).
+    """Convert latents to frames, samples and seconds (specification 2; paper Sec. 3.1).
 
     Attributes:
         fps: pixel frames per second.
@@ -106,7 +106,7 @@ class Clock:
         )
 
     def midpoints(self, latents: AV[range]) -> AV[list[float]]:
-        """Middle of each latent in seconds: the temporal RoPE position (spec 1.8)."""
+        """Middle of each latent in seconds: the temporal RoPE position (specification 1.8)."""
         return self.bounds(latents).map(
             lambda steps, rate: [(a + b) / 2 / rate for a, b in steps], AV(self.fps, self.mel_rate)
         )
@@ -130,7 +130,7 @@ def _grow(latents: range, stride: int) -> range:
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Cut both streams into aligned blocks (paper Sec. 3.1; spec 3).
+    """Cut both streams into aligned blocks (paper Sec. 3.1; specification 3).
 
     Attributes:
         first: latents of block 0, the global prefix.
@@ -160,7 +160,7 @@ class BlockLayout:
         )
 
     def blocks(self, video_latents: int) -> tuple[AV[range], ...]:
-        """Cut a clip into blocks; the last one may be partial, its audio rounded down (spec 3.2)."""
+        """Cut a clip into blocks; the last one may be partial, its audio rounded down (specification 3.2)."""
         if video_latents < self.first.video:
             raise ValueError(f"a clip holds block 0, {self.first.video} video latents, or more; found {video_latents}")
         *whole, (video, audio) = map(self.block, range(self.count(video_latents)))

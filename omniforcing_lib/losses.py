@@ -52,7 +52,7 @@ def flow_matching(
 
 
 def ode_regression(x0_hat: AV[Tensor], clean: AV[Tensor], sigma: AV[Tensor]) -> AV[Tensor]:
-    """Regress the end of a teacher's trajectory from a state on it: mean squared error of x0 (spec 5.4).
+    """Regress the end of a teacher's trajectory from a state on it: mean squared error of x0 (specification 5.4).
 
     Only noisy latents count; a stream with none gives 0 with a graph, so that every process has a backward pass.
 
@@ -63,7 +63,7 @@ def ode_regression(x0_hat: AV[Tensor], clean: AV[Tensor], sigma: AV[Tensor]) -> 
 
 
 def sample_dmd_sigma(batch: int, generator: torch.Generator, most: int = MAX_TIMESTEP) -> Tensor:
-    """Draw the noise level at which the scores are compared, uniform in integer timesteps (spec 5.0).
+    """Draw the noise level at which the scores are compared, uniform in integer timesteps (specification 5.0).
 
     t is uniform in 0 .. 999, clamped to 20 .. 980 and looked up in `dmd_lut`: 0.217 to 0.998, mean 0.82. A lower `most`
     draws it from 0 .. most.
@@ -81,7 +81,7 @@ def _lut(device: torch.device) -> Tensor:
 
 
 def dmd_direction(x_hat: Tensor, fake: Tensor, real: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Compute the direction of DMD's gradient, (fake - real) / mean |x_hat - real|, for one stream (spec 5.1).
+    """Compute the direction of DMD's gradient, (fake - real) / mean |x_hat - real|, for one stream (specification 5.1).
 
     The normaliser is per sample, over the counted latents; what is not finite becomes 0.
 
@@ -102,7 +102,7 @@ def dmd(
     eps: AV[Tensor],
     weight: AV[Tensor] | None = None,
 ) -> AV[Tensor]:
-    """Pull the student's samples from its own distribution to the teacher's (Stages 1 and 3; spec 5.1).
+    """Pull the student's samples from its own distribution to the teacher's (Stages 1 and 3; specification 5.1).
 
     The gradient by x_hat is `dmd_direction` / number of elements; neither score gets one. `real` is guided.
 
@@ -119,7 +119,7 @@ def dmd(
 def critic(
     x_hat: AV[Tensor], fake: Denoiser, sigma: Tensor | AV[Tensor], eps: AV[Tensor], weight: AV[Tensor] | None = None
 ) -> AV[Tensor]:
-    """Teach the fake score the student's own distribution: flow matching on detached samples (spec 5.2).
+    """Teach the fake score the student's own distribution: flow matching on detached samples (specification 5.2).
 
     Shapes: x_hat, eps [B, F, ...] per stream; sigma [B], shared by the streams; weight [B] or [B, F] per stream.
     """

@@ -2,7 +2,8 @@
 
 A query in block q sees a key in block k if `visible(q, k)`. Tokens of a block are contiguous and audio sinks are the
 head of block 0, so the rows of a block are one range and see one or two ranges of columns. The dense, flex and sliced
-renderings all derive from these ranges (paper Sec. 3.1 and 3.2; spec 3.4), and the cache asks `seen` for its window.
+renderings all derive from these ranges (paper Sec. 3.1 and 3.2; specification 3.4), and the cache asks `seen` for its
+window.
 
 Shapes: R rows (queries), C columns (keys), Tv = F h w video tokens, Ta = S + T audio tokens.
 """
@@ -134,7 +135,7 @@ def build(
     window: int | None = None,
     rendering: str | None = None,
 ) -> Masks:
-    """Build the four block-causal masks of a clip (paper Sec. 3.1; spec 3.4).
+    """Build the four block-causal masks of a clip (paper Sec. 3.1; specification 3.4).
 
     `a2v` has video rows and audio columns, `v2a` audio rows and video columns. With a window a row sees block 0, its
     own block and the `window` blocks before it: what a rolling cache holds.

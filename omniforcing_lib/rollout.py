@@ -1,4 +1,4 @@
-"""Roll a causal student out: denoise one block, cache it clean, go on (paper Sec. 3.3; spec 5.7, 6.3).
+"""Roll a causal student out: denoise one block, cache it clean, go on (paper Sec. 3.3; specification 5.7, 6.3).
 
 One function, `next_block`, serves streaming, evaluation and training. Where gradients flow is one argument,
 `exit_step`: every block stops at that step, which alone is run with gradients; all earlier steps and the history are
@@ -38,7 +38,7 @@ class RolloutConfig:
 
     Attributes:
         layout: blocks and sinks.
-        steps: noise levels x 1000 of a block, ending in 0; snapped to the 40-step schedule (spec 5.0).
+        steps: noise levels x 1000 of a block, ending in 0; snapped to the 40-step schedule (specification 5.0).
         window: past blocks that a block sees besides block 0; 4 is all of a 5-second clip.
         reanchor: past the window, let sinks and block 0 follow it (see `KVCache`).
         context_noise: sigma at which a finished block is stored in the cache; 0 is clean.
@@ -116,7 +116,7 @@ def fresh_noise(generator: torch.Generator, batch: int) -> Noise:
 def predict(
     model: Transformer, x: AV[Tensor], sigma: float, text: AV[Tensor], cache: KVCache, block: OpenBlock
 ) -> AV[Tensor]:
-    """Predict x0 of an open block; sigma is one number for both streams, in fp32 (spec 8.1.7)."""
+    """Predict x0 of an open block; sigma is one number for both streams, in fp32 (specification 8.1.7)."""
     velocity = model(x, AV(sigma, sigma), text, cache=cache, blocks=(block,), sigma_key=sigma)
     return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
 
@@ -152,7 +152,7 @@ def denoise_block(
     first: Callable[[AV[Tensor]], AV[Tensor]] | None = None,
     watch: Callable[[AV[Tensor]], None] | None = None,
 ) -> AV[Tensor]:
-    """Denoise an open block from pure noise; with `exit_step` stop there, with gradients (spec 5.7).
+    """Denoise an open block from pure noise; with `exit_step` stop there, with gradients (specification 5.7).
 
     `first` predicts at the first step, where that is done otherwise; `watch` is told the state before the last step.
 

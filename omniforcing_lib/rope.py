@@ -1,4 +1,4 @@
-"""Rotary positions: physical time and space to cos/sin, split or interleaved, identity for sinks (spec 1.8).
+"""Rotary positions: physical time and space to cos/sin, split or interleaved, identity for sinks (specification 1.8).
 
 Shapes: H heads, T tokens, D head dim, n position dims (3 for video self-attention, 1 everywhere else). One table of
 angles [H, T, D/2] serves both rope types: they differ only in which elements of a head are paired.
@@ -37,7 +37,9 @@ class Ropes(NamedTuple):
 def positions(
     clock: Clock, latents: AV[range], grid: tuple[int, int], dtype: torch.dtype = torch.float32
 ) -> AV[Tensor]:
-    """Give the middle of each cell in seconds and nominal pixels (spec 1.8); float32 is the reference's arithmetic.
+    """Give the middle of each cell in seconds and nominal pixels; float32 is the reference's arithmetic.
+
+    Source: specification 1.8.
 
     Shapes: video [3, F h w] (t, y, x), audio [1, T].
     """
@@ -49,7 +51,7 @@ def positions(
 
 
 def angles(position: Tensor, max_pos: tuple[int, ...], dim: int, theta: float, precision: str) -> Tensor:
-    """Turn positions into rotation angles (spec 1.8).
+    """Turn positions into rotation angles (specification 1.8).
 
     Shapes: position [n, T] to [T, dim / 2]; the first dim/2 - n floor(dim/2n) angles are zero (padding).
     """

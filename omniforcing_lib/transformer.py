@@ -1,4 +1,4 @@
-"""The dual-stream transformer of LTX-2 with one set of weights and three modes (spec 1).
+"""The dual-stream transformer of LTX-2 with one set of weights and three modes (specification 1).
 
 *Bidirectional* is the teacher. *Masked* is block-causal training: all blocks at once under four masks. *Cached* is
 streaming: one block at a time against a rolling KV cache. Module names are those of the LTX-2 checkpoint.

@@ -70,7 +70,7 @@ def test_without_a_window_work_grows_and_with_one_it_does_not():
 
 
 def test_a_pass_of_the_19b_costs_two_flops_a_weight_and_token():
-    """The linear part against the weights that each stream's tokens meet (spec 1.1), attention aside."""
+    """The linear part against the weights that each stream's tokens meet (specification 1.1), attention aside."""
     video, audio = (cost.pass_work(ModelConfig(), tokens, AV(0, 0), 0).linear for tokens in (AV(1000, 0), AV(0, 1000)))
     assert video / 2000 == pytest.approx(12.89e9 - 48 * 2 * 4096**2 + 48 * 4 * 4096 * 2048, rel=0.01)
     assert audio / 2000 == pytest.approx(3.22e9 - 48 * 2 * 2048**2 + 48 * 4 * 2048 * 2048, rel=0.01)

@@ -207,7 +207,7 @@ RELEASES = {
 
 @pytest.mark.parametrize("prefix", RELEASES, ids=["causal", "bare", "bidirectional"])
 def test_a_release_is_run_as_it_was_trained(prefix, tmp_path, caplog):
-    """No metadata: the settings follow from the format's name, the config from the shapes (spec 1.9)."""
+    """No metadata: the settings follow from the format's name, the config from the shapes (specification 1.9)."""
     causal, settings = RELEASES[prefix]
     for given in (released(tmp_path, prefix), tmp_path / "model.safetensors.index.json"):
         checkpoint = checkpoints.read(given)

@@ -50,7 +50,7 @@ def test_blocks_partition_a_clip(layout, more):
 
 
 def test_the_five_second_clip_of_the_paper():
-    """121 frames: 16 = 1 + 5 * 3 video latents, 126 = 1 + 5 * 25 audio latents, 6 blocks (spec 3.2)."""
+    """121 frames: 16 = 1 + 5 * 3 video latents, 126 = 1 + 5 * 25 audio latents, 6 blocks (specification 3.2)."""
     assert [tuple(map(len, block)) for block in PAPER.blocks(16)] == [(1, 1)] + [(3, 25)] * 5
     assert [tuple(map(len, block)) for block in RELEASED.blocks(16)] == [(4, 26)] + [(3, 25)] * 4
     assert tuple(map(len, PAPER.blocks(3)[-1])) == (2, 16)
@@ -76,7 +76,7 @@ def test_frames_and_samples_of_one_time_go_together(frames, clock):
 
 
 def test_midpoints_are_those_of_the_reference():
-    """Middle of cells in seconds (spec 1.8): 1/48, 0.2083, 0.5417 for video; 0.005, 0.03, 0.07 for audio."""
+    """Middle of cells in seconds (specification 1.8): 1/48, 0.2083, 0.5417 for video; 0.005, 0.03, 0.07 for audio."""
     video, audio = CLOCK.midpoints(AV(range(3), range(3)))
     assert video == pytest.approx([1 / 48, 5 / 24, 13 / 24]) and audio == pytest.approx([0.005, 0.03, 0.07])
 

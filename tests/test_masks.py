@@ -20,7 +20,7 @@ windows = st.none() | st.integers(0, 3)
 
 
 def oracle(layout: BlockLayout, video_latents: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Compute the masks token by token from the formulas of spec 3.2 and 3.4, apart from the library."""
+    """Compute the masks token by token from the formulas of specification 3.2 and 3.4, apart from the library."""
     audio_latents = layout.audio_latents(video_latents)
 
     def block(i: int, first: int, step: int) -> int:

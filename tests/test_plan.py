@@ -48,7 +48,7 @@ def test_components_are_what_a_player_holds():
 
 
 def test_the_19b_needs_what_its_makers_used():
-    """Its parameters are those of spec 1.1; with blocks recomputed it fits 8 GPUs of 141 GB, not of 80."""
+    """Its parameters are those of specification 1.1; with blocks recomputed it fits 8 GPUs of 141 GB, not of 80."""
     counted = plan.count(ModelConfig(), RolloutConfig(), plan.Clip())
     assert counted.parameters[1] == pytest.approx(18.88e9, rel=2e-3)
     total = {n: sum(plan.components(counted, n).values()) for n in (1, 8, 16)}

@@ -239,7 +239,10 @@ def test_without_sinks_the_student_is_the_teacher():
 
 
 def test_gradients_reach_text_and_block_but_not_the_history():
-    """In a cached pass with gradients, the block's inputs and the text path learn; cached keys do not (spec 8.1.6)."""
+    """In a cached pass with gradients, the block's inputs and the text path learn; cached keys do not.
+
+    Source: specification 8.1.6.
+    """
     layout = BlockLayout(AV(1, 1), AV(2, 5), sinks=2)
     model = tiny(TINY.with_sinks(2))
     x, sigma, text = inputs(layout, 3)
@@ -342,7 +345,7 @@ def test_bidirectional_equals_diffusers(rope_type, multiplier, frames, version, 
 
 
 def test_the_full_model_is_the_19b():
-    """On the meta device: 18.88 B parameters with 16 sinks, shapes of spec 1.2 (nothing is allocated)."""
+    """On the meta device: 18.88 B parameters with 16 sinks, shapes of specification 1.2 (nothing is allocated)."""
     with torch.device("meta"):
         model = Transformer(ModelConfig(num_audio_sink_tokens=16))
     shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}

@@ -116,7 +116,7 @@ def parameter_rows(
 
 
 def settings_rows(config: ModelConfig, names: Sequence[str]) -> list[dict[str, object]]:
-    """Table fields of a config beside those of the 19B model (spec 1.2)."""
+    """Table fields of a config beside those of the 19B model (specification 1.2)."""
     reference = ModelConfig()
     return [{"field": n, "this file": getattr(config, n), "the 19B": getattr(reference, n)} for n in names]
 

@@ -117,7 +117,7 @@ class Watched(NamedTuple):
 
     @property
     def first_chunk_s(self) -> float:
-        """Seconds until block 0 and block 1 are made and decoded (spec 6.5)."""
+        """Seconds until block 0 and block 1 are made and decoded (specification 6.5)."""
         return sum(self.seconds[:2])
 
 

@@ -33,7 +33,7 @@ PUBLISHED = (
     {"who": "authors later, H200", "frames a second": "about 20", "first chunk": "", "steps": "4"},
     {"who": "third party, H200", "frames a second": "12.1", "first chunk": "", "steps": "4"},
 )
-"""What others measured on the 19B (spec 6.5)."""
+"""What others measured on the 19B (specification 6.5)."""
 
 
 class Work(NamedTuple):
@@ -59,7 +59,7 @@ def plus(*works: Work) -> Work:
 
 
 def pass_work(config: ModelConfig, queries: AV[int], keys: AV[int], text: int) -> Work:
-    """Count one pass whose modulation and text keys are at hand: a streamed block's steady state (spec 1.5).
+    """Count one pass whose modulation and text keys are at hand: a streamed block's steady state (specification 1.5).
 
     Args:
         config: widths and layers.
@@ -120,7 +120,7 @@ def clip_work(config: ModelConfig, latents: AV[int], tokens: int, text: int, pas
 
 
 def decoding(latents: AV[int], grid: tuple[int, int]) -> AV[float]:
-    """Count FLOPs of LTX-2's own decoders, run once over some latents: picture, and mel with vocoder (spec 2).
+    """Count FLOPs of LTX-2's own decoders, run once over some latents: picture, and mel with vocoder (specification 2).
 
     diffusers' defaults are the 19B's sizes; on the meta device, nothing is allocated. A stream does more: its frames
     overlap, because the picture's decoder is not causal.
@@ -163,7 +163,7 @@ def gain(
 
     Args:
         config: widths and layers of both.
-        causal: how the student streams; its first chunk is blocks 0 and 1 (spec 6.5).
+        causal: how the student streams; its first chunk is blocks 0 and 1 (specification 6.5).
         latents: of the clip.
         grid: tokens of a frame.
         text: tokens of the prompt.
@@ -275,7 +275,7 @@ def carried(
     """Predict the steady state of a large model on named GPUs that reach `share` of their stated peak.
 
     Decoding is left out, and so is memory: weights are read once per pass, a small part of its time. A block lasts a
-    second, so FLOPs per block are FLOP/s for real time. The first chunk is block 0 and block 1 (spec 6.5).
+    second, so FLOPs per block are FLOP/s for real time. The first chunk is block 0 and block 1 (specification 6.5).
     """
     steady = block_work(config, causal, tokens, causal.window + 2, text)
     first = plus(*(block_work(config, causal, tokens, k, text) for k in (0, 1)))

@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 @torch.no_grad()
 def noisy_clip(x0: AV[Tensor], text: AV[Tensor], seed: int, layout: BlockLayout) -> Inputs:
-    """Noise each block of clean latents to a level of its own, as causal training does (spec 3.6).
+    """Noise each block of clean latents to a level of its own, as causal training does (specification 3.6).
 
     Shapes: x0 AV([1, F, h, w, C], [1, T, C]), text AV [1, L, C]; sigma of the result AV([1, F], [1, T]).
     """
@@ -58,7 +58,10 @@ def noisy_clip(x0: AV[Tensor], text: AV[Tensor], seed: int, layout: BlockLayout)
 
 
 def block_rows(layout: BlockLayout, seconds: int, clock: Clock = CLOCK) -> list[dict[str, object]]:
-    """Table a clip's blocks, one per row: latents, what they decode to, and when each stream ends (spec 3.2, 3.3)."""
+    """Table a clip's blocks, one per row: latents, what they decode to, and when each stream ends.
+
+    Source: specification 3.2, 3.3.
+    """
     rows = []
     for k, block in enumerate(layout.blocks(clock.latents(seconds).video)):
         frames, samples = clock.frames(block.video), clock.samples(block.audio)
@@ -104,7 +107,7 @@ def misplaced_by_ratio(layout: BlockLayout, seconds: int, clock: Clock = CLOCK) 
 
 
 def rule(layout: BlockLayout, video_latents: int, tokens_per_frame: int) -> dict[str, Tensor]:
-    """Write the four masks token by token from the paper's formula, knowing nothing of runs (spec 3.2, 3.4).
+    """Write the four masks token by token from the paper's formula, knowing nothing of runs (specification 3.2, 3.4).
 
     Shapes: bool [R, C] by name; a token's block is 0 within the first block, else 1 + (token - first) // step.
     """

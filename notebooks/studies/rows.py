@@ -1,7 +1,7 @@
 """What every row of audio self-attention does: how many keys it sees, how it spreads over them, how easily it is moved.
 
 The paper's case for sinks is about rows: early audio queries see few keys, so their softmax turns one-hot and small
-errors of the logits are amplified (paper Sec. 3.2; spec 4.3). All of that can be read off one forward pass.
+errors of the logits are amplified (paper Sec. 3.2; specification 4.3). All of that can be read off one forward pass.
 
 Shapes: N layers, B batch, H heads, R audio rows (sinks included), C audio keys, D head dim.
 """

@@ -214,7 +214,7 @@ class Variant:
 
     @property
     def recipe(self) -> training.OptimConfig:
-        """Optimiser of the paper's Stage 2: betas (0.9, 0.999), no weight decay, no average (spec 7.2).
+        """Optimiser of the paper's Stage 2: betas (0.9, 0.999), no weight decay, no average (specification 7.2).
 
         No gradient is too large for a step: whether a run would survive that is the question.
         """

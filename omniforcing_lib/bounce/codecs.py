@@ -1,8 +1,8 @@
 """TinyCodec: the miniature's stand-in for LTX-2's two autoencoders and its vocoder.
 
-It has LTX-2's temporal geometry (spec 2): the first video latent is one frame and every later one eight, the first
-audio latent is one mel hop and every later one four. Both decoders look at one latent at a time, so a stream decodes
-to what the whole clip decodes to. Video is a small convolutional autoencoder. Audio is phase-free, as a mel
+It has LTX-2's temporal geometry (specification 2): the first video latent is one frame and every later one eight, the
+first audio latent is one mel hop and every later one four. Both decoders look at one latent at a time, so a stream
+decodes to what the whole clip decodes to. Video is a small convolutional autoencoder. Audio is phase-free, as a mel
 spectrogram with a vocoder is: a latent holds four knots of the amplitudes of a bank of oscillators whose phases
 follow from the absolute sample index alone.
 
@@ -48,7 +48,10 @@ class EncodeState:
 
 
 class TinyCodec(nn.Module, Codec):
-    """Encode clips of the world to latents of about unit variance, and decode them, whole or as a stream (spec 2)."""
+    """Encode clips of the world to latents of about unit variance, and decode them, whole or as a stream.
+
+    Source: specification 2.
+    """
 
     def __init__(self, config: CodecConfig | None = None, clock: Clock | None = None) -> None:
         super().__init__()

@@ -15,7 +15,6 @@ _FIXED = {
     "standardization_norm": "rms_norm",
     "share_ff": False,
     "av_cross_ada_norm": True,
-    "use_keyframes_abs_pos_embedding": False,
 }
 _ROPE_TYPES = ("split", "interleaved")
 _PRECISIONS = ("float64", "float32")
@@ -58,6 +57,7 @@ class ModelConfig:
     caption_proj_before_connector: bool = False
     ff_bias: bool = True
     audio_ff_bias: bool = True
+    use_keyframes_abs_pos_embedding: bool = False
     num_audio_sink_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ class ModelConfig:
 
     @property
     def modulates_prompt_by_sigma(self) -> bool:
-        """Tell whether text keys depend on sigma (LTX-2.3), so that they can't be cached over steps."""
+        """Tell whether text keys depend on sigma (from LTX-2.3 on), so that they can't be cached over steps."""
         return self.cross_attention_adaln and self.use_prompt_adaln_single
 
     @classmethod

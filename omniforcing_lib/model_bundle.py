@@ -31,7 +31,7 @@ from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import LTX2_GUIDANCE, MINIATURE_GUIDANCE, Guidance, block_noise
 from omniforcing_lib.interfaces import Codec, DecodeState, TextEncoder
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.ltx2 import checkpoints, formats
 from omniforcing_lib.ltx2.codec import LTX2Codec, load_ltx2_codec
 from omniforcing_lib.ltx2.gemma import GemmaText, user_cache
 from omniforcing_lib.rollout import RolloutConfig
@@ -252,7 +252,8 @@ def of(
         contexts: folder that keeps Gemma's contexts; by default the user's cache, see `gemma.user_cache`.
 
     Raises:
-        ValueError: a named part or the device is not there, or is not what it should be.
+        ValueError: a named part or the device is not there, or is not what it should be; a Gemma for LTX-2.5, whose
+            text encoder is not supported.
     """
     device = str(backends.device(device))
     checkpoint, place = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
@@ -264,6 +265,8 @@ def of(
         codec, text = codecs.shipped_codec(device), TinyText()
         return ModelBundle(source, codec, text, prompts, MINIATURE_GUIDANCE, True, description, **place)
     encoder = gemma or next((str(path.parent) for path in _beside(checkpoint.path, "gemma*/config.json")), "")
+    if encoder and formats.version_of(checkpoint.transformer) == "2.5":
+        raise ValueError(f"{name}: {formats.TEXT_ENCODER_2_5} is not supported, only Gemma 3 is: found {encoder}")
     if encoder:
         where = files.given(parts) if parts else _parts_of(checkpoint.path)
         text = GemmaText(files.given(encoder), where, files.given(contexts) if contexts else user_cache(), **place)

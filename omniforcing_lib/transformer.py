@@ -70,6 +70,8 @@ class Transformer(nn.Module):
         if config.modulates_prompt_by_sigma:
             self.prompt_adaln_single = AdaLN(video, 2)
             self.audio_prompt_adaln_single = AdaLN(audio, 2)
+        if config.use_keyframes_abs_pos_embedding:
+            self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, video))
         self.scale_shift_table = nn.Parameter(torch.zeros(2, video))
         self.audio_scale_shift_table = nn.Parameter(torch.zeros(2, audio))
         self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
@@ -141,6 +143,11 @@ class Transformer(nn.Module):
         x = x.map(lambda part: part.to(self.proj_out.weight.dtype))
         video = self.patchify_proj(rearrange(x.video, "b f h w c -> b (f h w) c"))
         audio = self.audio_patchify_proj(x.audio)
+        if self.config.use_keyframes_abs_pos_embedding and latents.video.start == 0:
+            # LTX-2.5 marks the one latent that holds a single frame, the first of the clip, wherever it is computed.
+            size = grid[0] * grid[1]
+            marked = video[:, :size] + self.keyframes_abs_pos_embedding.to(video.dtype)
+            video = torch.cat([marked, video[:, size:]], dim=1)
         if sinks:
             audio = torch.cat([self.audio_sink_tokens.expand(len(audio), -1, -1), audio], dim=1)
         # 5. The layers.
@@ -250,7 +257,7 @@ def initialise(model: Transformer, generator: torch.Generator) -> Transformer:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             nn.init.ones_(parameter)
-        elif parameter.dim() < 2 or name.endswith("table") or _starts_at_zero(name):
+        elif parameter.dim() < 2 or name.endswith(("table", "abs_pos_embedding")) or _starts_at_zero(name):
             nn.init.zeros_(parameter)
         elif name == "audio_sink_tokens":
             nn.init.normal_(parameter, std=0.02, generator=generator)

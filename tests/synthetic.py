@@ -44,6 +44,7 @@ CONFIGS = {
         caption_proj_before_connector=True,
     ),
 }
+CONFIGS["2.5"] = replace(CONFIGS["2.3"], ff_bias=False, use_keyframes_abs_pos_embedding=True)
 """Tiny dims that the miniature's codec (32 channels) and text (64 features) fit; video RoPE has to pad."""
 
 _STUBS = {
@@ -71,6 +72,7 @@ STUBS = {
         "vocoder.bwe_generator.conv_pre.weight": (2, 2, 1),
     },
 }
+STUBS["2.5"] = STUBS["2.3"]
 
 
 def ltx2_file(
@@ -81,7 +83,7 @@ def ltx2_file(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
 ) -> Path:
-    """Write an LTX-2 single file of `version` 2.0 or 2.3, random weights that matter everywhere; give its path."""
+    """Write an LTX-2 single file of `version` 2.0, 2.3 or 2.5, random weights that matter everywhere; give its path."""
     config = config or CONFIGS[version]
     generator = torch.Generator().manual_seed(seed)
     stubs = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in STUBS[version].items()}

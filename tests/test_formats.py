@@ -130,37 +130,60 @@ def in_diffusers(folder):
         width=video.shape[3],
         audio_num_frames=audio.shape[1],
         use_cross_timestep=reference.config.cross_attn_mod,
+        video_keyframes_mask=(torch.arange(video[0, ..., 0].numel()) < video[0, 0, ..., 0].numel())[None, :, None],
     )
     return AV(out.sample.reshape(video.shape), out.audio_sample)
 
 
 NEWEST = {
-    "as published": {"ff_bias": False},
-    "every switch": {"ff_bias": False, "audio_ff_bias": False, "use_prompt_adaln_single": False},
+    "as published": {},
+    "without keyframes": {"use_keyframes_abs_pos_embedding": False},
+    "every switch": {"audio_ff_bias": False, "use_prompt_adaln_single": False},
 }
 
 
 @pytest.mark.parametrize("changes", NEWEST.values(), ids=NEWEST)
 def test_the_layers_of_2_5_are_those_of_diffusers(changes, tmp_path):
-    """Feed-forward layers without bias, text modulated by the table alone: equal to 1e-5 in fp32, but for keyframes."""
-    config = replace(synthetic.CONFIGS["2.3"], **changes)
-    path = synthetic.ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.3", config=config, dtype=torch.float32)
+    """Keyframes, feed-forward layers without bias, text modulated by the table alone: equal to 1e-5 in fp32."""
+    config = replace(synthetic.CONFIGS["2.5"], **changes)
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.5", config=config, dtype=torch.float32)
     folder = checkpoints.export(path, tmp_path / "folder", to="diffusers")
     assert distance(velocity(checkpoints.load(path)), in_diffusers(folder)) <= 1e-5
     assert checkpoints.read(path).config == checkpoints.read(folder).config == config
     assert "version: LTX-2.5 by its tensors" in checkpoints.inspect(path)
 
 
-def test_a_2_5_file_is_refused_by_its_version(tmp_path):
-    """The transformer has no keyframe embedding, without which the first frame would be wrong."""
-    config = replace(synthetic.CONFIGS["2.3"], ff_bias=False)
-    path = synthetic.ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.3", config=config)
+@pytest.mark.parametrize("to", exports.FORMATS)
+def test_a_keyframe_embedding_that_is_not_there_counts_as_zeros(to, tmp_path, caplog):
+    """The same velocity as without the setting, said by `inspect` and by `load`; an export holds the zeros."""
+    config = synthetic.CONFIGS["2.5"]
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.5", dtype=torch.float32)
     tensors, described = load_file(path), synthetic.metadata_of(config)
-    described["transformer"]["use_keyframes_abs_pos_embedding"] = True
-    tensors[formats.PREFIX + "keyframes_abs_pos_embedding"] = torch.ones(1, config.video_dim)
-    save_file(tensors, path, {"config": json.dumps(described), "model_version": "2.5.0"})
-    with pytest.raises(ValueError, match=r"use_keyframes_abs_pos_embedding is True: this is LTX-2\.5"):
-        checkpoints.inspect(path)
+    held = velocity(checkpoints.load(path))
+    del tensors[formats.PREFIX + formats.KEYFRAMES]
+    save_file(tensors, path, {"config": json.dumps(described)})
+    model = checkpoints.load(path)
+    assert torch.equal(model.keyframes_abs_pos_embedding, torch.zeros(1, config.video_dim))
+    described["transformer"]["use_keyframes_abs_pos_embedding"] = False
+    save_file(tensors, tmp_path / "without.safetensors", {"config": json.dumps(described)})
+    found = velocity(model)
+    assert all(map(torch.equal, found, velocity(checkpoints.load(tmp_path / "without.safetensors"))))
+    assert distance(found, held) > 1e-3
+    exported = checkpoints.read(checkpoints.export(path, tmp_path / "out" / "x.safetensors", to=to))
+    assert exported.config == config and formats.KEYFRAMES in exported.transformer
+    assert all(map(torch.equal, found, velocity(checkpoints.load(exported.path))))
+    for text in (checkpoints.inspect(path), caplog.text):
+        assert "keyframes_abs_pos_embedding: the config asks for it and the file does not hold it" in text
+
+
+def test_the_published_2_5_has_these_tensors():
+    """Its file holds 4,349, of which the two connectors have 258: registers and eight gated layers of 16 each."""
+    newest = ("apply_gated_attention", "cross_attention_adaln", "caption_proj_before_connector")
+    config = replace(ModelConfig(), **dict.fromkeys(newest, True), ff_bias=False, use_keyframes_abs_pos_embedding=True)
+    shapes = anatomy.shapes_of(config)
+    assert len(shapes) == 4349 - 258
+    assert shapes[formats.KEYFRAMES] == (1, 4096) and shapes["transformer_blocks.47.ff.net.2.weight"] == (4096, 16384)
+    assert formats.from_shapes(shapes) == config and formats.version_of(shapes) == "2.5"
 
 
 def test_the_shipped_teacher_is_the_same_through_diffusers(tmp_path):

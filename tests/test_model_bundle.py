@@ -11,6 +11,7 @@ from synthetic import CONFIGS, ltx2_file
 from omniforcing_lib import model_bundle
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.ltx2.codec import LTX2Codec
 from omniforcing_lib.rollout import RolloutConfig, new_cache
 from omniforcing_lib.stream import Streamer
@@ -21,7 +22,7 @@ from studies import anatomy, bench, cost, probes
 OTHERS = {"in_channels": 24, "out_channels": 24, "audio_in_channels": 16, "audio_out_channels": 16}
 
 
-@pytest.fixture(scope="module", params=["2.0", "2.3"])
+@pytest.fixture(scope="module", params=["2.0", "2.3", "2.5"])
 def beside(request, tmp_path_factory):
     """A tiny LTX-2 file whose latents and text no codec of ours fits."""
     config = replace(CONFIGS[request.param], **OTHERS, caption_channels=40)
@@ -43,6 +44,16 @@ def test_an_ltx2_file_alone_gets_stand_ins_and_says_so(beside):
     assert context.context.map(lambda c: c.shape[-1]) == model_bundle.text_widths(beside.load().config)
     assert not torch.equal(context.context.video[0], context.context.video[1])
     assert torch.equal(beside.encode(beside.names[:1]).audio, context.context.audio[:1])
+
+
+def test_a_gemma_for_2_5_is_refused(tmp_path):
+    """Gemma 3 has the width that LTX-2.5's connectors take, and would give contexts that mean nothing to it."""
+    path, gemma = ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.5", config=CONFIGS["2.5"]), tmp_path / "gemma-3"
+    gemma.mkdir()
+    (gemma / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"the Gemma 4 that LTX-2\.5 was trained with is not supported.*gemma-3"):
+        model_bundle.of(str(path))
+    assert "to encode prompts, not supported: the Gemma 4" in checkpoints.inspect(path)
 
 
 def test_what_a_bundle_can_do_is_asked_of_its_properties(beside):

@@ -19,6 +19,7 @@ from omniforcing_lib import files, options
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.ltx2.formats import KEYFRAMES
 from omniforcing_lib.training import dataset, recipes
 from studies import benchmark_export
 
@@ -73,6 +74,16 @@ def config(change):
     def damage(path):
         parts = checkpoints.read(path).metadata["config"]
         save_file(load_file(path), path, {"config": json.dumps(change(parts) or parts)})
+
+    return damage
+
+
+def keyframes(width):
+    """Store the file again with a keyframe embedding of a width, as LTX-2.5 has one."""
+
+    def damage(path):
+        transformer(use_keyframes_abs_pos_embedding=True)(path)
+        tensors(lambda t: t.update({PREFIX + KEYFRAMES: torch.zeros(1, width)}))(path)
 
     return damage
 
@@ -158,7 +169,8 @@ CASES = {
     "multiplier": (transformer(av_ca_timestep_scale_multiplier="1k"), "is of type int, found '1k'"),
     "layers": (transformer(num_layers=-1), "num_layers is above 0, found -1"),
     "qk norm": (transformer(qk_norm="layer"), "qk_norm is 'layer'; only 'rms_norm'"),
-    "keyframes": (transformer(use_keyframes_abs_pos_embedding=True), "use_keyframes_abs_pos_embedding is True"),
+    "keyframes": (tensors(lambda t: t.update({PREFIX + KEYFRAMES: torch.zeros(1, 80)})), "unexpected: " + KEYFRAMES),
+    "keyframes of another width": (keyframes(7), rf"{KEYFRAMES} is \[1, 7\], expected \[1, 80\]"),
     "student damaged": (config(lambda c: c.update(omniforcing={"layout": 1})), "its `omniforcing` part is damaged"),
     "unknown names": (lambda p: save_file(one("unet.weight"), p), "no transformer of a known format; .* unet.weight"),
     "no such file": (lambda p: p.with_name("y.safetensors"), "no checkpoint at"),

@@ -33,9 +33,15 @@ TINY = replace(
     caption_channels=6,
 )
 NEWER = replace(TINY, apply_gated_attention=True, cross_attention_adaln=True)  # LTX-2.3: sigma enters the text too
+NEWEST = replace(NEWER, ff_bias=False, use_keyframes_abs_pos_embedding=True)  # LTX-2.5: the first latent is marked
 
 # in float32 its random gates blow rounding up: `test_companions` holds it to 1e-5 at weights of a usual size
-KINDS = [(TINY, torch.float32, 1e-5), (TINY, torch.float64, 1e-10), (NEWER, torch.float64, 1e-10)]
+KINDS = [
+    (TINY, torch.float32, 1e-5),
+    (TINY, torch.float64, 1e-10),
+    (NEWER, torch.float64, 1e-10),
+    (NEWEST, torch.float64, 1e-10),
+]
 
 
 def tiny(config: ModelConfig = TINY, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Transformer:
@@ -236,6 +242,65 @@ def test_without_sinks_the_student_is_the_teacher():
     x, _, text = inputs(PAPER, 4)
     sigma = AV(torch.tensor([0.7]), torch.tensor([0.7]))
     assert distance(teacher(x, sigma, text), student(x, sigma, text)) == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [1, 2], ids=["block 0 of one latent", "of two"])
+def test_the_first_latent_is_marked_in_every_mode(first):
+    """Whoever computes the tokens of latent 0 adds the embedding to them, and to no others."""
+    layout = BlockLayout(AV(first, 1), AV(2, 5), sinks=2)
+    model = tiny(NEWEST.with_sinks(2))
+    x, sigma, text = inputs(layout, first + 4)
+    hidden = []
+    model.transformer_blocks[0].register_forward_pre_hook(lambda _, given: hidden.append(given[0]))
+    cache = KVCache(model.config, layout, GRID, dtype=torch.float64)
+
+    def part(opened):
+        latents = opened[0].latents.map(lambda a, b: slice(a.start, b.stop), opened[-1].latents)
+        return [pair.map(lambda t, span: t[:, span], latents) for pair in (x, sigma)]
+
+    def everywhere():
+        hidden.clear()
+        model(x, sigma.map(lambda s: s[:, 0]), text)
+        model(x, sigma, text, masks=masks.build(layout, first + 4, 4))
+        # block 0, its clean pass, block 1, the two in one pass, block 2
+        for opened in ((cache.open(0),), (cache.open(0),), (cache.open(1),), cache.open_pair(1), (cache.open(2),)):
+            model(*part(opened), text, cache=cache, blocks=opened)
+        return hidden.copy()
+
+    with_mark = everywhere()
+    mark = model.keyframes_abs_pos_embedding.clone()
+    model.keyframes_abs_pos_embedding.zero_()
+    for i, (there, without) in enumerate(zip(with_mark, everywhere(), strict=True)):
+        marked = 0 if i in (4, 6) else GRID[0] * GRID[1]
+        assert torch.equal(there.audio, without.audio)
+        assert torch.equal(there.video[:, :marked], without.video[:, :marked] + mark)
+        assert torch.equal(there.video[:, marked:], without.video[:, marked:])
+
+
+@torch.no_grad()
+def test_the_mark_reaches_later_blocks_through_attention_alone():
+    """With silent attention it moves latent 0 and nothing else, to the bit; with attention it moves the rest too."""
+    layout = BlockLayout(AV(2, 1), AV(2, 5))
+    model = tiny(NEWEST)
+    x, sigma, text = inputs(layout, 6)
+
+    def moved():
+        outs = []
+        for scale in (1, 0):
+            model.keyframes_abs_pos_embedding.copy_(scale * mark)
+            whole = model(x, sigma, text, masks=masks.build(layout, 6, 4))
+            outs.append((*whole, *run_cached(model, layout, x, sigma, text, 20)))
+        return [a != b for a, b in zip(*outs, strict=True)]
+
+    mark = model.keyframes_abs_pos_embedding.clone()
+    for video, audio in zip(*[iter(moved())] * 2, strict=True):
+        assert video[:, 0].all() and video[:, 2:].any() and audio[:, 1:].any()
+    for name, parameter in model.named_parameters():
+        if ".to_out." in name:
+            parameter.zero_()
+    for video, audio in zip(*[iter(moved())] * 2, strict=True):
+        assert video[:, 0].any() and not video[:, 1:].any() and not audio.any()
 
 
 def test_gradients_reach_text_and_block_but_not_the_history():

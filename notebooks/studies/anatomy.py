@@ -42,7 +42,7 @@ PARTS = {
     "self-attention": ("attn1",),
     "feed-forward": ("ff.",),
     "modulation by sigma": ("adaln", "scale_shift_table"),
-    "in and out": ("patchify_proj", "proj_out"),
+    "in and out": ("patchify_proj", "proj_out", "keyframes"),
 }
 """What a tensor is for, by words in its name; the first part that fits takes it."""
 
@@ -79,7 +79,7 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def giant(config: ModelConfig) -> ModelConfig:
     """Give the 19B with the features of a file's generation: gates, text modulation, where captions are projected."""
     features = ("apply_gated_attention", "cross_attention_adaln", "use_prompt_adaln_single")
-    features += ("caption_proj_before_connector", "ff_bias", "audio_ff_bias")
+    features += ("caption_proj_before_connector", "ff_bias", "audio_ff_bias", "use_keyframes_abs_pos_embedding")
     return replace(ModelConfig(), **{name: getattr(config, name) for name in features})
 
 

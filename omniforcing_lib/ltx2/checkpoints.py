@@ -131,7 +131,7 @@ class Checkpoint:
                 wrong[bare] = f"{bare}_scale is not one number, nor one for each of {shape[0]} rows"
         return KeyReport(
             tuple(sorted(both - wrong.keys())),
-            tuple(sorted(expected.keys() - stored.keys())),
+            tuple(sorted(expected.keys() - stored.keys() - {formats.KEYFRAMES})),
             tuple(sorted(stored.keys() - expected.keys())),
             tuple(wrong.values()),
         )
@@ -200,8 +200,6 @@ def _config(format: Format, path: Path, metadata: Mapping, shapes: Mapping[str, 
         part = metadata["config"].get("transformer") if isinstance(metadata["config"], dict) else None
         if not isinstance(part, dict):
             raise ValueError("`config` in its metadata is no JSON table with a `transformer` part; LTX-2 files have it")
-        if part.get("use_keyframes_abs_pos_embedding"):
-            raise ValueError("use_keyframes_abs_pos_embedding is True: this is LTX-2.5, which is not supported")
         return ModelConfig.from_metadata(part)
     if format is formats.LTX2:
         raise ValueError(f"no `config` in its metadata (found: {', '.join(metadata) or 'none'}); LTX-2 files have it")
@@ -261,7 +259,8 @@ def load(
 ) -> Transformer:
     """Load a transformer strictly, tensor by tensor, straight into its dtype and device.
 
-    Settings that no tensor shows and the file does not say are named in a line of the log, as in `inspect`.
+    Settings that no tensor shows and the file does not say are named in a line of the log, as in `inspect`; so is a
+    keyframe embedding that the config asks for and the file does not hold, which counts as zeros (specification 1.12).
 
     Args:
         model: `teacher`, `student` or the path of a file, an index or a folder in any of the four formats.
@@ -300,9 +299,15 @@ def load(
             state |= _tensors(checkpoint, reader, bare, home, None if to_fp8 else dtype)
     if has_new_sinks and sinks:
         state["audio_sink_tokens"] = fresh_sinks(config).to(device, dtype)
-    transformer.load_state_dict(state, strict=True, assign=True)
+    transformer.load_state_dict(_with_keyframes(state, config), strict=True, assign=True)
     transformer.requires_grad_(False).eval()
     return low_memory.offload(transformer, device) if offload else transformer
+
+
+def _with_keyframes(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Add the keyframe embedding as zeros where the config asks for it and the file does not hold it."""
+    zeros = torch.zeros_like(state["scale_shift_table"][:1])
+    return {formats.KEYFRAMES: zeros} | state if config.use_keyframes_abs_pos_embedding else state
 
 
 def _tensors(
@@ -389,6 +394,7 @@ def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: st
         raise ValueError(f"{checkpoint.path}: {names[wrong[0]]} holds values that are not finite")
     metadata = checkpoint.metadata
     origin = _origin(metadata.get("model_version", checkpoint.format.name), metadata.get("notes", {}))
+    state = _with_keyframes(state, checkpoint.config)
     return exports.write(state, checkpoint.config, checkpoint.causal, origin, out, to)
 
 
@@ -426,6 +432,8 @@ def inspect(model: str | os.PathLike[str]) -> str:
         "AdaLN of text attention": config.cross_attention_adaln,
         "AdaLN of the prompt": config.modulates_prompt_by_sigma,
         "no caption projection": config.caption_proj_before_connector,
+        "no bias in the video's feed-forward layers": not config.ff_bias,
+        "keyframe embedding": config.use_keyframes_abs_pos_embedding,
     }
     lines = [
         f"{name}: {checkpoint.format.name}, {size / 1e6:,.2f} M transformer parameters in {_listed(dtypes)}",
@@ -448,14 +456,19 @@ def inspect(model: str | os.PathLike[str]) -> str:
 
 
 def _assumed(checkpoint: Checkpoint) -> list[str]:
-    """Say which settings that no tensor shows were not read from the checkpoint but follow from its format."""
+    """Say what was not read from the checkpoint: settings that no tensor shows, and zeros for keyframes."""
+    lines = []
+    if checkpoint.config.use_keyframes_abs_pos_embedding and formats.KEYFRAMES not in checkpoint.transformer:
+        lines.append(f"{formats.KEYFRAMES}: the config asks for it and the file does not hold it; it counts as zeros")
     if checkpoint.format is formats.DIFFUSERS:
-        return []
+        return lines
     if "config" not in checkpoint.metadata:
-        return [f"settings: the file carries none; these are what an {checkpoint.format.name} is run with"]
+        return [*lines, f"settings: the file carries none; these are what an {checkpoint.format.name} is run with"]
     absent = [name for name in _DECISIVE if name not in checkpoint.metadata["config"]["transformer"]]
     values = ", ".join(str(getattr(checkpoint.config, name)) for name in absent)
-    return [f"settings: the file does not say {', '.join(absent)}; taken from LTX-2.0: {values}"] if absent else []
+    if absent:
+        lines.append(f"settings: the file does not say {', '.join(absent)}; taken from LTX-2.0: {values}")
+    return lines
 
 
 def _missing(checkpoint: Checkpoint) -> list[str]:
@@ -468,6 +481,8 @@ def _missing(checkpoint: Checkpoint) -> list[str]:
     for use, groups in _NEEDED.items():
         if absent := [group for group in groups if group not in there]:
             lines.append(f"to {use}, missing: {', '.join(absent)}")
+    if formats.version_of(checkpoint.transformer) == "2.5":
+        lines.append(f"to encode prompts, not supported: {formats.TEXT_ENCODER_2_5}, only Gemma 3 is")
     if not checkpoint.causal:
         lines.append("to stream, missing: an `omniforcing` part, which Stage 2 adds to a causal student")
     return lines

@@ -13,6 +13,8 @@ from omniforcing_lib.config import ModelConfig
 
 PREFIX = "model.diffusion_model."
 DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
+KEYFRAMES = "keyframes_abs_pos_embedding"
+"""Bare name of the one tensor that a file may promise and not hold: it counts as zeros then (specification 1.12)."""
 RELEASED_CODE = {
     "rope_type": "interleaved",
     "frequencies_precision": "float32",
@@ -68,8 +70,8 @@ _DIFFUSERS_FIXED = {
     "norm_elementwise_affine": False,
     "attention_bias": True,
     "attention_out_bias": True,
-    "use_keyframes_abs_pos_embedding": False,
 }
+TEXT_ENCODER_2_5 = "the Gemma 4 that LTX-2.5 was trained with"
 GROUPS = {
     "text connectors": (PREFIX + "video_embeddings_connector.", PREFIX + "audio_embeddings_connector."),
     "text projection": ("text_embedding_projection.",),
@@ -241,6 +243,7 @@ def from_shapes(shapes: Mapping[str, tuple[int, ...]], heads: int = 32) -> Model
             "caption_proj_before_connector": caption is None,
             "ff_bias": first + "ff.net.2.bias" in shapes,
             "audio_ff_bias": first + "audio_ff.net.2.bias" in shapes,
+            "use_keyframes_abs_pos_embedding": KEYFRAMES in shapes,
         } | ({"caption_channels": caption[1]} if caption else {})
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"the shapes do not tell the model's config: {error} is missing or misshapen") from error

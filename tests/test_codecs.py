@@ -131,6 +131,12 @@ def test_true_knots_keep_the_moment_of_an_impact() -> None:
         assert abs(half) <= 5
 
 
+def test_true_knots_hold_the_hum_at_its_level_throughout() -> None:
+    scene = world.scene(5, hum=True)
+    knots = true_knots([scene], 101, CLOCK)[0]
+    assert np.allclose(knots[:, scene.hum], world.HUM_LEVEL, atol=1e-6)
+
+
 @pytest.mark.parametrize("level", [1.0, 50.0])
 def test_any_footage_and_any_latents_stay_bounded(codec: TinyCodec, level: float) -> None:
     dice = torch.Generator().manual_seed(0)

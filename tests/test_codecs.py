@@ -131,6 +131,14 @@ def test_true_knots_keep_the_moment_of_an_impact() -> None:
         assert abs(half) <= 5
 
 
+def test_true_knots_hold_the_hum_at_its_level_throughout() -> None:
+    scene = world.scene(5, hum=True)
+    knots = true_knots([scene], 101, CLOCK)[0]
+    # The fit of lines ends with the clip, which costs its last knots up to a twelfth.
+    assert np.allclose(knots[4:-4, scene.hum], world.HUM_LEVEL, rtol=0.01)
+    assert np.allclose(knots[:, scene.hum], world.HUM_LEVEL, rtol=0.1)
+
+
 @pytest.mark.parametrize("level", [1.0, 50.0])
 def test_any_footage_and_any_latents_stay_bounded(codec: TinyCodec, level: float) -> None:
     dice = torch.Generator().manual_seed(0)

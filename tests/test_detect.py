@@ -11,9 +11,12 @@ from omniforcing_lib.layout import AV
 SEEDS = range(30_000, 30_012)
 
 
+EXTENDED = {"hum": True, "hidden": True}
+
+
 @cache
-def clip(seed: int) -> AV:
-    return world.render(world.scene(seed), seconds=5)
+def clip(seed: int, **switches: bool) -> AV:
+    return world.render(world.scene(seed, **switches), seconds=5)
 
 
 def inner(events: list, end_s: float = 5.0) -> list:
@@ -121,3 +124,50 @@ def test_an_empty_or_still_picture_shows_no_impact():
 def test_another_rate_is_refused_by_name():
     with pytest.raises(ValueError, match="16000 Hz, found 48000"):
         detect.heard_onsets(np.zeros(48_000, dtype=np.float32), 48_000)
+
+
+def test_the_hum_is_told_within_20_cents_in_99_of_100_seconds_and_not_heard_without_one():
+    away = [detect.hum_cents(clip(s, **EXTENDED).audio) - world.scene(s, **EXTENDED).hum_cents for s in SEEDS]
+    assert np.shape(away) == (len(SEEDS), 5) and np.mean(np.abs(away) <= 20) >= 0.99
+    assert np.isnan([detect.hum_cents(clip(s).audio) for s in SEEDS]).all()
+
+
+@pytest.mark.parametrize("cents", [-60, -25, 7, 33])
+def test_a_hum_between_the_notes_is_told_within_two_cents(cents):
+    for note in world.HUM_NOTES:
+        hertz = 220 * 2 ** ((100 * note + cents) / 1200)
+        sound = clip(SEEDS[0]).audio[:16_000] + 0.05 * np.sin(2 * np.pi * hertz * np.arange(16_000) / 16_000)
+        assert detect.hum_cents(sound)[0] == pytest.approx(100 * note + cents, abs=2)
+
+
+def test_ten_milliseconds_tell_which_of_the_twelve_hums():
+    scenes = [world.scene(seed, hum=True) for seed in range(31_000, 31_200)]
+    first = AV(range(0), range(0, 1))
+    told = [detect.first_hum_cents(world.render(s, first).audio) == s.hum_cents for s in scenes]
+    assert np.mean(told) >= 0.98
+    assert np.isnan(detect.first_hum_cents(np.zeros(160)))
+
+
+def test_under_a_hum_every_tone_is_heard_as_before_and_unseen_impacts_too():
+    for seed in SEEDS:
+        scene = world.scene(seed, **EXTENDED)
+        expected, heard = by_wall(world.impacts(scene, 0, 5)), inner(detect.heard_onsets(clip(seed, **EXTENDED).audio))
+        for wall in world.WALLS:
+            np.testing.assert_allclose([o.time_s for o in heard if o.wall == wall], expected[wall], atol=0.005)
+        assert all(o.timbre == scene.timbre for o in heard)
+
+
+def test_an_absence_is_dated_within_a_quarter_of_a_frame_and_a_pixel():
+    found = 0
+    for seed in SEEDS:
+        scene = world.scene(seed, hidden=True)
+        for out, back in detect.passages(detect.track(clip(seed, hidden=True).video).centre):
+            hit = next(h for h in world.impacts(scene, out.time_s, 9) if h.wall == "right")
+            away = (88 - 56) / abs(scene.velocity[0])
+            for seen, moment in ((out, hit.time_s - away), (back, hit.time_s + away)):
+                if seen:
+                    assert seen.time_s == pytest.approx(moment, abs=0.25 / 24)
+                    assert seen.y == pytest.approx(world.positions(scene, np.array([moment]))[0, 1], abs=1)
+                    found += 1
+    assert found >= 12
+    assert not any(detect.passages(detect.track(clip(seed).video).centre) for seed in SEEDS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,17 @@ from omniforcing_lib.bounce.world import (
     BANK_HZ,
     CLOCK,
     COLOURS,
+    HIGH,
+    HUM_LEVEL,
+    HUM_NOTES,
+    LOW,
     RADIUS,
     TIMBRES,
     WALL_NOTES,
     WALLS,
+    Crossing,
     Impact,
+    fold,
     tone,
 )
 
@@ -46,6 +53,16 @@ LEAST_RISE, LEAST_LIKENESS = 0.02, 0.75
 # Within 25 ms of a louder start, anything below a quarter of it is that start's own spectral splash.
 SPLASH, SPLASH_STEPS = 0.25, 10
 APART = 48
+# A hum is what sounds in nine of ten windows of a second: there is always a tenth in which a bell has died down.
+HUM_WINDOW, HUM_HOP, HUM_POINTS, LEAST_SHARE = 1000, 200, 8192, 0.1
+LEAST_HUM, LOWEST_HZ = HUM_LEVEL / 2, 200.0
+# A ball that is gone for fewer frames only flickers (the world's shortest way out and back: 25), and one that was
+# further from the edge than two frames' way did not leave by it.
+GONE, NEAR = 8, 6.0
+# Frames of a leg by which its crossing is told, and the fewest by which a way out foretells the way back.
+LEG, LEAST_LEG = 24, 12
+# Of a unit wave in 10 ms, whose power is 80, this much counts as noise: it keeps notes a semitone apart from trading.
+RIDGE = 2.0
 
 
 class Track(NamedTuple):
@@ -180,8 +197,7 @@ def heard_onsets(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> list[Ons
 
     Shapes: float [N] mono at 16 kHz.
     """
-    if rate != CLOCK.sample_rate:
-        raise ValueError(f"onsets are read at {CLOCK.sample_rate} Hz, found {rate} Hz: resample with media.read_clip")
+    _check_rate(rate)
     level = _levels(samples)
     rise = _rise(level)
     loudest = ndimage.maximum_filter1d(rise.max(axis=1), 2 * SPLASH_STEPS + 1)
@@ -268,3 +284,103 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
             looks[w, t] = look / np.linalg.norm(look)
             late[w, t] = (step + _vertex(rise[step - 1 : step + 2])) * HOP / CLOCK.sample_rate - 0.2
     return looks, late
+
+
+def hum_cents(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> np.ndarray:
+    """Tell the pitch of the steady tone in every whole second, in cents above 220 Hz; NaN where none is heard.
+
+    Shapes: float [N] mono at 16 kHz -> [N // 16000].
+    """
+    _check_rate(rate)
+    samples = np.asarray(samples, dtype=np.float32)
+    return np.array([_steady_cents(samples[k : k + rate]) for k in range(0, len(samples) - rate + 1, rate)])
+
+
+def _steady_cents(second: np.ndarray) -> float:
+    """Find the loudest frequency of what is in almost every window of 62.5 ms, between bins of 2 Hz."""
+    window = np.hanning(HUM_WINDOW + 1)[:HUM_WINDOW].astype(np.float32)
+    windows = sliding_window_view(second, HUM_WINDOW)[::HUM_HOP] * window
+    level = np.quantile(np.abs(np.fft.rfft(windows, HUM_POINTS)), LEAST_SHARE, axis=0) * 2 / window.sum()
+    step = CLOCK.sample_rate / HUM_POINTS
+    level[: math.ceil(LOWEST_HZ / step)] = 0
+    top = int(np.argmax(level[:-1]))
+    if level[top] < LEAST_HUM:
+        return math.nan
+    return 1200 * math.log2((top + _vertex(level[top - 1 : top + 2])) * step / BANK_HZ[0])
+
+
+def first_hum_cents(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> float:
+    """Tell which of the twelve hums sounds in the first audio latent, 10 ms, in cents above 220 Hz; NaN if none does.
+
+    So little sound has no pitch to be read off a spectrum: all notes of the world are fitted to it at once.
+    Shapes: float [N] mono at 16 kHz, N >= 160.
+    """
+    _check_rate(rate)
+    first = np.asarray(samples[: CLOCK.hop], dtype=float)
+    sizes = np.linalg.norm((_first_fit() @ first).reshape(2, -1), axis=0)[-len(HUM_NOTES) :]
+    return 100.0 * HUM_NOTES[int(np.argmax(sizes))] if sizes.max() >= LEAST_HUM else math.nan
+
+
+@cache
+def _first_fit() -> np.ndarray:
+    """Fit all notes to the first hop, hums last: [2 notes, 160], cosines first; the ridge keeps near notes apart."""
+    tones = {WALL_NOTES[wall] + up for wall in WALLS for timbre in TIMBRES.values() for up in timbre.semitones}
+    hertz = BANK_HZ[[*sorted(tones), *HUM_NOTES]]
+    angle = 2 * np.pi * np.arange(CLOCK.hop)[:, None] / CLOCK.sample_rate * hertz
+    waves = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    return np.linalg.solve(waves.T @ waves + RIDGE * np.eye(waves.shape[1]), waves.T)
+
+
+class Passage(NamedTuple):
+    """Follow the ball out of sight on the right, and back; `back` is None where it is not seen again."""
+
+    out: Crossing
+    back: Crossing | None
+
+
+def passages(centre: np.ndarray, fps: float = CLOCK.fps) -> list[Passage]:
+    """List how the ball leaves on the right and comes back: when its centre passes x = `HIGH`, and at which height.
+
+    What leaves within half a second of the clip's start is left out: too little of its way was seen.
+    Shapes: [F, 2] pixels, NaN where no ball was found.
+    """
+    found = []
+    whole = np.nonzero(centre[:, 0] <= HIGH)[0]
+    bounces = [(turn.time_s * fps, turn.wall) for turn in turns(centre, fps) if turn.wall in WALLS[2:]]
+    # The last frame before each absence, and the first one after it.
+    for last, first in zip_longest(whole, whole[1:]):
+        if (len(centre) if first is None else first) - last <= GONE or centre[last, 0] < HIGH - NEAR:
+            continue
+        # A bounce in the first frames of a clip cannot be told, so these frames say nothing of the way.
+        leg = range(max(last - LEG, FEWEST), last + 1)
+        out = _passing(centre, bounces, leg, last, fps) if len(leg) >= LEAST_LEG else None
+        back = None if first is None else _passing(centre, bounces, range(first, first + LEG), first, fps)
+        if out:
+            found.append(Passage(out, back))
+    return found
+
+
+def _passing(
+    centre: np.ndarray, bounces: list[tuple[float, str]], leg: range, edge: int, fps: float
+) -> Crossing | None:
+    """Date the crossing by a line through x near the edge, and y by one through its unfolded way along the leg."""
+    frames = np.array([f for f in leg if f < len(centre) and np.isfinite(centre[f, 0])])
+    near = frames[np.abs(frames - edge) < FIT]
+    if len(near) < FEWEST:
+        return None
+    x = _line(centre[near, 0], near)
+    time = float(np.clip(edge + (HIGH - centre[edge, 0]) / x.slope, edge - 1.5, edge + 1.5)) if x.slope else edge
+    y = centre[frames, 1].copy()
+    for moment, wall in bounces:
+        # Seen from the edge, what lies beyond a bounce is mirrored in its wall.
+        beyond = (frames < moment) if moment <= edge else (frames > moment)
+        y[beyond] = 2 * (LOW if wall == WALLS[2] else HIGH) - y[beyond]
+    way = _line(y, frames)
+    run, speed = float(way.start + way.slope * time) - LOW, float(way.slope) * fps
+    turned = math.floor(run / (HIGH - LOW)) % 2
+    return Crossing(time / fps, float(fold(run)), -speed if turned else speed)
+
+
+def _check_rate(rate: int) -> None:
+    if rate != CLOCK.sample_rate:
+        raise ValueError(f"sounds are read at {CLOCK.sample_rate} Hz, found {rate} Hz: resample with media.read_clip")

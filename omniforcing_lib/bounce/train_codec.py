@@ -65,6 +65,8 @@ def _partials(scene: world.Scene, times: np.ndarray) -> np.ndarray:
             note = world.WALL_NOTES[hit.wall] + up
             phase = np.exp(-2j * np.pi * world.BANK_HZ[note] * hit.time_s)
             phasors[:, note] += share * attack * np.exp(-np.maximum(age, 0) / decay) * phase
+    if scene.hum is not None:
+        phasors[:, scene.hum] += world.HUM_LEVEL
     return phasors
 
 

@@ -5,6 +5,12 @@ decaying tone whose pitch tells the wall and whose timbre comes from the prompt.
 impact times are closed form at any moment, an hour in as at the start, before zero as after. Every partial is
 on an equally tempered grid, so a bank of 62 oscillators can render every sound of this world.
 
+Two switches of `scene` give the ear something that the eye cannot tell. Both are off unless asked for, prompts say
+nothing of them, and without them every draw and every bit is what it was. With `hum` a steady tone lies under the
+bounces; the seed draws its pitch, so that only what was heard tells how to go on. With `hidden` the box is 96 pixels
+wide and the right third is out of sight: the ball is heard to hit the right wall, and when and where it comes back
+follows from that moment, see `reentry`.
+
 Shapes: `B` scenes, `F` frames, `N` samples, `J` impacts of a scene.
 """
 
@@ -48,6 +54,11 @@ BANK_HZ = 220.0 * 2.0 ** (np.arange(62) / 12)
 # No partial of any wall comes closer than 114 Hz to another wall's fundamental: 20 ms of sound tell the wall.
 WALL_NOTES = {"left": 10, "right": 15, "top": 19, "bottom": 25}
 ATTACK_S = 0.0025
+# The box of a scene with a hidden part goes on to the right of what is seen.
+WIDE = 96
+# Free notes of the bank, above the walls' fundamentals and 114 Hz or more from each of them, as their partials are.
+HUM_NOTES = (28, 30, 32, 33, 35, 36, 40, 42, 45, 48, 51, 52)
+HUM_LEVEL = 0.05
 # Two walls at once over the tails of all earlier tones stay below 1.
 LEVEL = 0.4
 
@@ -90,11 +101,15 @@ class Scene:
         prompt: a prompt of the grammar, see `prompts`.
         position: x, y of the centre at time zero, in pixels.
         velocity: x, y in pixels per second.
+        hum: note of the bank that hums, one of `HUM_NOTES`; None is silent.
+        hidden: whether the box is 96 pixels wide, of which the left 64 are seen.
     """
 
     prompt: str
     position: tuple[float, float]
     velocity: tuple[float, float]
+    hum: int | None = None
+    hidden: bool = False
 
     def __post_init__(self) -> None:
         parse(self.prompt)
@@ -103,6 +118,8 @@ class Scene:
                 f"a ball starts within [{LOW}, {HIGH}] and moves along both axes, "
                 f"found position {self.position}, velocity {self.velocity}"
             )
+        if self.hum is not None and self.hum not in HUM_NOTES:
+            raise ValueError(f"a hum is one of the notes {HUM_NOTES}, found {self.hum}")
 
     @property
     def colour(self) -> str:
@@ -113,6 +130,16 @@ class Scene:
     def timbre(self) -> str:
         """Timbre word of the prompt."""
         return parse(self.prompt)[1]
+
+    @property
+    def spans(self) -> tuple[float, float]:
+        """Length of the centre's way between two walls in pixels: x, y."""
+        return (SPAN + (WIDE - SIZE if self.hidden else 0), SPAN)
+
+    @property
+    def hum_cents(self) -> float:
+        """Pitch of the hum in cents above 220 Hz, exact at any time; NaN without a hum."""
+        return math.nan if self.hum is None else 100.0 * self.hum
 
 
 def prompts() -> list[str]:
@@ -139,11 +166,17 @@ def parse(prompt: str) -> tuple[str, str]:
     )
 
 
-def scene(seed: int, prompt: str | None = None) -> Scene:
-    """Draw a scene; the same seed moves alike under every prompt.
+def scene(seed: int, prompt: str | None = None, *, hum: bool = False, hidden: bool = False) -> Scene:
+    """Draw a scene; the same seed starts alike under every prompt and every switch.
 
     Start and quadrant are uniform; the direction keeps 20 degrees off the axes, so that both pairs of walls
     sound.
+
+    Args:
+        seed: of the prompt, the motion and the pitch of the hum.
+        prompt: a prompt of the grammar; None draws one.
+        hum: whether a steady tone lies under the bounces.
+        hidden: whether the box goes on to the right, out of sight; the ball starts in sight all the same.
     """
     rng = np.random.default_rng(seed)
     drawn = prompts()[rng.integers(len(COLOURS) * len(TIMBRES))]
@@ -151,7 +184,9 @@ def scene(seed: int, prompt: str | None = None) -> Scene:
     angle = rng.uniform(STEEPEST, math.pi / 2 - STEEPEST) + rng.integers(4) * math.pi / 2
     speed = rng.uniform(*SPEED)
     velocity = (float(speed * math.cos(angle)), float(speed * math.sin(angle)))
-    return Scene(drawn if prompt is None else prompt, (float(x), float(y)), velocity)
+    # The pitch is drawn last: a hum changes no other draw.
+    note = HUM_NOTES[rng.integers(len(HUM_NOTES))] if hum else None
+    return Scene(drawn if prompt is None else prompt, (float(x), float(y)), velocity, note, hidden)
 
 
 def positions(scene: Scene, times_s: np.ndarray) -> np.ndarray:
@@ -160,7 +195,12 @@ def positions(scene: Scene, times_s: np.ndarray) -> np.ndarray:
     Shapes: times [T] seconds -> [T, 2] pixels, x then y.
     """
     run = np.asarray(scene.position) - LOW + np.multiply.outer(times_s, scene.velocity)
-    return LOW + SPAN - np.abs(np.mod(run, 2 * SPAN) - SPAN)
+    return fold(run, np.array(scene.spans))
+
+
+def fold(run: np.ndarray, span: np.ndarray | float = SPAN) -> np.ndarray:
+    """Reflect a way that walls do not stop, counted from the low wall, into the box: pixels to pixels."""
+    return LOW + span - np.abs(np.mod(run, 2 * span) - span)
 
 
 def impacts(scene: Scene, start_s: float, end_s: float) -> list[Impact]:
@@ -168,16 +208,42 @@ def impacts(scene: Scene, start_s: float, end_s: float) -> list[Impact]:
     hits = [
         hit
         for axis, walls in enumerate((WALLS[:2], WALLS[2:]))
-        for hit in _axis_impacts(scene.position[axis] - LOW, scene.velocity[axis], walls, start_s, end_s)
+        for hit in _axis_impacts(scene, axis, walls, start_s, end_s)
     ]
     return sorted(hit for hit in hits if start_s <= hit.time_s < end_s)
 
 
-def _axis_impacts(run: float, speed: float, walls: Sequence[str], start: float, end: float) -> list[Impact]:
+def _axis_impacts(scene: Scene, axis: int, walls: Sequence[str], start: float, end: float) -> list[Impact]:
     """Find where the unfolded coordinate passes a multiple of the span: even multiples are the low wall."""
+    run, speed, span = scene.position[axis] - LOW, scene.velocity[axis], scene.spans[axis]
     ends = sorted((run + speed * start, run + speed * end))
-    crossed = range(math.floor(ends[0] / SPAN), math.ceil(ends[1] / SPAN) + 1)
-    return [Impact((m * SPAN - run) / speed, walls[m % 2]) for m in crossed]
+    crossed = range(math.floor(ends[0] / span), math.ceil(ends[1] / span) + 1)
+    return [Impact((m * span - run) / speed, walls[m % 2]) for m in crossed]
+
+
+class Crossing(NamedTuple):
+    """Say when the ball's centre passes x = `HIGH`, where the whole ball is just in sight.
+
+    Attributes:
+        time_s: moment in seconds.
+        y: height of the centre in pixels.
+        speed_y: pixels per second, downwards positive.
+    """
+
+    time_s: float
+    y: float
+    speed_y: float
+
+
+def reentry(out: Crossing, heard_s: float) -> Crossing:
+    """Tell from the moment of the hidden impact when and where the ball is back in sight.
+
+    The way back to x = `HIGH` is as long as the way out, so it takes as long; meanwhile y goes on as before.
+    """
+    away = 2 * (heard_s - out.time_s)
+    run = out.y - LOW + out.speed_y * away
+    back = out.speed_y if math.floor(run / SPAN) % 2 == 0 else -out.speed_y
+    return Crossing(out.time_s + away, float(fold(run)), back)
 
 
 def tone(timbre: str, note: int, ages_s: np.ndarray) -> np.ndarray:
@@ -208,16 +274,16 @@ def _frames(scene: Scene, span: range, fps: int) -> np.ndarray:
     across, down = (pixel - rearrange(c, "f -> f 1") for c in centres.T)
     distance = np.sqrt(rearrange(across, "f w -> f 1 w") ** 2 + rearrange(down, "f h -> f h 1") ** 2)
     cover = rearrange(np.clip(RADIUS + 0.5 - distance, 0.0, 1.0), "f h w -> f h w 1")
-    box = _box()
+    box = _box(scene.hidden)
     return np.rint(box + cover * (np.array(COLOURS[scene.colour], dtype=float) - box)).astype(np.uint8)
 
 
-def _box() -> np.ndarray:
-    """Draw the empty box: float64 [64, 64, 3] in [0, 255]."""
+def _box(hidden: bool) -> np.ndarray:
+    """Draw what is seen of the empty box: float64 [64, 64, 3] in [0, 255]; a hidden part leaves the right side open."""
     box = np.empty((SIZE, SIZE, 3))
     box[:] = FRAME
     edge = int(BORDER)
-    box[edge:-edge, edge:-edge] = BACKGROUND
+    box[edge:-edge, edge : None if hidden else -edge] = BACKGROUND
     return box
 
 
@@ -231,7 +297,16 @@ def _sound(scene: Scene, span: range, rate: int) -> np.ndarray:
         wave = tone(scene.timbre, WALL_NOTES[wall], grid / rate - time_s)
         a, b = max(first, span.start), min(first + len(wave), span.stop)
         out[max(a - span.start, 0) : max(b - span.start, 0)] += wave[a - first : max(b - first, a - first)]
+    if scene.hum is not None and len(span):
+        seconds = range(span.start // rate, -(-span.stop // rate))
+        hum = np.concatenate([_hum(scene.hum, np.arange(k * rate, (k + 1) * rate) / rate) for k in seconds])
+        out += hum[span.start - seconds.start * rate :][: len(span)]
     return out.astype(np.float32)
+
+
+def _hum(note: int, times_s: np.ndarray) -> np.ndarray:
+    """Sound the hum at any times, with phase 0 at time 0. Shapes: [T] seconds -> [T] float64."""
+    return HUM_LEVEL * np.sin(2 * np.pi * np.mod(BANK_HZ[note] * times_s, 1.0))
 
 
 def render_batch(
@@ -249,6 +324,9 @@ def render_batch(
         if rows:
             group = _sound_batch([scenes[b] for b in rows], samples, clock.sample_rate, device)
             audio[torch.tensor(rows, device=device)] = group
+    for b, s in enumerate(scenes):
+        if s.hum is not None:
+            audio[b] += _hum_batch(s.hum, samples, clock.sample_rate, device)
     return AV(_frames_batch(scenes, frames, clock.fps, device), audio)
 
 
@@ -258,7 +336,8 @@ def _frames_batch(scenes: Sequence[Scene], frames: int, fps: int, device: Device
     across, down = pixel - rearrange(torch.tensor(centres).float().to(device), "b f xy -> xy b f 1")
     distance = torch.hypot(rearrange(across, "b f w -> b f 1 w"), rearrange(down, "b f h -> b f h 1"))
     cover = rearrange((RADIUS + 0.5 - distance).clamp_(0.0, 1.0), "b f h w -> b f h w 1")
-    box = torch.tensor(_box() / 127.5 - 1, dtype=torch.float32, device=device)
+    boxes = rearrange(np.stack([_box(s.hidden) for s in scenes]), "b h w c -> b 1 h w c")
+    box = torch.tensor(boxes / 127.5 - 1, dtype=torch.float32, device=device)
     ball = torch.tensor([COLOURS[s.colour] for s in scenes], dtype=torch.float32, device=device) / 127.5 - 1
     return torch.lerp(box, rearrange(ball, "b c -> b 1 1 1 c"), cover)
 
@@ -289,3 +368,8 @@ def _tone_batch(timbre: Timbre, pitch: torch.Tensor, ages: torch.Tensor) -> torc
         phase = torch.frac(pitch * 2.0 ** (up / 12) * ages).float()
         wave += share * torch.exp(-age / decay) * torch.sin(2 * math.pi * phase)
     return LEVEL * (age / ATTACK_S).clamp(max=1.0) * wave
+
+
+def _hum_batch(note: int, samples: int, rate: int, device: Device) -> torch.Tensor:
+    times = torch.arange(samples, dtype=torch.float64, device=device) / rate
+    return HUM_LEVEL * torch.sin(2 * math.pi * torch.frac(BANK_HZ[note] * times).float())

@@ -317,7 +317,7 @@ class Train(Command):
     stage: str = option(
         "what to make",
         flag="name",
-        choices=("codec", "teacher", "prompts", "pairs", "stage2", "stage3", "on-policy", "plan"),
+        choices=("codec", "teacher", "prompts", "pairs", "first-block", "stage2", "stage3", "on-policy", "plan"),
     )
     rest: tuple[str, ...] = option("options of that stage; --help lists them", flag="...")
 

@@ -368,6 +368,12 @@ def test_clips_of_the_world_are_not_trained_under_prompts_in_another_order(idle)
         recipes.TrainTeacher(prompts=str(turned)).run()
 
 
+def test_the_command_line_offers_every_stage():
+    """It lists them by itself, since it answers without torch."""
+    (stage,) = (entry for entry, _, _ in options.options_of(cli.Train) if entry.name == "stage")
+    assert stage.metadata["choices"] == tuple(recipes.STAGES)
+
+
 @pytest.mark.parametrize("stage", recipes.STAGES)
 def test_every_option_of_training_says_what_it_is_and_its_default(stage, capsys):
     with pytest.raises(SystemExit):

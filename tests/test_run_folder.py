@@ -440,3 +440,19 @@ def test_a_run_killed_five_times_at_random_ends_as_one_never_killed(tmp_path):
     assert same(load_file(killed / "final.safetensors"), load_file(unbroken / "final.safetensors"))
     assert same(stored_tensors(killed), stored_tensors(unbroken))
     assert (killed / "history.jsonl").read_text() == (unbroken / "history.jsonl").read_text()
+
+
+def test_first_blocks_serve_the_student_and_prompts_that_they_were_made_for(tmp_path):
+    path = str(tmp_path / "first.safetensors")
+    recipes.FirstBlock(out=path, clips=2, count=3, steps=1, batch=1).run()
+    config, causal = recipes.OnPolicy(first_block=path), checkpoints.read("stage2").causal
+    prompts = config.contexts()
+    pairs = config.first_pairs(prompts, causal)
+    assert (
+        len(pairs) == 3 and pairs.shapes.video[:2] == (4, 1) and recipes.OnPolicy().first_pairs(prompts, causal) is None
+    )
+    turned = Prompts.of(TinyText(), world.prompts()[::-1])
+    for other, said in ((turned, "prompts"), (prompts, "sigmas")):
+        steps = causal.steps if other is turned else (1000, 909, 725, 0)
+        with pytest.raises(ValueError, match=f"made under other settings: {said}"):
+            config.first_pairs(other, replace(causal, steps=steps))

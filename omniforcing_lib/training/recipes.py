@@ -421,7 +421,7 @@ class FirstBlock(RealClipsConfig):
         pairs = dataset.first_block_pairs(
             learner.best.eval(), causal, prompts, range(self.count), tuple(clips.latents.video.shape[2:4])
         )
-        return pairs.save(self.out, prompts.names, self.settings)
+        return pairs.save(self.out, prompts.names, self.settings | dataset.pair_notes(prompts))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,8 @@ def test_every_command_parses(command):
 @pytest.mark.parametrize("text", [PAGE, DATA], ids=["page", "data"])
 def test_stage_2_asks_for_the_pairs_that_the_command_before_it_makes(text):
     lines = [line for line in text.splitlines() if " -m omniforcing_lib train " in line]
-    made, used = (options(next(x for x in lines if f"train {name} " in x)) for name in ("pairs", "stage2"))
+    at = next(i for i, line in enumerate(lines) if "train stage2 " in line)
+    made, used = options(next(line for line in reversed(lines[:at]) if "train pairs " in line)), options(lines[at])
     assert used["pairs"] == made["out"] and used["prompts"] == made["prompts"]
     own = {"out"} | {entry.name for entry, _, _ in options_of(recipes.TrainConfig)}
     assert all(used[name] == value for name, value in made.items() if name not in own)

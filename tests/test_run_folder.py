@@ -456,3 +456,11 @@ def test_first_blocks_serve_the_student_and_prompts_that_they_were_made_for(tmp_
         steps = causal.steps if other is turned else (1000, 909, 725, 0)
         with pytest.raises(ValueError, match=f"made under other settings: {said}"):
             config.first_pairs(other, replace(causal, steps=steps))
+
+
+def test_first_blocks_of_other_sizes_are_refused_before_any_pair_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "ode_pairs", lambda *_, **__: pytest.fail("pairs are made"))
+    wrong, out = str(files.DATA / "ode_pairs.safetensors"), str(tmp_path / "student.safetensors")
+    with pytest.raises(ValueError, match=r"made under other settings: .*latents"):
+        recipes.OnPolicy(first_block=wrong, pairs=str(tmp_path / "pairs"), count=2, out=out).run()
+    assert not [*tmp_path.iterdir()]

@@ -27,9 +27,9 @@ from matplotlib.ticker import LogLocator
 from omniforcing_lib.bounce.variety import quadrants
 from omniforcing_lib.bounce.world import SPEED
 from omniforcing_lib.layout import AV, BlockLayout, Clock
+from studies.probes import SIDES
 
 CLOCK = Clock()
-SIDES = {"video_self": AV(0, 0), "audio_self": AV(1, 1), "a2v": AV(0, 1), "v2a": AV(1, 0)}
 """Mask -> stream of its rows, stream of its columns."""
 INK, GREY, PALE = "#23272f", "#8b919b", "#e6e8ec"
 STREAM = AV("#2f6fba", "#e07b21")

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,9 +26,9 @@ from omniforcing_lib.flow import MINIATURE_CFG, MINIATURE_GUIDANCE, Guidance, no
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, rollout
-from omniforcing_lib.training import dataset, records, stages, train
+from omniforcing_lib.training import dataset, recipes, records, stages
 from omniforcing_lib.training.dataset import Pairs, Prompts
-from omniforcing_lib.training.train import History, Learner, OptimConfig
+from omniforcing_lib.training.train import History, OptimConfig
 from omniforcing_lib.transformer import Transformer
 
 BARS = "▁▂▃▄▅▆▇"
@@ -114,16 +113,11 @@ def stage2(
     """Regress the ends of trajectories under the causal masks, from a teacher with fresh sinks, or from a student."""
     if isinstance(source, str):
         source = checkpoints.load(source, device=pairs.prompt.device, sinks=causal.layout.sinks)
-    learner = Learner(source, optim or OptimConfig(lr=5e-4, warmup=min(20, steps // 4), steps=steps, ema=0.0))
-    step = stages.ode_stage(learner, pairs, prompts, causal, batch)
-    with witness(learner.model) as levels:
-        lesson = _lesson(step, {"student": learner}, steps, seed, "stage 2")
-    return lesson._replace(levels=levels)
-
-
-def _lesson(step: train.Step, learners: Mapping[str, Learner], steps: int, seed: int, label: str) -> Lesson:
-    history = train.fit(step, learners, steps, seed=seed, label=label, leave=False)
-    return Lesson(learners["student"].best.eval(), history, [])
+    optim = optim or OptimConfig(lr=5e-4, warmup=min(20, steps // 4), steps=steps, ema=0.0)
+    stage = recipes.Stage2(steps=steps, batch=batch, seed=seed, keep_bar=False)
+    with witness(source) as levels:
+        learner, history = stage.train(source, pairs, prompts, causal, optim)
+    return Lesson(learner.best.eval(), history, levels)
 
 
 def last_part(steps: int, parts: int) -> float:
@@ -200,16 +194,14 @@ def stage3(
     of `stages.DMDConfig`: `weights`, `most` and `regression`.
     """
     device = prompts.context.video.device
-    optim = OptimConfig(lr=lr[0], betas=(0.0, 0.999), warmup=3, ema=last_part(steps, 4))
-    learner = Learner(copy.deepcopy(student), optim)
-    critic = Learner(checkpoints.load(teacher, device=device), replace(optim, lr=lr[1], ema=0.0))
-    frozen, frames = checkpoints.load(teacher, device=device), codec.clock.latents(seconds).video
-    clips = stages.StudentClips(prompts, causal, codec.grid, frames, batch)
-    step = stages.self_forcing_stage(
-        learner, critic, frozen, clips, stages.DMDConfig(guidance, ratio, **terms), sampler=sampler, pairs=pairs
-    )
+    optim = OptimConfig(betas=(0.0, 0.999), warmup=3, ema=last_part(steps, 4))
+    critic, frozen = (checkpoints.load(teacher, device=device) for _ in range(2))
+    clips = stages.StudentClips(prompts, causal, codec.grid, codec.clock.latents(seconds).video, batch)
+    config = stages.DMDConfig(guidance, ratio, **terms)
     # It ends on a step of the student: no step of the critic need follow.
-    return _lesson(step, {"student": learner, "critic": critic}, (steps - 1) * ratio + 1, seed, "stage 3")
+    stage = recipes.Stage3(steps=(steps - 1) * ratio + 1, lr=lr[0], critic_lr=lr[1], seed=seed, keep_bar=False)
+    learner, history = stage.train(copy.deepcopy(student), critic, frozen, clips, config, optim, sampler, pairs)
+    return Lesson(learner.best.eval(), history, [])
 
 
 def on_policy(
@@ -229,12 +221,12 @@ def on_policy(
 ) -> Lesson:
     """Regress a copy of a student on the teacher's ends of its own states: `stages.on_policy_stage`."""
     optim = OptimConfig(lr=lr, betas=(0.9, 0.999), warmup=3, steps=steps, final=0.05, ema=last_part(steps, 10))
-    learner = Learner(copy.deepcopy(student), optim)
     frozen = checkpoints.load(teacher, device=prompts.context.video.device)
-    frames = codec.clock.latents(seconds).video
-    clips = stages.StudentClips(prompts, causal, codec.grid, frames, batch)
-    step = stages.on_policy_stage(learner, frozen, pairs, clips, stages.OnPolicyConfig(guidance))
-    return _lesson(step, {"student": learner}, steps, seed, "on policy")
+    clips = stages.StudentClips(prompts, causal, codec.grid, codec.clock.latents(seconds).video, batch)
+    stage = recipes.OnPolicy(steps=steps, seed=seed, keep_bar=False)
+    config = stages.OnPolicyConfig(guidance)
+    learner, history = stage.train(copy.deepcopy(student), frozen, pairs, clips, config, optim)
+    return Lesson(learner.best.eval(), history, [])
 
 
 class Flow(NamedTuple):

@@ -245,11 +245,6 @@ def _sheet(draw: Callable, path: Path, readings: Sequence[Reading], titles: Sequ
         picture.savefig(unfinished, format="png")
 
 
-def brief(model: str, clips: int) -> dict[str, float]:
-    """Measure a miniature in little, for its file's own metadata, see `evaluate.brief`."""
-    return evaluate.brief(checkpoints.load(model), checkpoints.read(model).causal, clips)
-
-
 def distances(reference: Reference, features: AV[np.ndarray]) -> dict[str, float]:
     """Fréchet and energy distance of hand-made features to real clips and to codec round trips, for each stream."""
     sides = {"": reference.real, "_to_codec": reference.codec}

@@ -17,9 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.files import write_tensors
-from omniforcing_lib.flow import Guidance, block_noise, guided_denoiser, ltx2_sigmas, snap_indices, trajectory
+from omniforcing_lib.flow import Denoiser, Guidance, block_noise, guided_denoiser, ltx2_sigmas, snap_indices, trajectory
 from omniforcing_lib.interfaces import TextEncoder
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig, new_cache, predict
@@ -282,17 +281,13 @@ def ode_pairs(
 
     The prompt of clip i is `first` + i modulo the number of prompts; its noise comes from its seed alone.
     """
-    device = teacher.proj_out.weight.device
-    sigmas, keep = ltx2_sigmas(steps), snap_indices(step_list, steps)
-    shapes = latent_shapes(teacher, latents, grid)
-    index = torch.arange(first, first + len(seeds), device=device) % len(prompts)
-    batches = []
-    for start in tqdm(range(0, len(seeds), batch), desc="teacher trajectories", disable=not progress, leave=False):
-        noise = block_noise(seeds[start : start + batch], 0, shapes).map(lambda x: x.to(device))
-        text = prompts.take(index[start : start + batch])
-        denoise = guided_denoiser(teacher, text, prompts.negative, guidance)
-        batches.append(trajectory(denoise, noise, sigmas.to(device), keep))
-    return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float(), index)
+    shapes, index = latent_shapes(teacher, latents, grid), torch.arange(first, first + len(seeds)) % len(prompts)
+    bar = "teacher trajectories" if progress else ""
+
+    def denoiser(text: AV[Tensor]) -> Denoiser:
+        return guided_denoiser(teacher, text, prompts.negative, guidance)
+
+    return _trajectories(denoiser, prompts, index, seeds, shapes, step_list, steps=steps, batch=batch, bar=bar)
 
 
 @torch.no_grad()
@@ -314,23 +309,49 @@ def first_block_pairs(
 
     Shapes: states AV([N, K, F, h, w, C], [N, K, T, C]), F and T latents of block 0.
     """
-    sigmas, keep = ltx2_sigmas(steps), snap_indices(causal.steps, steps)
-    weight = model.proj_out.weight
-    shapes = latent_shapes(model, causal.layout.block(0).map(len), grid)
-    index = torch.arange(len(seeds), device=weight.device) % len(prompts)
-    batches = []
-    for start in tqdm(range(0, len(seeds), batch), desc="first blocks", disable=not progress, leave=False):
-        some, text = seeds[start : start + batch], prompts.take(index[start : start + batch])
-        cache = new_cache(model, causal, grid, len(some), blocks=1)
+    first = causal.layout.block(0).map(len)
+    shapes, index = latent_shapes(model, first, grid), torch.arange(len(seeds)) % len(prompts)
+    bar = "first blocks" if progress else ""
+
+    def denoiser(text: AV[Tensor]) -> Denoiser:
+        cache = new_cache(model, causal, grid, len(text.video), blocks=1)
         block = cache.open(0)
+        return lambda x, sigma: predict(model, x, float(sigma), text, cache, block)
 
-        def denoise(
-            x: AV[Tensor], sigma: Tensor, text: AV[Tensor] = text, cache: KVCache = cache, block: OpenBlock = block
-        ) -> AV[Tensor]:
-            return predict(model, x, float(sigma), text, cache, block)
+    return _trajectories(denoiser, prompts, index, seeds, shapes, causal.steps, steps=steps, batch=batch, bar=bar)
 
-        noise = block_noise(some, 0, shapes).map(lambda x: x.to(weight))
-        batches.append(trajectory(denoise, noise, sigmas, keep))
+
+def _trajectories(
+    denoiser: Callable[[AV[Tensor]], Denoiser],
+    prompts: Prompts | StoredPrompts,
+    index: Tensor,
+    seeds: Sequence[int],
+    shapes: AV[tuple[int, ...]],
+    step_list: Sequence[int],
+    *,
+    steps: int,
+    batch: int,
+    bar: str,
+) -> Pairs:
+    """Follow a model's ODE from the noise of each seed and keep the states at the student's noise levels.
+
+    Args:
+        denoiser: gives the denoiser of some contexts, AV [B, L, C].
+        prompts: the contexts.
+        index: number of each trajectory's prompt, [N].
+        seeds: of the noise.
+        shapes: of a trajectory's latents, without the batch.
+        step_list: the student's steps.
+        steps: of the whole schedule.
+        batch: trajectories at once.
+        bar: name of the progress bar; empty shows none.
+    """
+    sigmas, keep, index = ltx2_sigmas(steps), snap_indices(step_list, steps), index.to(prompts.device)
+    batches = []
+    for start in tqdm(range(0, len(seeds), batch), desc=bar, disable=not bar, leave=False):
+        noise = block_noise(seeds[start : start + batch], 0, shapes).map(lambda x: x.to(prompts.device))
+        denoise = denoiser(prompts.take(index[start : start + batch]))
+        batches.append(trajectory(denoise, noise, sigmas.to(prompts.device), keep))
     return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float(), index)
 
 

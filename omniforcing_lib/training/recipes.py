@@ -543,11 +543,11 @@ class OnPolicy(TakesPairs):
 
     def _run(self) -> Path:
         causal, prompts, (latents, grid) = checkpoints.student(self.student), self.contexts(), self.geometry()
+        first_block = self.first_pairs(prompts, causal)
         pairs = self.ode_pairs(self.pairs, prompts, causal)
         clips = StudentClips(prompts, causal, grid, latents.video, self.batch)
         guidance = Guidance(cfg=AV(*self.cfg), rescale=AV(*self.rescale))
         config = OnPolicyConfig(guidance=guidance, stride=self.stride, regression=self.regression)
-        first_block = self.first_pairs(prompts, causal)
         student, teacher = self.load(self.student), self.load(self.teacher, frozen=True)
         learner, history = self.train(student, teacher, pairs, clips, config, first_block=first_block)
         return self.save(learner, history, ("own_video", "own_audio"), causal)

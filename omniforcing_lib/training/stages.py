@@ -124,7 +124,7 @@ def _regression(
     mask = masks.build(causal.layout, frames, height * width, window=causal.window)
     device, count = prompts.device, causal.layout.count(frames)
     block_of = causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
-    sigmas = pairs.sigmas.to(device)
+    sigmas, counts = pairs.sigmas.to(device), block_of.map(lambda blocks: (blocks > 0) | first_block)
 
     def terms(generator: torch.Generator, micro_batch: MicroBatch) -> Metrics:
         index = pick(len(pairs), batch, generator)
@@ -136,7 +136,6 @@ def _regression(
         sigma = level.map(lambda number: sigmas[number])
         with learner.autocast():
             velocity = learner.model(x, sigma, prompts.take(prompt), masks=mask)
-        counts = block_of.map(lambda blocks: (blocks > 0) | first_block)
         x0_hat, counted = x.map(x0_of, velocity, sigma), sigma.map(torch.mul, counts)
         loss = losses.ode_regression(x0_hat, states.map(lambda s: s[:, -1]), counted)
         # Only noisy latents count, so each micro-batch counts by how many of the batch's it has.

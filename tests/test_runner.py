@@ -106,6 +106,14 @@ def test_the_line_that_failed_is_named_not_the_first(tmp_path, cells, line):
 
 
 @pytest.mark.slow
+def test_the_time_left_is_the_known_time_at_this_run_s_speed():
+    known, names = {"01": 60.0, "02": 120.0, "03": 600.0}, ["00", "01", "02", "03"]
+    assert runner.time_left({}, known, names) == runner.time_left({"00": 9.0}, known, names) == ", some 13 min to go"
+    assert runner.time_left({"00": 9.0, "01": 120.0}, known, names) == ", some 24 min to go"
+    assert runner.time_left({"00": 9.0, "01": 60.0, "02": 30.0}, known, names) == ", some 5 min to go"
+    assert runner.time_left(dict.fromkeys(names, 1.0), known, names) == runner.time_left({}, {}, names) == ""
+
+
 def test_a_failing_notebook_ends_the_run_and_what_ran_is_reported(series, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["reproduce", "--profile", "smoke", "--notebooks", str(series), "--out", str(out)]

@@ -183,18 +183,37 @@ def reproduce(
     plan = assign(notebooks, {**values, "out_dir": str(target)})
     target.mkdir(parents=True, exist_ok=True)
     wall: dict[str, float] = {}
+    known = _stored_seconds(profile)
     try:
         with tqdm(plan.items(), unit="notebook", desc="series", disable=None) as bar:
             for notebook, given in bar:
                 executed = target / "notebooks" / notebook.name
                 wall[notebook.stem] = round(execute(notebook, executed, given), 1)
                 _write_html(executed, target / "html" / f"{notebook.stem}.html")
-                tqdm.write(f"{notebook.stem:<32} {wall[notebook.stem]:7.1f} s", file=sys.stdout)
+                left = time_left(wall, known, [path.stem for path in notebooks])
+                tqdm.write(f"{notebook.stem:<32} {wall[notebook.stem]:7.1f} s{left}", file=sys.stdout)
                 sys.stdout.flush()
     finally:
         _write_report(target, profile, parameters, wall)
     print(f"report: {target / 'index.html'}")
     return target
+
+
+def _stored_seconds(profile: str) -> dict[str, float]:
+    """Read how long each notebook took in the committed run of a profile."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (STORED / "run" / profile).glob("*.json")]
+    return {record["notebook"]: record["wall_s"] for record in records}
+
+
+def time_left(wall: Mapping[str, float], known: Mapping[str, float], names: Sequence[str]) -> str:
+    """Tell how long is left: the known seconds of what is to come, at the speed that this run has had so far.
+
+    Returns text to append; empty where nothing that is known is to come.
+    """
+    to_come = sum(known.get(name, 0.0) for name in names if name not in wall)
+    compared = {name: seconds for name, seconds in wall.items() if name in known}
+    speed = sum(compared.values()) / sum(map(known.get, compared)) if compared else 1.0
+    return f", some {max(1, round(speed * to_come / 60))} min to go" if to_come else ""
 
 
 def _given(parameters: Sequence[str], profile: str) -> dict[str, object]:

@@ -11,7 +11,7 @@ import torch
 from test_transformer import TINY
 
 from omniforcing_lib import losses, masks
-from omniforcing_lib.flow import DMD_GUIDANCE, Guidance, both, guided_denoiser, ltx2_sigmas, noised
+from omniforcing_lib.flow import DMD_GUIDANCE, Guidance, both, guided_denoiser, ltx2_sigmas, noised, spread
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.rollout import RolloutConfig, fresh_noise, rollout
 from omniforcing_lib.training import dataset, stages, train
@@ -283,7 +283,9 @@ def test_block_0_learns_from_trajectories_of_its_own_alone():
     def losses_of(states: AV[torch.Tensor], first: Pairs | None) -> list[float]:
         taught = Pairs(states, causal.sigmas.float(), torch.arange(3) % 2)
         config = OnPolicyConfig(guidance=Guidance(), stride=4, regression=1.0, first_blocks=2)
-        step = stages.on_policy_stage(new_learner(seed=1), teacher, taught, clips(2, causal), config, first_block=first)
+        step = stages.on_policy_stage(
+            new_learner(seed=1), teacher, taught, clips(2, causal), config, first_blocks=first
+        )
         metrics = step(0, torch.Generator().manual_seed(0))
         return [float(metrics[name]) for name in ("video", "audio")]
 
@@ -295,24 +297,31 @@ def test_block_0_learns_from_trajectories_of_its_own_alone():
     assert min(losses_of(states, far)) > 10 * max(losses_of(states, first_blocks()))
 
 
-def test_first_blocks_end_where_their_own_noise_leads():
-    """The same noise gives the same block in any batch; a causal model under masks goes the same way."""
+def test_first_blocks_end_where_their_own_noise_and_the_clean_past_lead():
+    """The same noise gives the same blocks in any batch; a causal model under masks goes the same way."""
     causal = replace(CAUSAL, steps=(1000, 500, 100, 0))
     model = new_learner().model.requires_grad_(False).eval()
     together = dataset.first_block_pairs(model, causal, prompts(), range(4), GRID, steps=6, progress=False)
     alone = dataset.first_block_pairs(model, causal, prompts(), range(4), GRID, steps=6, batch=1, progress=False)
-    assert together.states.video.shape == (4, 4, 1, *GRID, 3) and together.states.audio.shape == (4, 4, 1, 5)
+    last = causal.layout.block(1)
+    assert together.states.map(lambda s: s.shape[:3]) == last.map(lambda span: (4, 4, span.stop))
     for a, b in zip(together.states, alone.states, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    mask = masks.build(causal.layout, 1, GRID[0] * GRID[1], window=causal.window)
-    sigmas = ltx2_sigmas(6)
-    x = together.states.map(lambda s: s[:, 0])
-    for now, after in pairwise(sigmas.tolist()):
-        level = x.map(lambda part, now=now: torch.full(part.shape[:2], now))
-        velocity = model(x, level, prompts().take(together.prompt), masks=mask)
-        x = x.map(lambda part, v, step=after - now: part + step * v, velocity)
-    for a, b in zip(x, together.states.map(lambda s: s[:, -1]), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    mask = masks.build(causal.layout, last.video.stop, GRID[0] * GRID[1], window=causal.window)
+    for k in range(2):
+        blocks = causal.layout.block(k)
+        x = together.states.map(lambda s, at: torch.cat([s[:, -1, : at.start], s[:, 0, at.start :]], 1), blocks)
+        for now, after in pairwise(ltx2_sigmas(6).tolist()):
+            level = x.map(
+                lambda part, at, now=now: torch.full(part.shape[:2], now).index_fill(1, torch.arange(at.start), 0.0),
+                blocks,
+            )
+            velocity = model(x, level, prompts().take(together.prompt), masks=mask)
+            x = x.map(
+                lambda part, v, level, step=after - now: part + step * v * spread(level > 0, part), velocity, level
+            )
+        for a, b, at in zip(x, together.states, blocks, strict=True):
+            torch.testing.assert_close(a[:, at.start : at.stop], b[:, -1, at.start : at.stop], atol=1e-4, rtol=1e-4)
 
 
 def test_what_has_left_the_window_is_not_recomputed():

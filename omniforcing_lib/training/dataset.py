@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from omniforcing_lib.files import write_tensors
-from omniforcing_lib.flow import Denoiser, Guidance, block_noise, guided_denoiser, ltx2_sigmas, snap_indices, trajectory
+from omniforcing_lib.flow import Guidance, block_noise, guided_denoiser, ltx2_sigmas, snap_indices, trajectory
 from omniforcing_lib.interfaces import TextEncoder
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import RolloutConfig, new_cache, predict
+from omniforcing_lib.rollout import RolloutConfig, new_cache, predict, update_cache
 from omniforcing_lib.training import records
 from omniforcing_lib.training.distributed import ALONE, DistributedContext
 from omniforcing_lib.transformer import Transformer
@@ -281,13 +281,16 @@ def ode_pairs(
 
     The prompt of clip i is `first` + i modulo the number of prompts; its noise comes from its seed alone.
     """
-    shapes, index = latent_shapes(teacher, latents, grid), torch.arange(first, first + len(seeds)) % len(prompts)
-    bar = "teacher trajectories" if progress else ""
-
-    def denoiser(text: AV[Tensor]) -> Denoiser:
-        return guided_denoiser(teacher, text, prompts.negative, guidance)
-
-    return _trajectories(denoiser, prompts, index, seeds, shapes, step_list, steps=steps, batch=batch, bar=bar)
+    device = teacher.proj_out.weight.device
+    sigmas, keep, shapes = ltx2_sigmas(steps), snap_indices(step_list, steps), latent_shapes(teacher, latents, grid)
+    index = torch.arange(first, first + len(seeds), device=device) % len(prompts)
+    batches = []
+    for start in tqdm(range(0, len(seeds), batch), desc="teacher trajectories", disable=not progress, leave=False):
+        noise = block_noise(seeds[start : start + batch], 0, shapes).map(lambda x: x.to(device))
+        text = prompts.take(index[start : start + batch])
+        denoise = guided_denoiser(teacher, text, prompts.negative, guidance)
+        batches.append(trajectory(denoise, noise, sigmas.to(device), keep))
+    return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float(), index)
 
 
 @torch.no_grad()
@@ -298,61 +301,35 @@ def first_block_pairs(
     seeds: Sequence[int],
     grid: tuple[int, int],
     *,
+    blocks: int = 2,
     steps: int = 40,
     batch: int = 128,
     progress: bool = True,
 ) -> Pairs:
-    """Run a causal model on block 0 alone and keep its states at the student's noise levels.
+    """Run a causal model on the first blocks, one by one, and keep its states at the student's noise levels.
 
-    Where such a trajectory ends depends on the noise of block 0, the prompt, and nothing else: block 0 can learn to
-    jump there from its noise, as Causal-Forcing has it. The prompt of block i is i modulo the number of prompts.
+    Where a trajectory of block k ends depends on the clean blocks before it, its own noise, the prompt, and nothing
+    else: the student can learn to jump there from its noise, as Causal-Forcing has it. The prompt of clip i is i
+    modulo the number of prompts.
 
-    Shapes: states AV([N, K, F, h, w, C], [N, K, T, C]), F and T latents of block 0.
+    Shapes: states AV([N, K, F, h, w, C], [N, K, T, C]), F and T latents of the blocks together.
     """
-    first = causal.layout.block(0).map(len)
-    shapes, index = latent_shapes(model, first, grid), torch.arange(len(seeds)) % len(prompts)
-    bar = "first blocks" if progress else ""
+    sigmas, keep = ltx2_sigmas(steps).to(prompts.device), snap_indices(causal.steps, steps)
+    index, batches = (torch.arange(len(seeds)) % len(prompts)).to(prompts.device), []
+    for start in tqdm(range(0, len(seeds), batch), desc="first blocks", disable=not progress, leave=False):
+        text, states = prompts.take(index[start : start + batch]), []
+        cache = new_cache(model, causal, grid, len(text.video), blocks=blocks)
+        for k in range(blocks):
+            shapes, block = latent_shapes(model, causal.layout.block(k).map(len), grid), cache.open(k)
+            noise = block_noise(seeds[start : start + batch], k, shapes).map(lambda x: x.to(prompts.device))
 
-    def denoiser(text: AV[Tensor]) -> Denoiser:
-        cache = new_cache(model, causal, grid, len(text.video), blocks=1)
-        block = cache.open(0)
-        return lambda x, sigma: predict(model, x, float(sigma), text, cache, block)
+            def denoise(x: AV[Tensor], sigma: Tensor, text=text, cache=cache, block=block) -> AV[Tensor]:
+                return predict(model, x, float(sigma), text, cache, block)
 
-    return _trajectories(denoiser, prompts, index, seeds, shapes, causal.steps, steps=steps, batch=batch, bar=bar)
-
-
-def _trajectories(
-    denoiser: Callable[[AV[Tensor]], Denoiser],
-    prompts: Prompts | StoredPrompts,
-    index: Tensor,
-    seeds: Sequence[int],
-    shapes: AV[tuple[int, ...]],
-    step_list: Sequence[int],
-    *,
-    steps: int,
-    batch: int,
-    bar: str,
-) -> Pairs:
-    """Follow a model's ODE from the noise of each seed and keep the states at the student's noise levels.
-
-    Args:
-        denoiser: gives the denoiser of some contexts, AV [B, L, C].
-        prompts: the contexts.
-        index: number of each trajectory's prompt, [N].
-        seeds: of the noise.
-        shapes: of a trajectory's latents, without the batch.
-        step_list: the student's steps.
-        steps: of the whole schedule.
-        batch: trajectories at once.
-        bar: name of the progress bar; empty shows none.
-    """
-    sigmas, keep, index = ltx2_sigmas(steps), snap_indices(step_list, steps), index.to(prompts.device)
-    batches = []
-    for start in tqdm(range(0, len(seeds), batch), desc=bar, disable=not bar, leave=False):
-        noise = block_noise(seeds[start : start + batch], 0, shapes).map(lambda x: x.to(prompts.device))
-        denoise = denoiser(prompts.take(index[start : start + batch]))
-        batches.append(trajectory(denoise, noise, sigmas.to(prompts.device), keep))
-    return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float(), index)
+            states.append(trajectory(denoise, noise, sigmas, keep))
+            update_cache(model, cache, k, text, states[-1].map(lambda s: s[:, -1]), 0.0)
+        batches.append(AV(*(torch.cat(streams, 2) for streams in zip(*states, strict=True))))
+    return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float().cpu(), index)
 
 
 def store_pairs(

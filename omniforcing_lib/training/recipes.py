@@ -8,6 +8,7 @@ command trains with all its processes.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -392,10 +393,10 @@ class MakePairs(PairsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FirstBlock(RealClipsConfig):
-    """Make trajectories of block 0 that its own noise decides: what `train on-policy` takes as `--first-block`.
+    """Make trajectories of the first blocks that their own noise decides: what `train on-policy --first-block` takes.
 
-    A causal model learns block 0 of real clips by flow matching, and its ODE makes the trajectories; the model itself
-    is not kept.
+    A causal model learns the first blocks of real clips by flow matching with teacher forcing, and its ODE makes the
+    trajectories; the model itself is not kept.
     """
 
     stage = "first-block"
@@ -403,7 +404,8 @@ class FirstBlock(RealClipsConfig):
     student: str = option(STUDENT, "stage2", content="checkpoint")
     clips: int = option("clips of the world to draw from, rendered at the start", 6_144)
     count: int = option("trajectories, prompts in turn", 1_024)
-    steps: int = option("steps of the optimiser", 700)
+    blocks: int = option("first blocks of a clip, 1 or more", 2)
+    steps: int = option("steps of the optimiser", 1_000)
     batch: int = option(BATCH, 64)
     lr: float = option("peak learning rate", 5e-4)
 
@@ -411,15 +413,22 @@ class FirstBlock(RealClipsConfig):
         if self.group.mesh:
             raise ValueError("first blocks are small, and made by one process: start this stage without torchrun")
         causal, prompts = checkpoints.student(self.student), self.contexts()
-        clips = self.real_clips(prompts, 1)
-        first = causal.layout.block(0)
-        clips = Clips(clips.latents.map(lambda x, span: x[:, : len(span)].contiguous(), first), clips.prompt)
+        last = causal.layout.block(self.blocks - 1).map(lambda span: span.stop)
+        clock = load_codec(self.codec).clock
+        seconds = next(s for s in itertools.count(1) if clock.latents(s).video >= last.video)
+        clips = self.real_clips(prompts, seconds)
+        clips = Clips(clips.latents.map(lambda x, count: x[:, :count].contiguous(), last), clips.prompt)
         optim = replace(self.optim, lr=self.lr, steps=self.steps, warmup=min(30, self.steps // 10), final=0.02)
         learner = Learner(self.load(self.student), replace(optim, ema=0.99), self.group)
         step = stages.flow_stage(learner, clips, prompts, self.batch, causal=causal)
         self.fit(step, {"model": learner}, "first block")
         pairs = dataset.first_block_pairs(
-            learner.best.eval(), causal, prompts, range(self.count), tuple(clips.latents.video.shape[2:4])
+            learner.best.eval(),
+            causal,
+            prompts,
+            range(self.count),
+            tuple(clips.latents.video.shape[2:4]),
+            blocks=self.blocks,
         )
         return pairs.save(self.out, prompts.names, self.settings | dataset.pair_notes(prompts))
 
@@ -549,19 +558,22 @@ class OnPolicy(TakesPairs):
         guidance = Guidance(cfg=AV(*self.cfg), rescale=AV(*self.rescale))
         config = OnPolicyConfig(guidance=guidance, stride=self.stride, regression=self.regression)
         student, teacher = self.load(self.student), self.load(self.teacher, frozen=True)
-        learner, history = self.train(student, teacher, pairs, clips, config, first_block=first_block)
+        learner, history = self.train(student, teacher, pairs, clips, config, first_blocks=first_block)
         return self.save(learner, history, ("own_video", "own_audio"), causal)
 
     def first_pairs(self, prompts: Prompts | StoredPrompts, causal: RolloutConfig) -> Pairs | None:
         """Read the trajectories of block 0, if there are any.
 
         Raises:
-            ValueError: they are of other prompts, noise levels or sizes.
+            ValueError: the file has no first blocks, or they are of other prompts, noise levels or sizes.
         """
         if not self.first_block:
             return None
         pairs = Pairs.load(self.first_block, self.place)
-        sizes = {"latents": list(causal.layout.block(0).map(len)), "grid": list(self.geometry()[1])}
+        if "blocks" not in pairs.notes:
+            raise ValueError(f"{self.first_block} holds no first blocks; make them with `train first-block`")
+        last = causal.layout.block(causal.layout.count(pairs.shapes.video[1]) - 1)
+        sizes = {"latents": list(last.map(lambda span: span.stop)), "grid": list(self.geometry()[1])}
         notes = dataset.pair_notes(prompts, **sizes, sigmas=causal.sigmas.float().tolist())
         dataset.check_pairs(self.first_block, pairs, notes)
         return pairs
@@ -574,12 +586,12 @@ class OnPolicy(TakesPairs):
         clips: StudentClips,
         config: OnPolicyConfig,
         optim: OptimConfig | None = None,
-        first_block: Pairs | None = None,
+        first_blocks: Pairs | None = None,
     ) -> tuple[Learner, History]:
         """Train a student on its own states, as `optim` says, or by this config's own rates."""
         own = replace(self.optim, lr=self.lr, betas=(0.9, 0.999), warmup=3, steps=self.steps, final=self.final)
         learner = Learner(student, optim or replace(own, ema=average(self.steps, 1 / 10)), self.group)
-        step = stages.on_policy_stage(learner, teacher, pairs, clips, config, first_block=first_block)
+        step = stages.on_policy_stage(learner, teacher, pairs, clips, config, first_blocks=first_blocks)
         return learner, self.fit(step, {"student": learner}, "on policy")
 
 

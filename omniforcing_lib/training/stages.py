@@ -17,6 +17,7 @@ from omniforcing_lib.flow import (
     DMD_GUIDANCE,
     ONES,
     Guidance,
+    both,
     euler,
     guided_denoiser,
     ltx2_sigmas,
@@ -63,27 +64,33 @@ def flow_stage(
     drop: float = 0.1,
     weights: AV[float] = ONES,
 ) -> Step:
-    """Train by flow matching: the bidirectional teacher, or a `causal` model under its masks.
+    """Train by flow matching: the bidirectional teacher, or a `causal` model by teacher forcing.
 
-    A share `drop` of the prompts is dropped for CFG.
+    Under the masks of a causal model one block of a clip is noisy and learnt; the blocks before it are clean (as
+    Causal-Forcing trains its autoregressive teacher). A share `drop` of the prompts is dropped for CFG.
     """
     check_numbers(clips.prompt, len(prompts))
+    frames, height, width = clips.latents.video.shape[1:4]
     masked = {}
     if causal is not None:
-        frames, height, width = clips.latents.video.shape[1:4]
         masked["masks"] = masks.build(causal.layout, frames, height * width, window=causal.window)
+        blocks, count = _block_numbers(causal, frames, prompts.device), causal.layout.count(frames)
 
     def terms(generator: torch.Generator, micro_batch: MicroBatch) -> Metrics:
         index = pick(len(clips), batch, generator)
         x0 = clips.latents.map(lambda x: x[micro_batch.of(index)].float())
         dropped = torch.rand(batch, generator=generator, device=generator.device) < drop
         text = prompts.take(micro_batch.of(torch.where(dropped, -1, clips.prompt[index])))
-        level, eps = micro_batch.of(training_sigma(batch, generator)), micro_batch.noise(x0, generator)
-        # Under masks each latent has a level of its own; here they are all one.
-        sigma = x0.map(lambda x: level[:, None].expand(-1, x.shape[1]) if masked else level)
+        level, eps = training_sigma(batch, generator), micro_batch.noise(x0, generator)
+        sigma, noisy, shares = both(micro_batch.of(level)), None, both(micro_batch.share)
+        if causal is not None:
+            block = torch.randint(count, (batch, 1), generator=generator, device=generator.device)
+            shares = blocks.map(lambda of: micro_batch.of(of == block).sum() / (of == block).sum().clamp_min(1))
+            noisy = blocks.map(lambda of: micro_batch.of(of == block).float())
+            sigma = blocks.map(lambda of: micro_batch.of(level[:, None] * (of >= block)))
         with learner.autocast():
             velocity = learner.model(x0.map(noised, eps, sigma), sigma, text, **masked)
-        return losses.flow_matching(velocity, x0, eps).map(lambda loss: loss * micro_batch.share)._asdict()
+        return losses.flow_matching(velocity, x0, eps, noisy).map(torch.mul, shares)._asdict()
 
     learn = recorded(lambda g: learner.learn(batch, g, partial(terms, g), weights), learner, live=prompts.live)
     return lambda i, generator: learn(generator)
@@ -107,6 +114,11 @@ def ode_stage(
     return lambda i, generator: learn(generator)
 
 
+def _block_numbers(causal: RolloutConfig, frames: int, device: torch.device) -> AV[Tensor]:
+    """Number the block of each latent of a clip. Shapes: [F] and [T]."""
+    return causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
+
+
 def _regression(
     learner: Learner,
     pairs: Pairs | StoredPairs,
@@ -114,32 +126,41 @@ def _regression(
     causal: RolloutConfig,
     batch: int,
     *,
-    first_block: bool = True,
+    first: int = 0,
+    forced: bool = False,
 ) -> Callable[[torch.Generator, MicroBatch], Metrics]:
-    """Prepare the losses of `ode_stage`; without `first_block`, block 0 is seen by the others and not learnt."""
+    """Prepare the losses of `ode_stage`.
+
+    Blocks before `first` are seen by the others and not learnt. `forced` is teacher forcing: one block of a clip is
+    learnt, and the blocks before it are clean.
+    """
     if not pairs.live:
         check_numbers(pairs.prompt, len(prompts))
     (frames, height, width), audio = pairs.shapes.video[1:4], pairs.shapes.audio[1]
     causal.layout.check(AV(frames, audio))
     mask = masks.build(causal.layout, frames, height * width, window=causal.window)
-    device, count = prompts.device, causal.layout.count(frames)
-    block_of = causal.layout.block_index(frames).map(lambda index: torch.tensor(index, device=device))
-    sigmas, counts = pairs.sigmas.to(device), block_of.map(lambda blocks: (blocks > 0) | first_block)
+    sigmas, count = pairs.sigmas.to(prompts.device), causal.layout.count(frames)
+    block_of = _block_numbers(causal, frames, prompts.device)
+    learnt = block_of.map(lambda blocks: blocks >= first)
 
     def terms(generator: torch.Generator, micro_batch: MicroBatch) -> Metrics:
         index = pick(len(pairs), batch, generator)
         block_levels = torch.randint(len(sigmas), (batch, count), generator=generator, device=generator.device)
-        levels = block_of.map(lambda blocks: block_levels[:, blocks])
+        levels, counts = block_of.map(lambda blocks: block_levels[:, blocks]), learnt
+        if forced:
+            block = torch.randint(count, (batch, 1), generator=generator, device=generator.device)
+            levels = levels.map(lambda number, of: number.masked_fill(of < block, len(sigmas) - 1), block_of)
+            counts = block_of.map(lambda of: of == block)
         level = levels.map(micro_batch.of)
         states, prompt = pairs.take(micro_batch.of(index))
         x = states.map(take_level, level)
         sigma = level.map(lambda number: sigmas[number])
         with learner.autocast():
             velocity = learner.model(x, sigma, prompts.take(prompt), masks=mask)
-        x0_hat, counted = x.map(x0_of, velocity, sigma), sigma.map(torch.mul, counts)
-        loss = losses.ode_regression(x0_hat, states.map(lambda s: s[:, -1]), counted)
         # Only noisy latents count, so each micro-batch counts by how many of the batch's it has.
         noisy = levels.map(lambda number, counts: (sigmas[number] > 1e-6) & counts, counts)
+        x0_hat, counted = x.map(x0_of, velocity, sigma), sigma.map(lambda level, n: level * micro_batch.of(n), noisy)
+        loss = losses.ode_regression(x0_hat, states.map(lambda s: s[:, -1]), counted)
         share = noisy.map(lambda n: micro_batch.of(n).sum() / n.sum().clamp_min(1))
         return loss.map(torch.mul, share)._asdict()
 
@@ -332,7 +353,7 @@ def on_policy_stage(
     clips: StudentClips,
     config: OnPolicyConfig = OnPolicyConfig(),
     *,
-    first_block: Pairs | StoredPairs | None = None,
+    first_blocks: Pairs | StoredPairs | None = None,
 ) -> Step:
     """Stage 3 without a critic: regress the student, on its own past, on the teacher's end of its own states.
 
@@ -360,12 +381,11 @@ def on_policy_stage(
     if len(entries) < 3:
         raise ValueError(f"steps {causal.steps} have no noise level between noise and data; use three steps or more")
     clips.check(student)
-    regress = _regression(student, pairs, prompts, causal, batch, first_block=first_block is None)
+    first = causal.layout.count(first_blocks.shapes.video[1]) if first_blocks else 0
+    regress = _regression(student, pairs, prompts, causal, batch, first=first)
     many = config.first_blocks
-    start = _regression(student, first_block, prompts, causal, batch * many) if first_block else None
-    after_first_block = causal.layout.block_index(clips.video_latents).map(
-        lambda blocks: (torch.tensor(blocks, device=prompts.device) > 0).float()
-    )
+    start = _regression(student, first_blocks, prompts, causal, batch * many, forced=True) if first_blocks else None
+    after_first_block = _block_numbers(causal, clips.video_latents, prompts.device).map(lambda of: (of > 0).float())
 
     def terms(generator: torch.Generator, exit_step: int, micro_batch: MicroBatch) -> Metrics:
         # 1. The student's clips, and the states that its blocks leave from.
@@ -394,7 +414,7 @@ def on_policy_stage(
     def learn(generator: torch.Generator, exit_step: int) -> Metrics:
         return student.learn(batch, generator, partial(terms, generator, exit_step), config.weights)
 
-    live = prompts.live or pairs.live or (first_block is not None and first_block.live)
+    live = prompts.live or pairs.live or (first_blocks is not None and first_blocks.live)
     learn = recorded(learn, student, live=live)
 
     def step(i: int, generator: torch.Generator) -> Metrics:

@@ -335,7 +335,7 @@ class OnPolicyConfig:
         guidance: of the teacher.
         stride: the teacher takes every `stride`-th level of its 40-step schedule.
         regression: weight of the loss on trajectories.
-        first_blocks: first blocks per clip of a batch, where block 0 has trajectories of its own; they are small.
+        first_blocks: clips of first blocks per clip of a batch, where these have trajectories of their own.
         weights: of the streams' losses.
     """
 
@@ -367,10 +367,12 @@ def on_policy_stage(
     They are left to the loss of `ode_stage` on the teacher's own trajectories, `pairs`. This is not in the paper;
     `LOG.md` says what was tried before.
 
-    Where a trajectory of the teacher ends depends on the noise of the whole clip, and block 0 has its own noise alone:
-    from pure noise, regression teaches it the mean of all starts, a picture without a ball. So block 0 can have
-    trajectories that depend on its own noise alone, `first_block`: those of a causal model trained by flow matching
-    (as Causal-Forcing does for every block), see `dataset.first_block_pairs`. `pairs` then teach the other blocks.
+    Where a trajectory of the teacher ends depends on the noise of the whole clip, and a block has its own noise alone:
+    from pure noise, regression teaches it the mean of all ends. For later blocks the past decides; block 0, which
+    chooses where a ball starts, and block 1, which chooses where it goes, learn a picture without a ball and a motion
+    with kinks. So the first blocks can have trajectories that depend on their own noise and the clean past alone,
+    `first_blocks`: those of a causal model trained with teacher forcing (as Causal-Forcing does for every block), see
+    `dataset.first_block_pairs`. `pairs` then teach the other blocks.
 
     Raises:
         ValueError: the student has one step only, so that all its states are pure noise; or blocks leave the window,

@@ -237,7 +237,7 @@ class Cures(Command):
     def _run(self) -> None:
         from studies import cures
 
-        print(cures.run(self.out, names=self.names or tuple(cures.REMEDIES), seeds=self.seeds))
+        print(cures.run(self.out, names=self.names, seeds=self.seeds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +252,8 @@ class Ablate(Command):
         from series import claims
         from studies import ablations
 
-        folder = ablations.run(self.out, arms=self.arms or tuple(ablations.ARMS), seeds=self.seeds)
-        for table in (ablations.table(folder), ablations.gains(folder)):
+        folder, trials = ablations.run(self.out, arms=self.arms, seeds=self.seeds), ablations.TRIALS
+        for table in (trials.table(folder), trials.gains(folder, ablations.BASE)):
             rows = [
                 {"arm": arm} | {name: claims.quote({"value": m, "interval": i}) for name, (m, i) in row.items()}
                 for arm, row in table.items()

@@ -105,9 +105,9 @@ def _answer(name: str, device: str, index: int | None, dtype: torch.dtype, head_
     kind = Kind(device, capability, dtype, head_dim)
     choice = choose(name, kind)
     if choice.plain == "flash":
-        _flash[index] = import_module(flash_module(capability)).flash_attn_func
+        _flash[index] = import_module(flash_module(capability) or "flash_attn").flash_attn_func
     _log.info("attention on %s: %s without a mask, %s with one (asked for: %s)", kind, *choice, name)
-    return tuple(choice)
+    return choice.plain, choice.masked
 
 
 def choose(name: str, kind: Kind) -> Choice:
@@ -137,14 +137,14 @@ def refusal(backend: str, kind: Kind) -> str | None:
         return "it takes float16 and bfloat16 only"
     if size % 8 or size > 256:
         return "it takes head dims that are multiples of 8, up to 256"
-    if kind.capability < (8, 0):
+    if kind.capability is None or kind.capability < (8, 0):
         return "it needs compute capability 8.0"
     return None if flash_module(kind.capability) else "no flash-attn is installed (pip install flash-attn)"
 
 
-def flash_module(capability: tuple[int, int]) -> str | None:
+def flash_module(capability: tuple[int, int] | None) -> str | None:
     """Name the installed flash-attn for a GPU: 3 on Hopper where it is installed, else 2."""
-    wanted = ["flash_attn_interface"] * (capability[0] == 9) + ["flash_attn"]
+    wanted = ["flash_attn_interface"] * (capability is not None and capability[0] == 9) + ["flash_attn"]
     return next((name for name in wanted if find_spec(name)), None)
 
 

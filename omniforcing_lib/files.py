@@ -27,7 +27,7 @@ def _shipped_folder() -> Path:
     """Find the folder of the shipped miniature: `data/` of the clone, else the package that pip installed it as."""
     clone = Path(__file__).resolve().parents[1] / "data"
     installed = None if (clone / "SHA256SUMS").is_file() else importlib.util.find_spec("omniforcing_data")
-    return Path(next(iter(installed.submodule_search_locations))) if installed else clone
+    return Path(next(iter(installed.submodule_search_locations or []))) if installed else clone
 
 
 DATA = _shipped_folder()

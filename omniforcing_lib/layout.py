@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
 R = TypeVar("R")
 
 
@@ -23,7 +23,7 @@ class AV(NamedTuple, Generic[T]):
     video: T
     audio: T
 
-    def map(self, fn: Callable[..., R], *others: AV) -> AV[R]:
+    def map(self, fn: Callable[..., R], *others: AV[Any]) -> AV[R]:
         """Apply `fn` to the video entries and to the audio entries."""
         return AV(fn(self.video, *(o.video for o in others)), fn(self.audio, *(o.audio for o in others)))
 
@@ -145,7 +145,7 @@ class BlockLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "first", AV(*self.first))
         object.__setattr__(self, "step", AV(*self.step))
-        if min(*self.first, *self.step) < 1:
+        if min(self.first.video, self.first.audio, self.step.video, self.step.audio) < 1:
             raise ValueError(f"a block holds at least one latent of each stream, found {self.first} and {self.step}")
         if self.sinks < 0:
             raise ValueError(f"the number of sinks is 0 or more, found {self.sinks}")

@@ -76,8 +76,8 @@ def _check_place(path: Path, wanted: Path) -> None:
         with _scratch(path):
             pass
     except OSError as error:
-        found = f"{path.parent} does not let us write ({error.strerror})"
-        raise ValueError(f"{wanted} cannot be written: {found}; name another place") from error
+        problem = f"{path.parent} does not let us write ({error.strerror})"
+        raise ValueError(f"{wanted} cannot be written: {problem}; name another place") from error
 
 
 @contextmanager

@@ -154,10 +154,10 @@ class Captured(Transformer):
         buffers, nothing = self._recording, AV[Any](None, None)
         if buffers is None:
             raise RuntimeError("a pass is recorded on buffers, and there are none")
-        how = {"cache": buffers.cache(), "blocks": (buffers.block,), "sigma_key": sigma_key}
+        context = {"cache": buffers.cache(), "blocks": (buffers.block,), "sigma_key": sigma_key}
         self._in_graph = True
         try:
-            return super().forward(buffers.x, nothing, nothing, **how)._asdict()
+            return super().forward(buffers.x, nothing, nothing, **context)._asdict()
         finally:
             self._in_graph = False
 

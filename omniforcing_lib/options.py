@@ -106,15 +106,15 @@ def check_output(path: Path, *, folder: bool) -> None:
 
 def options_of(command: type[Command]) -> list[tuple[Field, type, str | int | None]]:
     """Give the fields of a command that are options, the type of each word, and the number of words."""
-    hints, found = get_type_hints(command), []
+    hints, entries = get_type_hints(command), []
     for entry in fields(command):
         if "words" in entry.metadata:
             kind, inner = hints[entry.name], get_args(hints[entry.name])
             many = None
             if get_origin(kind) is tuple:
                 many = "+" if inner[-1] is Ellipsis else len(inner)
-            found.append((entry, inner[0] if inner else kind, many))
-    return found
+            entries.append((entry, inner[0] if inner else kind, many))
+    return entries
 
 
 def bounds(kind: type, entry: Field) -> str:

@@ -219,8 +219,8 @@ class Streamer:
         self._settle()
         # 1. Read and check all of it; nothing of this stream changes before.
         state, tensors = _stored(Path(path))
-        made, device = state["block"] + (state["coming"] is not None), self.model.proj_out.weight.device
-        latents = self._unpacked(self._past(made), tensors)
+        blocks_made, device = state["block"] + (state["coming"] is not None), self.model.proj_out.weight.device
+        latents = self._unpacked(self._past(blocks_made), tensors)
         try:
             decoder = type(self._decoder).from_tensors(tensors, device)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -229,10 +229,10 @@ class Streamer:
         cache.fill(tensors)
         # 2. Take it over; a block that was made ahead is handed out next.
         cache.restarted, self.seed, self.block = state["restarted"], state["seed"], state["block"]
-        self._made, self._latents, self._decoder, self._coming = made, latents, decoder, None
+        self._made, self._latents, self._decoder, self._coming = blocks_made, latents, decoder, None
         if state["coming"] is not None:
             self._coming = Future()
-            self._coming.set_result(LatentChunk(latents[made - 1], state["coming"]))
+            self._coming.set_result(LatentChunk(latents[blocks_made - 1], state["coming"]))
         self.set_prompt(state["prompt"])
 
     def _unpacked(self, blocks: tuple[int, ...], tensors: Mapping[str, Tensor]) -> dict[int, AV[Tensor]]:

@@ -142,10 +142,10 @@ class Player(AnyWidget):
         if chunk is None:
             self.notice = "the stream ended"
             return {"kind": "end"}, []
-        said = {"kind": "chunk", "frame": self._sent.video, "sample": self._sent.audio, "prompt": chunk.prompt}
+        message = {"kind": "chunk", "frame": self._sent.video, "sample": self._sent.audio, "prompt": chunk.prompt}
         self._sent = AV(self._sent.video + len(chunk.frames), self._sent.audio + len(chunk.samples))
-        said |= {"length_s": len(chunk.frames) / self.fps, "made_s": time.perf_counter() - began}
-        return said, [pcm(chunk.samples), *map(jpeg, chunk.frames)]
+        message |= {"length_s": len(chunk.frames) / self.fps, "made_s": time.perf_counter() - began}
+        return message, [pcm(chunk.samples), *map(jpeg, chunk.frames)]
 
     def _follow(self, wish: str) -> None:
         try:
@@ -154,12 +154,12 @@ class Player(AnyWidget):
         except ValueError as error:
             self.notice = str(error)
 
-    def _deliver(self, made: Future) -> None:
+    def _deliver(self, chunk: Future) -> None:
         self._making.release()
-        if made.cancelled():
+        if chunk.cancelled():
             return
-        if error := made.exception():
+        if error := chunk.exception():
             self.notice = f"the stream failed: {error}"
             self.send({"kind": "end"})
         else:
-            self.send(*made.result())
+            self.send(*chunk.result())

@@ -23,7 +23,7 @@ from torch import Tensor
 from omniforcing_lib.bounce import codecs, distributions, evaluate, sampling, world
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.flow import MINIATURE_GUIDANCE, ONES, RELEASED_STEPS, noise_like, noised
+from omniforcing_lib.flow import MINIATURE_CFG, ONES, RELEASED_STEPS, noise_like, noised
 from omniforcing_lib.interfaces import DecodeState
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
@@ -208,7 +208,7 @@ class _Bench:
             "true": true_past(self.pairs, self.prompts, causal, self.codec.grid, batch),
             "late": late_windows(self.codec, self.prompts, causal, frames, batch),
         }[arm.past]
-        config = DMDConfig(MINIATURE_GUIDANCE, weights=arm.weights)
+        config = DMDConfig(MINIATURE_CFG, weights=arm.weights)
         course = self._course(seed, causal)
         return course.stage3(student, steps=self.budget.steps * arm.share, config=config, sampler=sampler).student
 

@@ -33,7 +33,7 @@ from omniforcing_lib.training.train import History, OptimConfig
 from omniforcing_lib.transformer import Transformer
 
 BARS = "▁▂▃▄▅▆▇"
-PLAIN = stages.DMDConfig(MINIATURE_GUIDANCE)
+PLAIN = stages.DMDConfig(MINIATURE_CFG)
 
 
 class Lesson(NamedTuple):

@@ -104,7 +104,7 @@ def _answer(name: str, device: str, index: int | None, dtype: torch.dtype, head_
     capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
     kind = Kind(device, capability, dtype, head_dim)
     choice = choose(name, kind)
-    if choice.plain == "flash":
+    if choice.plain == "flash" and capability is not None:
         _flash[index] = import_module(flash_module(capability) or "flash_attn").flash_attn_func
     _log.info("attention on %s: %s without a mask, %s with one (asked for: %s)", kind, *choice, name)
     return choice.plain, choice.masked
@@ -142,9 +142,9 @@ def refusal(backend: str, kind: Kind) -> str | None:
     return None if flash_module(kind.capability) else "no flash-attn is installed (pip install flash-attn)"
 
 
-def flash_module(capability: tuple[int, int] | None) -> str | None:
+def flash_module(capability: tuple[int, int]) -> str | None:
     """Name the installed flash-attn for a GPU: 3 on Hopper where it is installed, else 2."""
-    wanted = ["flash_attn_interface"] * (capability is not None and capability[0] == 9) + ["flash_attn"]
+    wanted = ["flash_attn_interface"] * (capability[0] == 9) + ["flash_attn"]
     return next((name for name in wanted if find_spec(name)), None)
 
 

@@ -138,10 +138,9 @@ def _extended(store: Tensor, x: Tensor, places: Places, writes: bool) -> Tensor:
         if x.requires_grad:
             raise RuntimeError("a pass with gradients cannot be stored in the cache; open its block with writes=False")
         store[:, :, places.write] = x
-        # What is seen lies in one piece of the ring, so it is read without a copy.
         if places.whole is not None:
             return masks.take(store, (places.whole,))
-    # A pass that stores nothing, or whose past lies in two pieces, reads a copy.
+    # What lies in one piece of the ring is read without a copy; this pass stores nothing, or its past is in two pieces.
     return torch.cat([*(store[:, :, span.start : span.stop] for span in places.history), x], dim=2)
 
 

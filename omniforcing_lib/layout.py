@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T", covariant=True)
 R = TypeVar("R")
@@ -23,7 +23,7 @@ class AV(NamedTuple, Generic[T]):
     video: T
     audio: T
 
-    def map(self, fn: Callable[..., R], *others: AV[Any]) -> AV[R]:
+    def map(self, fn: Callable[..., R], *others: AV) -> AV[R]:
         """Apply `fn` to the video entries and to the audio entries."""
         return AV(fn(self.video, *(o.video for o in others)), fn(self.audio, *(o.audio for o in others)))
 

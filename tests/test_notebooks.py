@@ -11,8 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from series import report, runner
-from studies import store
+from series import origins, report, runner
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
@@ -231,10 +230,10 @@ def test_an_edited_stored_output_fails_the_comparison(tmp_path):
 def test_the_hash_of_a_notebook_is_of_its_sources(tmp_path):
     node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("x = 1")])
     nbformat.write(node, tmp_path / "a.ipynb")
-    before = store.source_sha256(tmp_path / "a.ipynb")
+    before = origins.source_sha256(tmp_path / "a.ipynb")
     node.cells[0].execution_count = 3
     nbformat.write(node, tmp_path / "a.ipynb")
-    assert store.source_sha256(tmp_path / "a.ipynb") == before
+    assert origins.source_sha256(tmp_path / "a.ipynb") == before
     node.cells[0].source = "x = 2"
     nbformat.write(node, tmp_path / "a.ipynb")
-    assert store.source_sha256(tmp_path / "a.ipynb") != before
+    assert origins.source_sha256(tmp_path / "a.ipynb") != before

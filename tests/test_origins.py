@@ -8,10 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from omniforcing_lib import files
-from series import claims, report
-from studies import store
+from series import claims, origins, report
 
-HERE = dict(line.split()[::-1] for line in (store.ROOT / "data" / "SHA256SUMS").read_text().splitlines())
+HERE = dict(line.split()[::-1] for line in (origins.ROOT / "data" / "SHA256SUMS").read_text().splitlines())
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def clone(tmp_path):
     """A repository of one notebook, one file, and records that fit them."""
     files.write_text(tmp_path / "data" / "SHA256SUMS", "aaa  student.safetensors\n")
     files.write_json(tmp_path / "notebooks" / "04.ipynb", {"cells": [{"source": ["x = 1"]}]})
-    text = store.source_sha256(tmp_path / "notebooks" / "04.ipynb")
+    text = origins.source_sha256(tmp_path / "notebooks" / "04.ipynb")
     record = {"git": {"commit": "c0ffee123", "dirty": False}, "files": {"student.safetensors": "aaa"}}
     stored = tmp_path / "reports"
     files.write_json(stored / "run" / "cpu" / "04.json", record | {"notebook": "04", "notebook_sha256": text})
@@ -33,7 +32,7 @@ def change(path: Path, **entries):
 
 
 def test_what_fits_the_repository_is_told_by_its_commit_alone(clone):
-    rows = store.rows(["04"], "cpu", clone)
+    rows = origins.rows(["04"], "cpu", clone)
     names = ["04", "scores/scores", "ablations"]
     assert rows == [{"numbers": name, "commit": "c0ffee1", "not as here": "—"} for name in names]
     assert claims.out_of_date(rows) == ""
@@ -45,7 +44,7 @@ def test_what_does_not_fit_is_said_in_the_report_and_in_the_readme(clone):
     change(stored / "ablations" / "Stage_3-1.json", git={"commit": None, "dirty": None})
     files.write_json(clone / "notebooks" / "04.ipynb", {"cells": [{"source": ["x = 2"]}]})
     files.write_json(stored / "scores" / "long.json", {})
-    rows = store.rows(["04", "05"], "cpu", clone)
+    rows = origins.rows(["04", "05"], "cpu", clone)
     text = claims.markdown({}, "profile cpu", None, rows) + claims.fill_results(
         "\n".join(claims.RESULT_MARKS), {}, "", None, rows
     )
@@ -59,28 +58,28 @@ def test_what_does_not_fit_is_said_in_the_report_and_in_the_readme(clone):
     ):
         assert says in text, says
     change(stored / "run" / "cpu" / "04.json", git={"commit": "c0ffee123", "dirty": True})
-    assert store.rows(["04"], "cpu", clone)[0]["not as here"].startswith("code that no commit holds; ")
+    assert origins.rows(["04"], "cpu", clone)[0]["not as here"].startswith("code that no commit holds; ")
 
 
 def test_shipped_files_and_others_are_named_apart(tmp_path):
     copy = tmp_path / "runs" / "student.safetensors"
-    files.write_bytes(copy, (store.ROOT / "data" / "student.safetensors").read_bytes())
-    found = store.origin("student", "codec", copy)
+    files.write_bytes(copy, (origins.ROOT / "data" / "student.safetensors").read_bytes())
+    found = origins.of("student", "codec", copy)
     shipped = {name: HERE[name] for name in ("student.safetensors", "codec.safetensors")}
     assert found["files"] == shipped | {"runs/student.safetensors": HERE["student.safetensors"]}
-    assert store.outdated(found) == [
+    assert origins.differences(found) == [
         *(["code that no commit holds"] if found["git"]["dirty"] else []),
         "runs/student.safetensors is not in data/",
     ]
     with pytest.raises(ValueError, match="nowhere"):
-        store.origin("nowhere.safetensors")
+        origins.of("nowhere.safetensors")
 
 
 def test_outside_a_clone_the_commit_is_unknown_and_files_are_not(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = store.origin("student")
+    found = origins.of("student")
     assert found["git"] == {"commit": None, "dirty": None} and list(found["files"]) == ["student.safetensors"]
-    assert store.outdated(found) == ["commit not recorded"]
+    assert origins.differences(found) == ["commit not recorded"]
 
 
 @pytest.mark.parametrize(("teacher", "judged"), [("", {*HERE}), ("teacher", {"teacher.safetensors"})])
@@ -104,4 +103,4 @@ def test_every_shard_of_a_checkpoint_is_named(tmp_path):
         listing |= dict.fromkeys(part, name)
     index = tmp_path / "teacher.safetensors.index.json"
     files.write_json(index, {"weight_map": listing})
-    assert [*store.origin(index)["files"]] == [f"{tmp_path.name}/{name}" for name in ("a.safetensors", "b.safetensors")]
+    assert [*origins.of(index)["files"]] == [f"{tmp_path.name}/{name}" for name in ("a.safetensors", "b.safetensors")]

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from studies.store import SCORES
+from series.origins import SCORES
 
 Metrics = dict[str, dict[str, dict]]
 """Notebook -> name -> entry, as `report.Run.metric` and `report.Run.claim` record them."""

@@ -26,9 +26,8 @@ from typing import TYPE_CHECKING
 
 from omniforcing_lib import backends
 from omniforcing_lib.files import check_folder, given, write_bytes, write_json
-from series import profiles, verdicts
+from series import origins, profiles, verdicts
 from series.claims import CLAIMS, markdown_table, plain_table, quote
-from studies import store
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from omniforcing_lib.layout import AV, Clock
     from omniforcing_lib.model_bundle import ModelBundle
 
-ROOT = store.ROOT
+ROOT = origins.ROOT
 FIGURE_BYTES = 60_000
 CLIP_BYTES = 100_000
 VERSIONS_OF = ("torch", "numpy", "scipy", "matplotlib", "av", "einops", "diffusers", "transformers")
@@ -80,7 +79,7 @@ def begin(
         device=_set_up(int(seed), device),
         teacher=teacher,
         folder=folder,
-        origin=store.origin(*([teacher] if teacher else store.SHIPPED), *models),
+        origin=origins.of(*([teacher] if teacher else origins.SHIPPED), *models),
     )
     torch_version = metadata.version("torch")
     print(f"{name}: profile {resolved.name}, seed {run.seed}, device {run.device}, torch {torch_version}")
@@ -262,7 +261,7 @@ class Run:
         write_json(self.out("metrics", f"{self.name}.json"), self.metrics)
         record = {
             "notebook": self.name,
-            "notebook_sha256": store.source_sha256(ROOT / "notebooks" / f"{self.name}.ipynb"),
+            "notebook_sha256": origins.source_sha256(ROOT / "notebooks" / f"{self.name}.ipynb"),
             "profile": dataclasses.asdict(self.profile),
             "seed": self.seed,
             "device": _device_name(self.device),

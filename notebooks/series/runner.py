@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 from omniforcing_lib import backends, files
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.ltx2 import checkpoints
-from series import claims, profiles, report
-from studies import store
+from series import claims, origins, profiles, report
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -278,7 +277,7 @@ def _write_report(target: Path, profile: str, parameters: Sequence[str], wall: M
         "wall_s": wall,
         "total_s": round(sum(wall.values()), 1),
     }
-    files.write_json(target / "run.json", record | {"git": store.git_state(), "versions": report.versions()})
+    files.write_json(target / "run.json", record | {"git": origins.git_state(), "versions": report.versions()})
     title = ", ".join([f"profile {profile}", *parameters])
     text = claims.markdown(claims.read_metrics(target / "metrics"), title)
     files.write_text(target / "REPORT.md", text)
@@ -363,14 +362,14 @@ def publish_run(folder: Path) -> list[str]:
 
 def rebuild() -> None:
     """Rebuild reports/REPORT.md and the tables of docs/results.md from the committed metrics."""
-    parts, page = stored(), report.ROOT / "docs" / "results.md"
-    files.write_text(STORED / "REPORT.md", claims.markdown(*parts))
-    files.write_text(page, claims.fill_results(page.read_text(encoding="utf-8"), *parts))
+    told, page = stored(), report.ROOT / "docs" / "results.md"
+    files.write_text(STORED / "REPORT.md", claims.markdown(*told))
+    files.write_text(page, claims.fill_results(page.read_text(encoding="utf-8"), *told))
 
 
 def stored() -> tuple[claims.Metrics, str, dict[str, dict], list[dict[str, str]]]:
     """Return what the report is made of: metrics of the most serious profile, title, scores, and where all is from."""
     for profile in ("gpu", "full", "cpu", "smoke"):
         if metrics := claims.read_metrics(STORED / "metrics" / profile):
-            return metrics, f"profile {profile}", claims.read_scores(STORED / "scores"), store.rows(metrics, profile)
+            return metrics, f"profile {profile}", claims.read_scores(STORED / "scores"), origins.rows(metrics, profile)
     return {}, "no run yet", {}, []

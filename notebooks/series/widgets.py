@@ -142,10 +142,10 @@ class Player(AnyWidget):
         if chunk is None:
             self.notice = "the stream ended"
             return {"kind": "end"}, []
-        message = {"kind": "chunk", "frame": self._sent.video, "sample": self._sent.audio, "prompt": chunk.prompt}
+        said = {"kind": "chunk", "frame": self._sent.video, "sample": self._sent.audio, "prompt": chunk.prompt}
         self._sent = AV(self._sent.video + len(chunk.frames), self._sent.audio + len(chunk.samples))
-        message |= {"length_s": len(chunk.frames) / self.fps, "made_s": time.perf_counter() - began}
-        return message, [pcm(chunk.samples), *map(jpeg, chunk.frames)]
+        said |= {"length_s": len(chunk.frames) / self.fps, "made_s": time.perf_counter() - began}
+        return said, [pcm(chunk.samples), *map(jpeg, chunk.frames)]
 
     def _follow(self, wish: str) -> None:
         try:

@@ -1,11 +1,7 @@
-"""Results that others rest on: where they come from, runs stored one JSON file each, means over training seeds.
-
-`record | store.origin("student", "codec")`, asked before the work begins, is all that a result has to store.
-"""
+"""Results that others rest on: where they come from, runs stored one JSON file each, means over training seeds."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import subprocess
@@ -18,8 +14,6 @@ from omniforcing_lib import files
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("teacher", "stage2", "student", "codec", "ode_pairs")
-SCORES = ("scores", "long")
-"""Records of the protocol in `reports/scores`; what lies beside them was written by the same runs."""
 
 
 def git_state() -> dict:
@@ -56,51 +50,6 @@ def _paths(name: str | Path) -> Iterable[Path]:
 def _name(path: Path) -> str:
     path = path.resolve()
     return path.name if path.parent == ROOT / "data" else "/".join(path.parts[-2:])
-
-
-def source_sha256(notebook: Path) -> str:
-    """Hash the sources of a notebook's cells, without outputs; empty when there is no such file."""
-    if not notebook.exists():
-        return ""
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return hashlib.sha256("\0".join("".join(cell["source"]) for cell in cells).encode()).hexdigest()
-
-
-def outdated(record: Mapping, root: Path = ROOT) -> list[str]:
-    """List in what the repository has moved on since a result was stored, and what was not recorded with it."""
-    lines = (root / "data" / "SHA256SUMS").read_text(encoding="utf-8").split()
-    here, judged = dict(zip(lines[1::2], lines[::2], strict=True)), record.get("files")
-    reasons = [] if record.get("git", {}).get("commit") else ["commit not recorded"]
-    reasons += ["code that no commit holds"] if record.get("git", {}).get("dirty") else []
-    reasons += ["files not recorded"] if judged is None else []
-    for name, digest in (judged or {}).items():
-        if digest != here.get(name):
-            reasons.append(f"another {name} than data/ has" if name in here else f"{name} is not in data/")
-    text = record.get("notebook_sha256")
-    if text and text != source_sha256(root / "notebooks" / f"{record['notebook']}.ipynb"):
-        reasons.append("an older text of the notebook")
-    return reasons
-
-
-def rows(names: Iterable[str], profile: str, root: Path = ROOT) -> list[dict[str, str]]:
-    """Table the origin of all that a report quotes: a profile's notebooks `names`, scores, and ablations by commit."""
-    stored = root / "reports"
-    records = {name: _read(stored / "run" / profile / f"{name}.json") for name in names}
-    scores = {name: stored / "scores" / f"{name}.json" for name in SCORES}
-    records |= {f"scores/{name}": _read(path) for name, path in scores.items() if path.exists()}
-    ablations = [_read(path) for path in sorted((stored / "ablations").glob("*.json"))]
-    table = [{"numbers": name, **_row(record, root)} for name, record in records.items()]
-    seen = {tuple({"numbers": "ablations", **_row(record, root)}.items()) for record in ablations}
-    return table + [dict(items) for items in sorted(seen)]
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _row(record: Mapping, root: Path) -> dict[str, str]:
-    commit = record.get("git", {}).get("commit") or "—"
-    return {"commit": commit[:7], "not as here": "; ".join(outdated(record, root)) or "—"}
 
 
 def slug(name: str) -> str:

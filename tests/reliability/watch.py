@@ -10,7 +10,7 @@ from statistics import median
 import psutil
 
 from omniforcing_lib import files
-from studies import store
+from series import origins
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports" / "reliability"
 FLAT = 1.02  # memory at the end over memory once it has settled
@@ -66,7 +66,7 @@ class Watch:
 def write(name: str, out: str, found: dict[str, object]) -> bool:
     """Store what a run found, with the commit it ran on; say it in one line and whether nothing was lost."""
     path = Path(out) if out else REPORTS / f"{name}.json"
-    files.write_json(path, {"git": store.git_state(), **found})
+    files.write_json(path, {"git": origins.git_state(), **found})
     said = ", ".join(f"{key} {value}" for key, value in found.items() if not isinstance(value, (list, dict)))
     print(f"{path}: {said}")
     return bool(found["ok"])

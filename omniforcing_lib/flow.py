@@ -243,7 +243,7 @@ def _path(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor) -> Iterator[AV[T
 
 
 def euler(
-    denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, callback: Callable[[int, AV[Tensor]], None] | None = None
+    denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, callback: Callable[[int, AV[Tensor]], object] | None = None
 ) -> AV[Tensor]:
     """Integrate the flow by Euler steps on (x - x0) / sigma; a step to 0 returns x0 exactly (specification 1.11).
 

@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         hidden = AV(video, audio)
         for index, layer in enumerate(self.transformer_blocks):
             run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if self.recompute else layer
-            skipped = {"skip_self": index in skip.self_attention, "skip_cross": skip.cross_modal}
+            skipped: dict[str, Any] = {"skip_self": index in skip.self_attention, "skip_cross": skip.cross_modal}
             hidden = run(hidden, condition, cached=cache and cache.layers[index], **skipped)
         # 6. Tokens become velocities; the sinks are dropped.
         video, audio = hidden.video, hidden.audio[:, sinks:]
@@ -191,9 +191,7 @@ class Transformer(nn.Module):
         across = AV(by_block.audio, by_block.video).map(_spread, sizes) if self.config.cross_attention_adaln else steps
         ratio = self.config.av_ca_timestep_scale_multiplier / self.config.timestep_scale_multiplier
 
-        def embed(
-            modules: dict[str, nn.Module | None], steps: Tensor, by_block: Tensor, across: Tensor
-        ) -> TimestepEmbedding:
+        def embed(modules: dict[str, Any], steps: Tensor, by_block: Tensor, across: Tensor) -> TimestepEmbedding:
             own, embedded = modules["own"](steps)
             cross, gate = modules["cross"](across)[0], modules["gate"](across * ratio)[0]
             prompt = modules["prompt"](by_block)[0] if modules["prompt"] else None

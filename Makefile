@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-slow lint lab nb-refresh report clean
+.PHONY: help setup reproduce test test-fast test-slow lint types lab nb-refresh report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -35,12 +35,20 @@ test: lint ## lint, tests, stored outputs, metrics, and the series with another 
 	  --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 480
 	$(BIN)/python -m omniforcing_lib compare reports/metrics/smoke reports/runs/interactive/metrics
 
+METHOD := layout masks attention rollout losses flow transformer stream
+test-fast: $(STAMP) ## the laws of the method alone: masks, attention, cache, roll-out, losses, stream (a minute)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) $(METHOD:%=tests/test_%.py)
+
 test-slow: $(STAMP) ## the long tests: teams of processes, kills, 2 GB files, an hour of stream
 	$(BIN)/python -m pytest -q -m slow tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## check the types of the method's modules by pyright, which is fetched
+	$(BIN)/python -m pip install -q 'pyright[nodejs]==1.1.414'
+	$(BIN)/pyright
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir notebooks

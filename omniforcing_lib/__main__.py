@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 
 from omniforcing_lib.options import Command, Parser, one_line, option
@@ -218,8 +219,8 @@ class Score(Command):
         from studies import protocol
 
         systems = protocol.systems_of(self.models, self.steps, unprompted=self.unprompted)
-        first = {"first": protocol.SELECTION} if self.selection else {}
-        trial = protocol.Trial(self.clips, self.seeds, self.seconds, **first)
+        first = protocol.SELECTION if self.selection else protocol.Trial.first
+        trial = protocol.Trial(self.clips, self.seeds, self.seconds, first=first)
         if self.long:
             print(protocol.run_long(systems, trial, Path(self.out)))
         else:
@@ -237,7 +238,7 @@ class Cures(Command):
     def _run(self) -> None:
         from studies import cures
 
-        print(cures.run(self.out, names=self.names or tuple(cures.REMEDIES), seeds=self.seeds))
+        print(cures.run(self.out, names=self.names, seeds=self.seeds))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +253,8 @@ class Ablate(Command):
         from series import claims
         from studies import ablations
 
-        folder = ablations.run(self.out, arms=self.arms or tuple(ablations.ARMS), seeds=self.seeds)
-        for table in (ablations.table(folder), ablations.gains(folder)):
+        folder, trials = ablations.run(self.out, arms=self.arms, seeds=self.seeds), ablations.TRIALS
+        for table in (trials.table(folder), trials.gains(folder, ablations.BASE)):
             rows = [
                 {"arm": arm} | {name: claims.quote({"value": m, "interval": i}) for name, (m, i) in row.items()}
                 for arm, row in table.items()
@@ -353,7 +354,7 @@ COMMANDS: dict[str, type[Command]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for a run that failed, 2 for bad input."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a sign that a terminal does not know is no reason to fail
+        if isinstance(stream, TextIOWrapper):  # a sign that a terminal does not know is no reason to fail
             stream.reconfigure(errors="replace")
     try:
         return parse(sys.argv[1:] if argv is None else argv).run() or 0

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from omniforcing_lib import backends
 from omniforcing_lib.cache import OpenBlock, Prompt, Ring
-from omniforcing_lib.masks import AttentionMask, take
+from omniforcing_lib.masks import AttentionMask, block_mask, take
 from omniforcing_lib.rope import Rotation, rotate
 
 
@@ -35,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visibility: AttentionMask | None = N
         )
     rendering = visibility.rendering or choice.masked
     if rendering == "flex":
-        return backends.flex(q, k, v, visibility.block_mask(q.device))
+        return backends.flex(q, k, v, block_mask(visibility, q.device))
     if rendering == "dense":
         return scaled_dot_product_attention(q, k, v, attn_mask=visibility.dense.to(q.device))
     return _sliced(q, k, v, visibility, plain)

@@ -104,10 +104,10 @@ def _answer(name: str, device: str, index: int | None, dtype: torch.dtype, head_
     capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
     kind = Kind(device, capability, dtype, head_dim)
     choice = choose(name, kind)
-    if choice.plain == "flash":
-        _flash[index] = import_module(flash_module(capability)).flash_attn_func
+    if choice.plain == "flash" and capability is not None:
+        _flash[index] = import_module(flash_module(capability) or "flash_attn").flash_attn_func
     _log.info("attention on %s: %s without a mask, %s with one (asked for: %s)", kind, *choice, name)
-    return tuple(choice)
+    return choice.plain, choice.masked
 
 
 def choose(name: str, kind: Kind) -> Choice:
@@ -137,7 +137,7 @@ def refusal(backend: str, kind: Kind) -> str | None:
         return "it takes float16 and bfloat16 only"
     if size % 8 or size > 256:
         return "it takes head dims that are multiples of 8, up to 256"
-    if kind.capability < (8, 0):
+    if kind.capability is None or kind.capability < (8, 0):
         return "it needs compute capability 8.0"
     return None if flash_module(kind.capability) else "no flash-attn is installed (pip install flash-attn)"
 

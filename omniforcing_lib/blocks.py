@@ -85,7 +85,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, T, dim] to the same."""
-        return self.net[2](gelu(self.net[0]["proj"](x), approximate="tanh"))
+        return self.net[2](gelu(self.net[0].get_submodule("proj")(x), approximate="tanh"))
 
 
 class TimestepEmbedding(NamedTuple):
@@ -222,14 +222,15 @@ class Block(nn.Module):
 
         Shapes: video [B, F h w, Dv], audio [B, (S +) T, Da] to the same.
         """
-        streams, cached = self.streams, cached or AV(None, None)
-        modulation = streams.map(self._modulation, condition, cached)
+        streams = self.streams
+        caches: AV[LayerCache | None] = cached or AV(None, None)
+        modulation = streams.map(self._modulation, condition, caches)
         # Each step is done for both streams before the next; steps 1 to 4 and 6 to 7 keep to one stream.
         attend = self._perturbed if skip_self else self._attend
-        x = x.map(attend, streams, condition, modulation, cached)
-        x = x.map(self._read_text, streams, condition, modulation, cached)
+        x = x.map(attend, streams, condition, modulation, caches)
+        x = x.map(self._read_text, streams, condition, modulation, caches)
         if not skip_cross:
-            x = self._exchange(x, streams, condition, modulation, cached)
+            x = self._exchange(x, streams, condition, modulation, caches)
         return x.map(self._feed_forward, streams, modulation)
 
     def _modulation(self, s: Stream, c: Condition, cached: LayerCache | None) -> LayerModulation:
@@ -275,7 +276,7 @@ class Block(nn.Module):
         shift, gain, gate = m.own[6:]
         query = modulate(self._norm(x), gain, shift)
         prompt = s.prompt_table[None, None] if c.timestep.prompt is None else s.prompt_table + c.timestep.prompt
-        if prompt.shape[1] == 1:
+        if prompt.shape[1] == 1 or c.sees_other is None:
             return gated(x, gate, s.text_attention(query, _modulated(c.text, prompt), **prompt_cache))
         # Under masks each block of queries reads the text as its own sigma modulates it.
         queries = query.split([len(rows) for rows, _ in c.sees_other.by_block], dim=1)
@@ -295,13 +296,14 @@ class Block(nn.Module):
 
         def receive(x: Tensor, to: int, first: int) -> Tensor:
             own, other = condition[to], 1 - to
+            store = cached[other]
             query, context = (modulate(normed[i], *modulation[i].cross[first : first + 2]) for i in (to, other))
             update = streams[to].from_other(
                 query,
                 context,
                 rotations=(own.cross_rope, condition[other].cross_rope),
                 visibility=own.sees_other,
-                cached=cached[other] and cached[other].cross,
+                cached=store and store.cross,
                 blocks=own.blocks,
             )
             return gated(x, modulation[to].gate, update)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Ring:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], stream: int, kind: str, pinned: int, rope_type: str, **options: object
+        self, shape: tuple[int, ...], stream: int, kind: str, pinned: int, rope_type: str, **options: Any
     ) -> None:
         self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
         self.anchor: Tensor | None = None  # the pinned keys at their own positions, once they have been rotated
@@ -106,6 +106,7 @@ class Ring:
         """Rotate the pinned keys, from their own positions, by an offset; the window stays as it is."""
         if offset is None or self._rotated_for == offset.block:
             return
+        # They always turn from where they were written: turning twice would add up rounding.
         if self.anchor is None:
             self.anchor = self.keys[:, :, : self._pinned].clone()
         rotation = getattr(offset.ropes, self._kind)[self._stream]
@@ -139,6 +140,7 @@ def _extended(store: Tensor, x: Tensor, places: Places, writes: bool) -> Tensor:
         store[:, :, places.write] = x
         if places.whole is not None:
             return masks.take(store, (places.whole,))
+    # What lies in one piece of the ring is read without a copy; this pass stores nothing, or its past is in two pieces.
     return torch.cat([*(store[:, :, span.start : span.stop] for span in places.history), x], dim=2)
 
 
@@ -146,8 +148,8 @@ class PerSigmaCache:
     """What follows from noise levels (and the prompt) alone, computed once for each key."""
 
     def __init__(self) -> None:
-        self.held: dict[Hashable, object] = {}
-        self._stale: dict[Hashable, tuple[Tensor, ...]] = {}
+        self.held: dict[Hashable, Any] = {}
+        self._stale: dict[Hashable, Any] = {}
 
     def get(self, key: Hashable | None, make: Callable[[], T]) -> T:
         """Give what is held under a key; make and hold it if nothing is. Under None nothing is held."""
@@ -163,14 +165,17 @@ class PerSigmaCache:
         self.held = {}
 
 
-def _written_over(old: tuple[Tensor, ...] | None, new: T) -> T | tuple[Tensor, ...]:
-    """Copy new tensors to the place of old ones of the same shapes; give the new ones where that cannot be."""
-    fits = old is not None and all(
+def _written_over(old: Any, new: Any) -> Any:
+    """Copy a tuple of new tensors to the place of old ones of the same shapes; give the new ones where it cannot be."""
+    if old is None:
+        return new
+    fits = all(
         a.shape == b.shape and a.dtype == b.dtype and (torch.is_inference_mode_enabled() or not a.is_inference())
         for a, b in zip(old, new, strict=True)
     )
     if not fits:
         return new
+    # The memory stays where it is, because a recorded CUDA graph reads there.
     for a, b in zip(old, new, strict=True):
         a.copy_(b)
     return old
@@ -230,11 +235,13 @@ class KVCache:
     def __post_init__(self) -> None:
         if self.window < 0:
             raise ValueError(f"the window is 0 or more past blocks, found {self.window}")
+        # 1. Places of each stream: sinks and block 0 in front, then a ring of window + 1 blocks.
         tokens = self.grid[0] * self.grid[1]
         self._tokens_per_latent = AV(tokens, 1)
         self.pinned = AV(self.layout.first.video * tokens, self.layout.sinks + self.layout.first.audio)
         self._step = self.layout.step.map(lambda n, tokens: n * tokens, self._tokens_per_latent)
         places = self.pinned.map(lambda pinned, step: pinned + step * (self.window + 1), self._step)
+        # 2. One ring for a stream's own queries, one for the other stream's, in every layer.
         dims = AV(self.config.attention_head_dim, self.config.audio_attention_head_dim)
         options = {"rope_type": self.config.rope_type, "device": self.device, "dtype": self.dtype}
 
@@ -268,6 +275,7 @@ class KVCache:
     def open_pair(self, k: int, latents: AV[range] | None = None) -> tuple[OpenBlock, OpenBlock]:
         """Describe blocks `k - 1` and `k` for one pass: the first stands in front and sees nothing of the second."""
         before, block = self.open(k - 1), self.open(k, latents)
+        # The input of the pass holds the tokens of both; each block answers for its own part of them.
         edge = self._tokens(k - 1, before.latents)
         return (
             before._replace(tokens=edge.map(lambda n: slice(0, n))),
@@ -281,6 +289,7 @@ class KVCache:
     def _places(self, stream: int, k: int, seen: list[int], size: int) -> Places:
         pinned, step = self.pinned[stream], self._step[stream]
 
+        # Block i overwrites block i - window - 1, which no later block sees.
         def place(i: int, size: int = step) -> range:
             start = 0 if i == 0 else pinned + (i - 1) % (self.window + 1) * step
             return range(start, start + (pinned if i == 0 else size))
@@ -294,6 +303,7 @@ class KVCache:
         oldest = masks.seen(at, self.window)[1]
         if oldest == 1:
             return None
+        # Block 1 was the oldest of the first full window, so block 0 keeps the distance that it had to block 1.
         starts = (self.clock.seconds(self.layout.block(i)) for i in (oldest, 1))
         moved = AV(*zip(*starts, strict=True)).map(lambda ends: float(ends[0][0] - ends[1][0]))
         return RotationOffset(at, offset_rotations(self.config, moved, torch.device(self.device)))
@@ -346,14 +356,16 @@ class KVCache:
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` of an equal cache gave; ValueError, and nothing taken over, where it was another."""
         rings = self._rings()
+        # 1. Check all of it before any of it is taken over.
         for at, ring in rings.items():
             for part in _PARTS[: 3 if f"{at}.anchor" in tensors else 2]:
                 stored = tensors.get(f"{at}.{part}")
-                expected, found = ring.shape(part), None if stored is None else tuple(stored.shape)
-                if expected != found:
+                expected, stored_shape = ring.shape(part), None if stored is None else tuple(stored.shape)
+                if expected != stored_shape:
                     raise ValueError(
-                        f"{part} of {at} are {expected} here, {found} there; use the same model, grid and window"
+                        f"{part} of {at} are {expected} here, {stored_shape} there; use the same model, grid and window"
                     )
+        # 2. Copy it into the rings; without an anchor the pinned keys were never rotated.
         for at, ring in rings.items():
             ring.keys.copy_(tensors[f"{at}.keys"])
             ring.values.copy_(tensors[f"{at}.values"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 _FIXED = {
     "dropout": 0.0,
@@ -83,7 +84,7 @@ class ModelConfig:
     def _check_types(self) -> None:
         """Refuse a field of the wrong type or sign by its name: metadata is text that anybody may have written."""
         for field in fields(self):
-            value, expected = getattr(self, field.name), _TYPES[field.type]
+            value, expected = getattr(self, field.name), _TYPES[str(field.type)]
             if not isinstance(value, expected) or isinstance(value, bool) != (expected is bool):
                 raise ValueError(f"{field.name} is of type {field.type}, found {repr(value)[:80]}")
             least = 0 if field.name == "num_audio_sink_tokens" else 1e-12
@@ -112,7 +113,7 @@ class ModelConfig:
         return self.cross_attention_adaln and self.use_prompt_adaln_single
 
     @classmethod
-    def from_metadata(cls, transformer: Mapping[str, object]) -> ModelConfig:
+    def from_metadata(cls, transformer: Mapping[str, Any]) -> ModelConfig:
         """Read the `transformer` part of an LTX-2 `config`; refuse what this model would silently do differently."""
         for name, expected in _FIXED.items():
             value = transformer.get(name, expected)
@@ -130,7 +131,7 @@ class ModelConfig:
         return replace(self, num_audio_sink_tokens=count)
 
 
-def _normal(name: str, value: object) -> object:
+def _normal(name: str, value: Any) -> Any:
     """Bring other spellings of a value, as some files have them, to ours."""
     if name == "frequencies_precision" and isinstance(value, str):
         return value.removeprefix("torch.")

@@ -27,7 +27,7 @@ def _shipped_folder() -> Path:
     """Find the folder of the shipped miniature: `data/` of the clone, else the package that pip installed it as."""
     clone = Path(__file__).resolve().parents[1] / "data"
     installed = None if (clone / "SHA256SUMS").is_file() else importlib.util.find_spec("omniforcing_data")
-    return Path(next(iter(installed.submodule_search_locations))) if installed else clone
+    return Path(next(iter(installed.submodule_search_locations or []))) if installed else clone
 
 
 DATA = _shipped_folder()
@@ -76,8 +76,8 @@ def _check_place(path: Path, wanted: Path) -> None:
         with _scratch(path):
             pass
     except OSError as error:
-        found = f"{path.parent} does not let us write ({error.strerror})"
-        raise ValueError(f"{wanted} cannot be written: {found}; name another place") from error
+        problem = f"{path.parent} does not let us write ({error.strerror})"
+        raise ValueError(f"{wanted} cannot be written: {problem}; name another place") from error
 
 
 @contextmanager

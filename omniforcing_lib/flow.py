@@ -180,10 +180,11 @@ def guide(
     out = cond.map(precise)
     for i, (name, negative) in enumerate((("uncond", uncond), ("perturbed", perturbed), ("unimodal", unimodal))):
         weight = guidance.weights.map(lambda weights, i=i: weights[i])
-        if any(weight) and negative is None:
+        if not any(weight):
+            continue
+        if negative is None:
             raise ValueError(f"guidance weights {tuple(weight)} need the pass `{name}`, found None")
-        if any(weight):
-            out = out.map(lambda x, w, c, u: x + w * (precise(c) - precise(u)), weight, cond, negative)
+        out = out.map(lambda x, w, c, u: x + w * (precise(c) - precise(u)), weight, cond, negative)
     return out.map(_rescale, cond, guidance.rescale)
 
 
@@ -203,7 +204,7 @@ def guided_denoiser(
 
     Shapes: text and negative are pairs [B, L, C] or [1, L, C].
     """
-    cfg, stg, modality = (any(weights) for weights in zip(*guidance.weights, strict=True))
+    cfg, stg, modality = (any(weights) for weights in zip(guidance.weights.video, guidance.weights.audio, strict=True))
     if cfg and negative is None:
         raise ValueError(f"CFG weights {tuple(guidance.cfg)} need `negative`, the text of the negative prompt")
     prompts = [text, negative] if cfg else [text]
@@ -242,7 +243,7 @@ def _path(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor) -> Iterator[AV[T
 
 
 def euler(
-    denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, callback: Callable[[int, AV[Tensor]], None] | None = None
+    denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, callback: Callable[[int, AV[Tensor]], object] | None = None
 ) -> AV[Tensor]:
     """Integrate the flow by Euler steps on (x - x0) / sigma; a step to 0 returns x0 exactly (specification 1.11).
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ class Captured(Transformer):
 
     def rotations(self, latents: AV[range], grid: tuple[int, int], sinks: int) -> Ropes:
         """Give the rotations of a stretch of latents; within a graph, the buffer that they are copied to."""
-        return self._recording.ropes if self._in_graph else super().rotations(latents, grid, sinks)
+        return self._recording.ropes if self._in_graph and self._recording else super().rotations(latents, grid, sinks)
 
     def forward(
         self,
@@ -130,7 +130,7 @@ class Captured(Transformer):
         cache: KVCache | None = None,
         blocks: tuple[OpenBlock, ...] = (),
         sigma_key: Hashable | None = None,
-        **rest: object,
+        **rest: Any,
     ) -> AV[Tensor]:
         """Predict the velocity as `Transformer.forward` does; a steady pass is recorded once, then replayed."""
         if any(rest.values()) or cache is None or not steady(x, cache, blocks, sigma_key):
@@ -139,7 +139,7 @@ class Captured(Transformer):
         # 1. What a graph must not contain is done before: casts, and rotations that are new in each block.
         x = x.map(lambda part: part.to(self.proj_out.weight.dtype))
         cache.rotate_pinned(block)
-        ropes = super().rotations(block.latents, tuple(x.video.shape[2:4]), 0)
+        ropes = super().rotations(block.latents, (x.video.shape[2], x.video.shape[3]), 0)
         # 2. The first steady pass over a cache makes the buffers.
         if self._recording is None or not self._recording.fit(cache, x, sigma_key):
             self._recording = Buffers(x, ropes, weakref.ref(cache, self._forget), block, Recorded(self._pass, warm=1))
@@ -151,11 +151,13 @@ class Captured(Transformer):
 
     def _pass(self, generator: torch.Generator, sigma_key: Hashable) -> dict[str, Tensor]:
         """Run the pass on the buffers: what a graph records. The cache holds all that follows from sigma and text."""
-        buffers, nothing = self._recording, AV(None, None)
-        how = {"cache": buffers.cache(), "blocks": (buffers.block,), "sigma_key": sigma_key}
+        buffers, nothing = self._recording, AV[Any](None, None)
+        if buffers is None:
+            raise RuntimeError("a pass is recorded on buffers, and there are none")
+        context = {"cache": buffers.cache(), "blocks": (buffers.block,), "sigma_key": sigma_key}
         self._in_graph = True
         try:
-            return super().forward(buffers.x, nothing, nothing, **how)._asdict()
+            return super().forward(buffers.x, nothing, nothing, **context)._asdict()
         finally:
             self._in_graph = False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,33 +53,36 @@ class Codec(Protocol):
     grid: tuple[int, int]
     clock: Clock
 
-    def decode(self, latents: AV[Tensor], state: DecodeState | None = None) -> AV[Tensor]:
-        """Decode latents whole, or the next ones of a stream when a state is given (which it moves on).
+    def decode(self, latents: AV[Tensor], state: Any = None) -> AV[Tensor]:
+        """Decode latents whole, or the next ones of a stream when its state is given (see `start`), which moves on.
 
         A codec that looks ahead gives frames and samples later, and always gives both streams up to the same time.
 
         Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n] or [B, n, 2], both in [-1, 1].
         """
+        ...
 
-    def start(self) -> DecodeState:
+    def start(self) -> Any:
         """Begin a streamed decoding; the state can be stored (`tensors`) and says what was `shown`."""
         return DecodeState()
 
-    def finish(self, state: DecodeState) -> AV[Tensor] | None:
+    def finish(self, state: Any) -> AV[Tensor] | None:
         """Give what is still owed at the end of a stream; None where each latent is decoded at once."""
         return None
 
 
 class TextEncoder(Protocol):
-    """Turn prompts into the context that both streams attend to; "" is the unconditional prompt.
+    """Turn prompts into the context that both streams attend to; "" is the unconditional prompt."""
 
-    Attributes:
-        channels: width of the context, the model's `caption_channels`.
-        length: tokens of the context.
-    """
+    @property
+    def channels(self) -> int:
+        """Width of the context, the model's `caption_channels`."""
+        ...
 
-    channels: int
-    length: int
+    @property
+    def length(self) -> int:
+        """Tokens of the context."""
+        ...
 
     def encode(
         self, prompts: Sequence[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
@@ -88,3 +91,4 @@ class TextEncoder(Protocol):
 
         Shapes: pair [B, length, channels].
         """
+        ...

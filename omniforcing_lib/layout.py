@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Generic, NamedTuple, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T", covariant=True)
 R = TypeVar("R")
 
 
@@ -145,7 +145,7 @@ class BlockLayout:
     def __post_init__(self) -> None:
         object.__setattr__(self, "first", AV(*self.first))
         object.__setattr__(self, "step", AV(*self.step))
-        if min(*self.first, *self.step) < 1:
+        if min(self.first.video, self.first.audio, self.step.video, self.step.audio) < 1:
             raise ValueError(f"a block holds at least one latent of each stream, found {self.first} and {self.step}")
         if self.sinks < 0:
             raise ValueError(f"the number of sinks is 0 or more, found {self.sinks}")

@@ -21,6 +21,7 @@ def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
     """Average everything, each latent counted `weight` times; 0, with its graph, where nothing counts."""
     if weight is None:
         return values.mean()
+    # A product alone would carry a NaN of a latent that does not count into the sum.
     counted = spread(weight, values).expand_as(values)
     return torch.where(counted > 0, values * counted, 0.0).sum() / counted.sum().clamp_min(
         torch.finfo(values.dtype).tiny
@@ -71,6 +72,7 @@ def sample_dmd_sigma(batch: int, generator: torch.Generator, most: int = MAX_TIM
     Shapes: float32 [batch], on the generator's device.
     """
     end = 1000 if most >= MAX_TIMESTEP else most + 1
+    # Clamping after the draw puts the weight of 0 .. 19 and of 981 .. 999 on the edges.
     t = torch.randint(0, end, (batch,), generator=generator, device=generator.device)
     return _lut(t.device)[t.clamp(MIN_TIMESTEP, most)]
 
@@ -88,6 +90,7 @@ def dmd_direction(x_hat: Tensor, fake: Tensor, real: Tensor, weight: Tensor | No
     Shapes: x_hat and both predictions of x0 [B, F, ...] -> [B, F, ...], no graph; weight [B] or [B, F].
     """
     x_hat, fake, real = (precise(x.detach()) for x in (x_hat, fake, real))
+    # Far from the teacher the two scores differ by more, so each sample is divided by its own distance.
     distance = (x_hat - real).abs()
     counted = torch.ones_like(distance) if weight is None else spread(weight, distance).expand_as(distance)
     scale = (distance * counted).flatten(1).sum(1) / counted.flatten(1).sum(1) + 1e-8
@@ -110,8 +113,11 @@ def dmd(
     """
     # The gradient of half the squared distance to (x_hat - direction), by x_hat, is the direction.
     with torch.no_grad():
+        # 1. Both scores see the sample at one noise level.
         x = x_hat.map(noised, eps, both(sigma))
+        # 2. Fake less real: where the student's own distribution is denser than the teacher's.
         direction = x_hat.map(dmd_direction, fake(x, sigma), real(x, sigma), _weights(weight))
+        # 3. The target is a constant, so the loss needs no gradient through either score.
         target = x_hat.map(lambda sample, away: precise(sample) - away, direction)
     return x_hat.map(_squared, target).map(_mean, _weights(weight)).map(lambda loss: loss / 2)
 
@@ -123,6 +129,8 @@ def critic(
 
     Shapes: x_hat, eps [B, F, ...] per stream; sigma [B], shared by the streams; weight [B] or [B, F] per stream.
     """
+    # The student is not taught here: its samples are data.
     x_hat = x_hat.map(Tensor.detach)
     x = x_hat.map(noised, eps, both(sigma))
+    # The denoiser gives x0, and the loss compares velocities.
     return flow_matching(fake(x, sigma).map(velocity_of, x, both(sigma)), x_hat, eps, weight)

@@ -10,7 +10,7 @@ Shapes: R rows (queries), C columns (keys), Tv = F h w video tokens, Ta = S + T 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import takewhile
@@ -81,18 +81,9 @@ class AttentionMask:
                 mask[rows.start : rows.stop, span.start : span.stop] = True
         return mask
 
-    @torch.compiler.disable
-    def block_mask(self, device: str | torch.device = "cpu") -> object:
-        """Render as a FlexAttention `BlockMask`, made once for each device."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        if str(device) not in self._block_masks:
-            size = {"Q_LEN": self.rows, "KV_LEN": self.columns, "device": device}
-            self._block_masks[str(device)] = create_block_mask(self.mask_mod(device), None, None, **size)
-        return self._block_masks[str(device)]
-
     @cached_property
-    def _block_masks(self) -> dict[str, object]:
+    def block_masks(self) -> dict[str, object]:
+        """Hold what `block_mask` rendered, by device."""
         return {}
 
     def mask_mod(self, device: str | torch.device = "cpu"):
@@ -111,6 +102,19 @@ class AttentionMask:
             return pinned | recent
 
         return mask_mod
+
+
+def _block_mask(mask: AttentionMask, device: str | torch.device = "cpu") -> object:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    if str(device) not in mask.block_masks:
+        rendered = create_block_mask(mask.mask_mod(device), None, None, mask.rows, mask.columns, device)
+        mask.block_masks[str(device)] = rendered
+    return mask.block_masks[str(device)]
+
+
+block_mask: Callable[..., object] = torch.compiler.disable(_block_mask)
+"""Render a mask as a FlexAttention `BlockMask` for a device, made once for each."""
 
 
 RENDERINGS = ("sliced", "dense", "flex")

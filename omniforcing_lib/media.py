@@ -17,10 +17,12 @@ from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
 from av.stream import Disposition, Stream
 from av.video.reformatter import Colorspace, VideoReformatter
 
@@ -107,7 +109,7 @@ def read_clip(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+def _opened(path: Path) -> Iterator[InputContainer]:
     """Open a file for reading, and turn errors of FFmpeg into a ValueError that names the file."""
     if not path.is_file() or not path.stat().st_size:
         problem = "an empty file" if path.is_file() else "a folder" if path.is_dir() else "nothing there"
@@ -115,7 +117,7 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     try:
         with av.open(str(path), metadata_errors="replace") as container:
             yield container
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         problem = f"what FFmpeg calls {error.strerror!r}"
         raise ValueError(f"{path}: expected a whole video file, found {problem}; get the file again") from error
 
@@ -125,7 +127,7 @@ def _refuse_truncated(path: Path, expected: str, found: str) -> NoReturn:
     raise ValueError(f"{path}: {lengths}: the file is truncated; get it again or read fewer seconds")
 
 
-def _last_shown(path: Path, container: av.container.InputContainer, stream: av.VideoStream, *, whole: bool) -> Fraction:
+def _last_shown(path: Path, container: InputContainer, stream: av.VideoStream, *, whole: bool) -> Fraction:
     """Read until when a Matroska file shows its last picture; 0 where it does not say.
 
     A block need not say how long it lasts, and FFmpeg reports the longest stream's length for all streams. A tag tells
@@ -163,7 +165,7 @@ def _default(streams: Sequence[S]) -> S:
 
 def _read_picture(
     path: Path,
-    container: av.container.InputContainer,
+    container: InputContainer,
     fps: int,
     size: tuple[int, int] | None,
     wanted: int | None,
@@ -222,7 +224,7 @@ def _bounded(
 
 def _read_sound(
     path: Path,
-    container: av.container.InputContainer,
+    container: InputContainer,
     clock: Clock,
     origin: Fraction,
     frames: int,
@@ -282,7 +284,7 @@ class ClipWriter:
             partial = stack.enter_context(replacing(self.path))
             options = {"movflags": "+faststart", "fflags": "+bitexact"}
             self._container = stack.enter_context(av.open(str(partial), "w", format="mp4", options=options))
-            self._streams = AV(self._add_picture(), self._add_sound())
+            self._streams: AV[Any] = AV(self._add_picture(), self._add_sound())
             self._stack = stack.pop_all()
         return self
 

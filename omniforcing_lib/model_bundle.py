@@ -216,7 +216,7 @@ class ModelBundle:
 
     def examples(self, count: int, seed: int, seconds: int) -> Examples:
         """Encode clips of the world that training never drew; without a ground truth, draw random latents."""
-        if self.has_ground_truth:
+        if self.has_ground_truth and isinstance(self.codec, codecs.TinyCodec):
             real = clips.held_out(count, seed, seconds)
             return Examples(real.clips, real.prompts, clips.encoded(self.codec, real.clips))
         shapes = latent_shapes(self._weights, self.codec.clock.latents(seconds), self.codec.grid)

@@ -66,7 +66,7 @@ class Command:
             if entry.name == "device":
                 from omniforcing_lib import backends  # not above: most commands answer without torch
 
-                object.__setattr__(self, entry.name, str(backends.device(value)))
+                object.__setattr__(self, entry.name, str(backends.device(str(value))))
 
     @classmethod
     def of(cls: type[C], given: Mapping[str, object]) -> C:
@@ -90,12 +90,12 @@ class Command:
                 raise ValueError(f"{path}: there is no such folder as {path.parent}")
             check_output(path, folder=writes == "folder" or (writes == "either" and path.suffix != ".safetensors"))
 
-    def run(self) -> object:
+    def run(self) -> Any:
         """Check, then do the work; give what was made, or an exit code."""
         self.check()
         return self._run()
 
-    def _run(self) -> object:
+    def _run(self) -> Any:
         raise NotImplementedError
 
 
@@ -106,15 +106,15 @@ def check_output(path: Path, *, folder: bool) -> None:
 
 def options_of(command: type[Command]) -> list[tuple[Field, type, str | int | None]]:
     """Give the fields of a command that are options, the type of each word, and the number of words."""
-    hints, found = get_type_hints(command), []
+    hints, entries = get_type_hints(command), []
     for entry in fields(command):
         if "words" in entry.metadata:
             kind, inner = hints[entry.name], get_args(hints[entry.name])
             many = None
             if get_origin(kind) is tuple:
                 many = "+" if inner[-1] is Ellipsis else len(inner)
-            found.append((entry, inner[0] if inner else kind, many))
-    return found
+            entries.append((entry, inner[0] if inner else kind, many))
+    return entries
 
 
 def bounds(kind: type, entry: Field) -> str:
@@ -165,7 +165,7 @@ def _help(entry: Field, kind: type) -> str:
     words += f", {bounds(kind, entry)}" if kind in (int, float) else ""
     if default is not MISSING and "(default" not in words:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        shown = {True: "yes", False: "no"}[default] if kind is bool else "none" if shown in ("", None) else shown
+        shown = ("yes" if default else "no") if kind is bool else "none" if shown in ("", None) else shown
         words += f" (default {shown})"
     return words.replace("%", "%%")
 

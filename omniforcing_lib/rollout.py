@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,13 +81,14 @@ class RolloutConfig:
     @classmethod
     def from_metadata(cls, config: dict) -> RolloutConfig:
         """Read the `omniforcing` part of a checkpoint's `config`."""
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
         if "context_pass" in fields:
             fields["context_pass"] = OLDER_NAMES.get(fields["context_pass"], fields["context_pass"])
-        return cls(**fields | {"layout": BlockLayout(**config["layout"])})
+        fields["layout"] = BlockLayout(**config["layout"])
+        return cls(**fields)
 
     @classmethod
-    def from_layout(cls, name: str, sinks: int | None = None, **changes: object) -> RolloutConfig:
+    def from_layout(cls, name: str, sinks: int | None = None, **changes: Any) -> RolloutConfig:
         """Take one of the two named layouts, with its own or another number of sinks."""
         if name not in LAYOUTS:
             raise ValueError(f"unknown layout {name!r}; choose one of {', '.join(LAYOUTS)}")
@@ -132,12 +134,14 @@ def predict_behind(
     blocks: tuple[OpenBlock, OpenBlock],
 ) -> AV[Tensor]:
     """Predict x0 of a block in one pass with the block before it, whose keys and values are stored that way."""
+    # 1. Both blocks stand one after the other, each at its own noise level.
     sizes = before.map(lambda b: b.shape[1])
     pair = before.map(lambda b, x: torch.cat([b.to(x), x], dim=1), x)
     sigmas = pair.map(lambda t, n: (context_sigma,) * n + (sigma,) * (t.shape[1] - n), sizes)
-    # sinks have a sigma too, so a pass with sinks in front is another one
+    # 2. Sinks have a noise level too, so a pass with sinks in front has another key.
     key = sigmas, blocks[0].k == 0
     velocity = model(pair, sigmas, text, cache=cache, blocks=blocks, sigma_key=key).map(lambda v, n: v[:, n:], sizes)
+    # 3. Only the second block's velocity is used; the pass of the first one has stored its keys and values.
     return x.map(lambda x, v: torch.sub(precise(x), precise(v), alpha=sigma), velocity)
 
 
@@ -159,15 +163,18 @@ def denoise_block(
     Shapes: `noise(i)` is AV([B, F, h, w, C], [B, T, C]), added before step i; the result is x0 of the same shapes.
     """
     last = len(sigmas) - 2 if exit_step is None else exit_step
+    # 1. Every block begins as pure noise.
     x = noise(0)
     for i in range(last + 1):
         if watch and i == last:
             watch(x)
-        # Only the exit step has gradients, if the caller has not switched them off; it stores nothing in the cache.
+        # 2. Predict clean data. Only the exit step has gradients, if the caller has not switched them off; it stores
+        #    nothing in the cache.
         gradients = exit_step is not None and i == last and torch.is_grad_enabled()
         with torch.set_grad_enabled(gradients):
             opened = block._replace(writes=not gradients)
             x0 = first(x) if first and i == 0 else predict(model, x, sigmas[i], text, cache, opened)
+        # 3. Go to the next noise level with fresh noise.
         if i < last:
             x = x0.map(lambda data, eps, i=i: renoised(data, eps, sigmas[i + 1]), noise(i + 1))
     return x0
@@ -183,6 +190,7 @@ def as_context(causal: RolloutConfig, noise: Noise, k: int, block: AV[Tensor]) -
     block, sigma = block.map(Tensor.detach), causal.context_noise
     if not sigma:
         return block
+    # The steps have taken draws 0 to n - 1 of this block's noise, so this is the next one.
     eps = noise(k, block.map(lambda x: tuple(x.shape[1:])), len(causal.steps_of(k)))
     return block.map(lambda data, eps: renoised(data, eps, sigma), eps)
 
@@ -212,6 +220,7 @@ def recache_window(
         raise ValueError("context_pass is 'skip': no pass stores a finished block, so none can be stored again")
     for i in cache.restart(k):
         if i < k - 1:
+            # A block is stored at the level, and with the noise, that it had when it was first stored.
             context = as_context(causal, noise, i, latents[i])
             update_cache(model, cache, i, text, context, causal.context_noise)
 
@@ -303,11 +312,13 @@ def rollout(
         )
     if causal.context_pass == "skip" and history is not None:
         raise ValueError("a history is stored by a separate pass, and context_pass is 'skip'; use 'separate'")
+    # 1. One cache for all clips of the batch, no longer than they need.
     blocks, before = causal.layout.blocks(video_latents), None
     cache = new_cache(model, causal, grid, len(text.video), len(blocks))
     for k, block in enumerate(blocks):
         out = next_block(model, causal, cache, text, noise, k, before, block=block, exit_step=exit_step, watch=watch)
         yield out
+        # 2. The next block is told what came before: the student's own block, or that of the history.
         before = out if history is None else history.map(lambda h, span: h[:, span.start : span.stop], block)
 
 

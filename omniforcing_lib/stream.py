@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from omniforcing_lib import masks, safetensors_io
+from omniforcing_lib.cache import KVCache
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import MINIATURE_GUIDANCE, Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.interfaces import Codec, TextEncoder
@@ -127,16 +128,15 @@ class Streamer:
 
         With `recache` the window is stored again under the new prompt, which costs a pass for each of its blocks.
         """
-        self._check_open()
-        weight = self.model.proj_out.weight
+        cache, weight = self._check_open(), self.model.proj_out.weight
         context = self.text.encode([prompt], weight.device, weight.dtype)
         # a block in the making keeps its prompt
         self._settle()
         if recache and self._made:
             with torch.inference_mode(), threads(self._threads):
-                past = self._cache, context, self._noise, self._made, self._latents
+                past = cache, context, self._noise, self._made, self._latents
                 recache_window(self.model, self.causal, *past)
-        self._cache.forget_text()
+        cache.forget_text()
         self._context, self.prompt = context, prompt
 
     @torch.inference_mode()
@@ -158,7 +158,10 @@ class Streamer:
         """Give what a codec that looks ahead still owes of the blocks so far; None where it owes nothing."""
         start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
         rest = self.codec.finish(self._decoder)
-        return None if rest is None else Chunk(*to_arrays(rest), start_s, self.prompt)
+        if rest is None:
+            return None
+        clip = to_arrays(rest)
+        return Chunk(clip.video, clip.audio, start_s, self.prompt)
 
     def clip(self, seconds: int) -> Iterator[AV[np.ndarray]]:
         """Yield the first whole `seconds` of a new stream as they come; no block is made that is not among them.
@@ -179,7 +182,7 @@ class Streamer:
         k, prompt = self._made, self.prompt
         before = self._latents.get(k - 1)
         with threads(self._threads):
-            latents = next_block(self.model, self.causal, self._cache, self._context, self._noise, k, before)
+            latents = next_block(self.model, self.causal, self._check_open(), self._context, self._noise, k, before)
         latents = latents.map(Tensor.contiguous)
         self._latents = {i: self._latents[i] for i in self._past(k + 1) if i < k} | {k: latents}
         self._made += 1
@@ -195,13 +198,14 @@ class Streamer:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Store where the stream stands, atomically: `resume` goes on with the same bits."""
+        cache = self._check_open()
         self._settle()
         if not self._made:
             raise ValueError("nothing to save before the first block; step once")
         video, audio = (torch.cat(parts, dim=1) for parts in zip(*self._latents.values(), strict=True))
-        tensors = {**self._cache.tensors(), **self._decoder.tensors(), "video": video, "audio": audio}
+        tensors = {**cache.tensors(), **self._decoder.tensors(), "video": video, "audio": audio}
         coming = self._coming.result().prompt if self._coming else None
-        position = {"block": self.block, "coming": coming, "restarted": self._cache.restarted}
+        position = {"block": self.block, "coming": coming, "restarted": cache.restarted}
         state = {"prompt": self.prompt, "seed": self.seed, **position}
         return write_tensors(path, tensors, {"stream": json.dumps(state)})
 
@@ -211,24 +215,24 @@ class Streamer:
         Raises:
             ValueError: the file is damaged or of another stream; this one then stays as it was.
         """
-        self._check_open()
+        cache = self._check_open()
         self._settle()
         # 1. Read and check all of it; nothing of this stream changes before.
         state, tensors = _stored(Path(path))
-        made, device = state["block"] + (state["coming"] is not None), self.model.proj_out.weight.device
-        latents = self._unpacked(self._past(made), tensors)
+        blocks_made, device = state["block"] + (state["coming"] is not None), self.model.proj_out.weight.device
+        latents = self._unpacked(self._past(blocks_made), tensors)
         try:
             decoder = type(self._decoder).from_tensors(tensors, device)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ValueError(f"{path} holds no decoder's state: {error}") from error
         self.text.encode([state["prompt"]])
-        self._cache.fill(tensors)
+        cache.fill(tensors)
         # 2. Take it over; a block that was made ahead is handed out next.
-        self._cache.restarted, self.seed, self.block = state["restarted"], state["seed"], state["block"]
-        self._made, self._latents, self._decoder, self._coming = made, latents, decoder, None
+        cache.restarted, self.seed, self.block = state["restarted"], state["seed"], state["block"]
+        self._made, self._latents, self._decoder, self._coming = blocks_made, latents, decoder, None
         if state["coming"] is not None:
             self._coming = Future()
-            self._coming.set_result(LatentChunk(latents[made - 1], state["coming"]))
+            self._coming.set_result(LatentChunk(latents[blocks_made - 1], state["coming"]))
         self.set_prompt(state["prompt"])
 
     def _unpacked(self, blocks: tuple[int, ...], tensors: Mapping[str, Tensor]) -> dict[int, AV[Tensor]]:
@@ -246,16 +250,18 @@ class Streamer:
                 )
         parts = sizes.map(lambda n, x: x.to(device).split(n, dim=1), AV(tensors["video"], tensors["audio"]))
         # copies: where a tensor lies in memory, and its strides, change the last bits of a product
-        return {i: AV(*block).map(Tensor.clone) for i, *block in zip(blocks, *parts, strict=True)}
+        return {i: AV(*block).map(Tensor.clone) for i, *block in zip(blocks, parts.video, parts.audio, strict=True)}
 
     def _settle(self) -> None:
         """Wait for the block in the making."""
         if self._coming:
             wait([self._coming])
 
-    def _check_open(self) -> None:
+    def _check_open(self) -> KVCache:
+        """Give the cache; RuntimeError where the stream was closed."""
         if self._cache is None:
             raise RuntimeError("this Streamer was closed; make a new one")
+        return self._cache
 
 
 def _stored(path: Path) -> tuple[dict, dict[str, Tensor]]:

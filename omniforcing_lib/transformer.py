@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -118,7 +119,7 @@ class Transformer(nn.Module):
         """
         if (cache is None) == bool(blocks):
             raise ValueError("a cached pass takes a cache and the blocks that it opened; give both or none")
-        skip, grid = skip or Skip(), tuple(x.video.shape[2:4])
+        skip, grid = skip or Skip(), (x.video.shape[2], x.video.shape[3])
         # 1. Which latents these are, and how many sinks stand in front of the audio.
         sinks = self._sinks(masks, cache, blocks)
         if cache:
@@ -129,15 +130,13 @@ class Transformer(nn.Module):
         key = sigma_key if all(block.writes for block in blocks) else None
         embed = partial(self._timesteps, sigma, sinks, masks)
         timestep = cache.timesteps.get(key, embed) if cache else embed()
-        if cache and cache.knows_text(key):
-            text = AV(None, None)
-        else:
-            text = text.map(self._project_text, self._modulators)
+        cached_text = cache and cache.knows_text(key)
+        contexts: AV[Tensor | None] = AV(None, None) if cached_text else text.map(self._project_text, self._modulators)
         # 3. What every layer needs of time and of causality.
         ropes = self.rotations(latents, grid, sinks)
         sees = ((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a)) if masks else ((None, None), (None, None))
         shared = {"blocks": blocks, "sigma_key": key, "prompt_key": cache and cache.prompt_key(key)}
-        parts = zip(timestep, text, ropes.own, ropes.cross, sees, strict=True)
+        parts = zip(timestep, contexts, ropes.own, ropes.cross, sees, strict=True)
         condition = AV(*(Condition(t, context, own, cross, *seen, **shared) for t, context, own, cross, seen in parts))
         # 4. Latents become tokens.
         x = x.map(lambda part: part.to(self.proj_out.weight.dtype))
@@ -154,7 +153,7 @@ class Transformer(nn.Module):
         hidden = AV(video, audio)
         for index, layer in enumerate(self.transformer_blocks):
             run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if self.recompute else layer
-            skipped = {"skip_self": index in skip.self_attention, "skip_cross": skip.cross_modal}
+            skipped: dict[str, Any] = {"skip_self": index in skip.self_attention, "skip_cross": skip.cross_modal}
             hidden = run(hidden, condition, cached=cache and cache.layers[index], **skipped)
         # 6. Tokens become velocities; the sinks are dropped.
         video, audio = hidden.video, hidden.audio[:, sinks:]
@@ -170,15 +169,17 @@ class Transformer(nn.Module):
 
     def _sinks(self, masks: Masks | None, cache: KVCache | None, blocks: tuple[OpenBlock, ...]) -> int:
         """Count the sinks in front of this call's audio, and check that masks and cache agree with the model."""
-        if masks is None and cache is None:
+        layout = masks or (cache and cache.layout)
+        if layout is None:
             return 0
-        expected, given = self.config.num_audio_sink_tokens, masks.sinks if masks else cache.layout.sinks
+        expected, given = self.config.num_audio_sink_tokens, layout.sinks
         if expected != given:
             raise ValueError(f"the model has {expected} audio sink tokens, the layout {given}; use the same number")
         return given if masks or blocks[0].k == 0 else 0
 
     def _timesteps(self, sigma: Sigma, sinks: int, masks: Masks | None) -> AV[TimestepEmbedding]:
         """Embed sigma for every use that layers make of it."""
+        # One noise level for each sample or latent; the sinks take that of the first audio latent.
         sigma = sigma.map(partial(_per_sample, device=self.proj_out.weight.device))
         steps = sigma.map(lambda s: s * self.config.timestep_scale_multiplier)
         if sinks and steps.audio.shape[1] > 1:
@@ -190,9 +191,7 @@ class Transformer(nn.Module):
         across = AV(by_block.audio, by_block.video).map(_spread, sizes) if self.config.cross_attention_adaln else steps
         ratio = self.config.av_ca_timestep_scale_multiplier / self.config.timestep_scale_multiplier
 
-        def embed(
-            modules: dict[str, nn.Module | None], steps: Tensor, by_block: Tensor, across: Tensor
-        ) -> TimestepEmbedding:
+        def embed(modules: dict[str, Any], steps: Tensor, by_block: Tensor, across: Tensor) -> TimestepEmbedding:
             own, embedded = modules["own"](steps)
             cross, gate = modules["cross"](across)[0], modules["gate"](across * ratio)[0]
             prompt = modules["prompt"](by_block)[0] if modules["prompt"] else None
@@ -201,13 +200,13 @@ class Transformer(nn.Module):
         return self._modulators.map(embed, steps, by_block, across)
 
     @property
-    def _modulators(self) -> AV[dict[str, nn.Module | None]]:
+    def _modulators(self) -> AV[dict[str, Any]]:
         """Group the modules that embed sigma and text by stream, whatever their names in the checkpoint."""
         return _MODULATORS.map(
             lambda names: dict(zip(_USES, (getattr(self, name, None) for name in names.split()), strict=True))
         )
 
-    def _project_text(self, text: Tensor, modules: dict[str, nn.Module | None]) -> Tensor:
+    def _project_text(self, text: Tensor, modules: dict[str, Any]) -> Tensor:
         text = text.to(self.proj_out.weight.dtype)
         return modules["caption"](text) if modules["caption"] else text
 

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from heapq import heappop, heappush
+from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 SCALER = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
@@ -29,9 +31,7 @@ class Shown:
     Starts never decrease. The last picture is shown until `until` at least.
     """
 
-    def __init__(
-        self, container: av.container.InputContainer, stream: av.VideoStream, until: Fraction = Fraction(0)
-    ) -> None:
+    def __init__(self, container: InputContainer, stream: av.VideoStream, until: Fraction = Fraction(0)) -> None:
         stream.thread_type = "AUTO"
         stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         self.container, self.stream, self.until = container, stream, until
@@ -41,12 +41,12 @@ class Shown:
     def __iter__(self) -> Iterator[tuple[Fraction, Fraction, av.VideoFrame]]:
         usual, latest = 1 / Fraction(self.stream.average_rate or 24), None
         for ticks, frame in self._timed():
-            time = self.end if ticks is None else ticks * frame.time_base
+            time = self.end if ticks is None else ticks * (frame.time_base or Fraction(1))
             latest = time if latest is None else max(time, latest)
             if not self.count:
                 self.start = latest
             self.count += 1
-            self.end = latest + (frame.duration * frame.time_base if frame.duration else usual)
+            self.end = latest + (frame.duration * (frame.time_base or Fraction(1)) if frame.duration else usual)
             yield latest - self.start, max(self.end, self.until) - self.start, frame
 
     def _timed(self) -> Iterator[tuple[int | None, av.VideoFrame]]:
@@ -135,8 +135,10 @@ class Fit:
 
 def _axes(frame: av.VideoFrame) -> tuple[int, int, int, int]:
     """Give the display matrix (a, b, c, d): stored axis x points to (a, b) on the screen, axis y to (c, d)."""
+    side_data: Any
     with suppress(ValueError, KeyError):  # PyAV gives no side data at all if it has no name for some of it
-        a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
+        side_data = frame.side_data
+        a, b, _, c, d = np.frombuffer(side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
         return a, b, c, d
     return TURNS[round(frame.rotation / 90) % 4]
 
@@ -170,7 +172,7 @@ class Track:
 
     def add(self, frame: av.AudioFrame) -> None:
         """Mix, resample and place one frame; a gap before it stays silent."""
-        time = self.end if frame.pts is None else frame.pts * frame.time_base
+        time = self.end if frame.pts is None else frame.pts * (frame.time_base or Fraction(1))
         form = (frame.format.name, frame.layout.name, frame.sample_rate)
         if form != self.form or abs(time - self.end) > GAP_SECONDS:
             self.flush()
@@ -179,7 +181,8 @@ class Track:
             self.form, self.end = form, time
             self.position = round((time - self.origin) * self.rate)
         self.end += Fraction(frame.samples, frame.sample_rate)
-        self._place(self.resampler.resample(frame))
+        if self.resampler is not None:
+            self._place(self.resampler.resample(frame))
 
     def flush(self) -> None:
         """Place the samples that are left in the resampler."""
@@ -187,7 +190,7 @@ class Track:
             self._place(self.resampler.resample(None))
             self.resampler = None
 
-    def _place(self, frames: list[av.AudioFrame | None]) -> None:
+    def _place(self, frames: Iterable[av.AudioFrame | None]) -> None:
         for frame in frames:
             piece = np.empty(0) if frame is None else frame.to_ndarray()[0]
             start, stop = max(self.position, 0), max(self.position + len(piece), 0)

@@ -144,7 +144,7 @@ def test_runs_go_on_where_they_stopped_and_tables_pool_them(tmp_path, monkeypatc
     ablations.run(tmp_path, arms=arms, seeds=1, budget=budget)
     ablations.run(tmp_path, arms=arms, seeds=2, budget=budget)
     assert FakeBench.trials == 6 == len([*tmp_path.glob("*.json")])
-    table, gains = ablations.table(tmp_path), ablations.gains(tmp_path)
+    table, gains = ablations.TRIALS.table(tmp_path), ablations.TRIALS.gains(tmp_path, ablations.BASE)
     assert [*table] == [*arms] and [*gains] == ["Stage 2", "true past"]
     assert table["Stage 3"]["frechet, video"] == store.over_seeds([10.0, 11.0])
     assert gains["Stage 2"]["sync_f1"] == (0, (0, 0)) and gains["Stage 2"]["frechet, video"] == (0, (0, 0))
@@ -154,7 +154,7 @@ def test_the_training_seed_is_the_unit_and_arms_are_compared_at_once(tmp_path, m
     """A hundred clips of one training are one number; two arms beside the recipe make intervals wider."""
     monkeypatch.setattr(ablations, "_Bench", FakeBench)
     ablations.run(tmp_path, arms=("Stage 2", "Stage 3", "true past"), seeds=3, budget=Budget(clips=100))
-    mean, (low, high) = ablations.gains(tmp_path)["true past"]["sync_f1"]
+    mean, (low, high) = ablations.TRIALS.gains(tmp_path, ablations.BASE)["true past"]["sync_f1"]
     apart = [-0.4, -0.5, -0.6]
     wanted = store.over_seeds(apart, comparisons=2)
     assert (mean, low, high) == pytest.approx((wanted[0], *wanted[1]))
@@ -164,32 +164,33 @@ def test_the_training_seed_is_the_unit_and_arms_are_compared_at_once(tmp_path, m
 def test_one_training_seed_has_no_interval_and_no_verdict(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "_Bench", FakeBench)
     ablations.run(tmp_path, arms=("Stage 3", "true past"), seeds=1, budget=Budget(clips=12))
-    mean, interval = ablations.gains(tmp_path)["true past"]["sync_f1"]
+    mean, interval = ablations.TRIALS.gains(tmp_path, ablations.BASE)["true past"]["sync_f1"]
     assert mean == pytest.approx(-0.4) and interval is None
     assert verdicts.verdict(mean, interval, verdicts.at_most(0)) == verdicts.NO_POWER
-    assert all(interval is None for row in ablations.table(tmp_path).values() for _, interval in row.values())
+    assert all(interval is None for row in ablations.TRIALS.table(tmp_path).values() for _, interval in row.values())
 
 
 def test_seeds_and_arms_without_a_partner_do_not_count(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "_Bench", FakeBench)
     ablations.run(tmp_path, arms=("Stage 3",), seeds=1, budget=Budget(clips=12))
     ablations.run(tmp_path, arms=("true past",), seeds=2, budget=Budget(clips=12))
-    assert ablations.gains(tmp_path)["true past"]["sync_f1"] == (pytest.approx(-0.4), None)
+    assert ablations.TRIALS.gains(tmp_path, ablations.BASE)["true past"]["sync_f1"] == (pytest.approx(-0.4), None)
     (tmp_path / "Stage_3-0.json").unlink()
-    assert ablations.gains(tmp_path) == {}
+    assert ablations.TRIALS.gains(tmp_path, ablations.BASE) == {}
 
 
 def test_every_seed_begins_with_a_stage_2_of_its_own(monkeypatch):
     """The same start for all seeds would be one training seed under many names."""
     bench = object.__new__(ablations._Bench)
     bench.teacher, bench.budget, bench.pairs, bench.prompts, bench.causal = "teacher", Budget(), "pairs", None, CAUSAL
+    bench.codec = None
     bench.stage2, trained = cache(bench._stage2), []
 
-    def stage2(source, pairs, prompts, causal, *, steps, batch, seed):
-        trained.append((pairs, steps, seed))
+    def stage2(course, model, pairs, *, steps):
+        trained.append((pairs, steps, course.seed))
         return distill.Lesson(trained[-1], None, [])
 
-    monkeypatch.setattr(ablations.distill, "stage2", stage2)
+    monkeypatch.setattr(ablations.distill.Course, "stage2", stage2)
     monkeypatch.setattr(ablations, "noised_pairs", lambda pairs, seed: f"noise {seed}")
     monkeypatch.setattr(bench, "_distil", lambda arm, student, causal, seed: student)
     monkeypatch.setattr(bench, "_judge", lambda student, causal, seed: student)
@@ -218,7 +219,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="unknown arms"):
         ablations.run(tmp_path, arms=("Stage 4",))
     with pytest.raises(ValueError, match="holds no runs"):
-        ablations.table(tmp_path / "none")
+        ablations.TRIALS.table(tmp_path / "none")
 
 
 def test_every_arm_differs_from_the_papers_recipe_in_one_field():

@@ -148,7 +148,7 @@ def test_sliced_training_through_flash_attn_is_masked_training(monkeypatch, wind
 
 def test_a_flex_mask_is_made_once_a_device():
     mask = masks.build(BlockLayout(AV(1, 1), AV(2, 5), sinks=3), 8, 4).video_self
-    assert mask.block_mask("cpu") is mask.block_mask(torch.device("cpu"))
+    assert masks.block_mask(mask, "cpu") is masks.block_mask(mask, torch.device("cpu"))
 
 
 def test_the_choice_of_a_kernel_is_a_constant_to_the_compiler():

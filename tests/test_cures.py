@@ -28,7 +28,7 @@ def test_runs_are_kept_and_say_what_they_judged(tmp_path):
     made = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     cures.run(tmp_path, names=names, seeds=1, budget=TINY)
     assert made == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} and len(made) == 3
-    table = cures.table(tmp_path)
+    table = cures.TRIALS.table(tmp_path)
     assert list(table) == [name for name in cures.REMEDIES if name in names]
     assert all(0 <= row["recall"][0] <= 1 and row["sync_f1"][1] is None for row in table.values())
     assert table["Stage 2"]["angle_sd"] != table["on policy"]["angle_sd"]
@@ -42,4 +42,4 @@ def test_unknown_remedies_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown arms prayer; choose from 'Stage 2'"):
         cures.run(tmp_path, names=("prayer",))
     with pytest.raises(ValueError, match="holds no runs"):
-        cures.table(tmp_path)
+        cures.TRIALS.table(tmp_path)

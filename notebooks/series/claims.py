@@ -84,9 +84,9 @@ def quality(stored: Mapping[str, dict]) -> str:
     size = f"{scores['seeds']} seeds × {scores['clips']} clips of {scores['seconds']} s"
     if long:
         size += f"; last column {long['seeds'] * long['clips']} roll-outs of {long['seconds']} s"
-    how = "held-out seeds (every prompt is trained on), through an mp4 (those of one prompt as they are made)"
-    how += ", judged from pixels and samples"
-    return f"{size}; {how}.\n\n{markdown_table(quality_rows(stored))}"
+    protocol = "held-out seeds (every prompt is trained on), through an mp4 (those of one prompt as they are made)"
+    protocol += ", judged from pixels and samples"
+    return f"{size}; {protocol}.\n\n{markdown_table(quality_rows(stored))}"
 
 
 def quality_rows(stored: Mapping[str, dict]) -> list[dict[str, str]]:

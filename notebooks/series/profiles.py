@@ -4,44 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Say how long, how many and how often for every notebook; `profiles.toml` says what each field means."""
+class Named:
+    """What every profile has besides the fields of `profiles.toml`."""
 
     name: str
-    seconds: int
-    clips: int
-    forced_clips: int
-    long_clips: int
-    teacher_steps: int
-    fresh_ablations: bool
-    ode_pairs: int
-    stage2_steps: int
-    stage2_batch: int
-    stage3_steps: int
-    stage3_batch: int
-    stage3_lr: tuple[float, float]
-    policy_steps: int
-    policy_batch: int
-    sink_counts: tuple[int, ...]
-    sink_steps: int
-    sink_clips: int
-    long_seconds: int
-    bench_seconds: int
-    bench_grid: tuple[int, int]
-    bench_blocks: int
-    bench_turns: int
-    switches: int
-    seeds: int
-    teacher_clips: int
-    mask_seconds: tuple[int, ...]
-    grid: tuple[int, int]
-    dtype: str
-    precisions: tuple[str, ...]
 
     def override(self, changes: Mapping[str, object]) -> Profile:
         """Replace fields by name; None keeps the profile's own value.
@@ -57,15 +28,18 @@ class Profile:
         return replace(self, **given)
 
 
-def _read() -> dict[str, Profile]:
+def _read() -> dict[str, dict[str, object]]:
     tables = tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
     for name, table in tables.items():
         lists = {field: tuple(value) for field, value in table.items() if isinstance(value, list)}
         tables[name] = tables.get(table.pop("like", ""), {}) | table | lists
-    return {name: Profile(name=name, **table) for name, table in tables.items()}
+    return tables
 
 
-PROFILES = _read()
+_TABLES = _read()
+Profile = make_dataclass("Profile", [(n, type(v)) for n, v in _TABLES["smoke"].items()], bases=(Named,), frozen=True)
+"""Say how long, how many and how often for every notebook; `profiles.toml` says what each field means."""
+PROFILES = {name: Profile(name=name, **table) for name, table in _TABLES.items()}
 
 
 def from_name(name: str) -> Profile:

@@ -95,11 +95,11 @@ def assign(notebooks: Sequence[Path], values: Mapping[str, object]) -> dict[Path
     for path, parameters in declared.items():
         plan[path] = {name: value for name, value in values.items() if name in parameters}
         for name, value in plan[path].items():
-            kind = parameters[name]["inferred_type_name"]
-            types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(kind, (object,))
+            declared_type = parameters[name]["inferred_type_name"]
+            types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}.get(declared_type, (object,))
             if not isinstance(value, types) or (isinstance(value, bool) and not {bool, object} & {*types}):
-                raise ValueError(f"parameter {name} is of type {kind}, found {repr(value)[:80]}")
-            if kind == "int" and not 0 <= value < SEEDS:
+                raise ValueError(f"parameter {name} is of type {declared_type}, found {repr(value)[:80]}")
+            if declared_type == "int" and not 0 <= value < SEEDS:
                 raise ValueError(f"parameter {name} is from 0 to {SEEDS - 1}, found {repr(value)[:80]}")
     return plan
 

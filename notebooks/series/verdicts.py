@@ -102,7 +102,7 @@ def whole(parts: Mapping[str, str]) -> str:
     """Join the verdicts of a claim's parts: one that holds in part says which part, else the weightiest no stands."""
     if not parts:
         raise ValueError("a claim is judged by one number or more, found none")
-    named = {answer: [name for name, found in parts.items() if found == answer] for answer in ANSWERS}
+    named = {answer: [name for name, verdict_of in parts.items() if verdict_of == answer] for answer in ANSWERS}
     named = {answer: names for answer, names in named.items() if names}
     first, *others = named
     if first not in (REPRODUCED, DIRECTION):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 import ipywidgets as ipw
 import numpy as np
@@ -20,33 +19,11 @@ from traitlets import Bool, Bunch, Int, Unicode
 from omniforcing_lib import masks
 from omniforcing_lib.layout import AV, LAYOUTS, Clock
 from omniforcing_lib.media import pcm, wav_bytes
+from omniforcing_lib.stream import Streamer
 from series import plots
 
 CLOCK = Clock()
 HERE = Path(__file__).parent
-
-
-class Chunk(Protocol):
-    """A piece of a stream.
-
-    Shapes: frames uint8 [F, H, W, 3], samples float [N] mono.
-    """
-
-    frames: np.ndarray
-    samples: np.ndarray
-    start_s: float
-    prompt: str
-
-
-class Stream(Protocol):
-    """What gives chunks one by one and takes another prompt between two of them."""
-
-    prompt: str
-
-    def __iter__(self) -> Iterator[Chunk]: ...
-
-    def set_prompt(self, prompt: str) -> None:
-        """Follow another prompt from the next chunk on; raise ValueError if it cannot be followed."""
 
 
 def mask_explorer(seconds: int = 3, tokens_per_frame: int = 16) -> ipw.VBox:
@@ -131,7 +108,7 @@ class Player(AnyWidget):
     fps = Int().tag(sync=True)
     sample_rate = Int().tag(sync=True)
 
-    def __init__(self, stream: Stream, *, clock: Clock = CLOCK) -> None:
+    def __init__(self, stream: Streamer, *, clock: Clock = CLOCK) -> None:
         self.stream = stream
         super().__init__(prompt=stream.prompt, fps=clock.fps, sample_rate=clock.sample_rate)
         self._chunks, self._sent, self._wish = iter(stream), AV(0, 0), None
@@ -177,12 +154,12 @@ class Player(AnyWidget):
         except ValueError as error:
             self.notice = str(error)
 
-    def _deliver(self, made: Future) -> None:
+    def _deliver(self, chunk: Future) -> None:
         self._making.release()
-        if made.cancelled():
+        if chunk.cancelled():
             return
-        if error := made.exception():
+        if error := chunk.exception():
             self.notice = f"the stream failed: {error}"
             self.send({"kind": "end"})
         else:
-            self.send(*made.result())
+            self.send(*chunk.result())

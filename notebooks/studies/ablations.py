@@ -1,7 +1,7 @@
 """What each part of Stage 3 is worth: short runs with one thing changed, each seed from a start of its own.
 
 An `Arm` says what is changed; `run` trains and measures every arm and seed, one JSON file each, so that it goes on
-where it stopped; `table` and `gains` read such files. The start is a short Stage 2, far enough from the teacher for
+where it stopped; `TRIALS` reads such files. The start is a short Stage 2, far enough from the teacher for
 differences to show; a seed is that of both stages and of the roll-outs that are measured, and it is the unit of every
 interval: clips of one training tell nothing of the next.
 
@@ -23,17 +23,16 @@ from torch import Tensor
 from omniforcing_lib.bounce import codecs, distributions, evaluate, sampling, world
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
-from omniforcing_lib.flow import ONES, RELEASED_STEPS, noise_like, noised
+from omniforcing_lib.flow import MINIATURE_CFG, ONES, RELEASED_STEPS, noise_like, noised
 from omniforcing_lib.interfaces import DecodeState
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, fresh_noise, join, rollout
 from omniforcing_lib.training import stages
 from omniforcing_lib.training.dataset import Pairs, Prompts
-from omniforcing_lib.training.stages import Sampler
+from omniforcing_lib.training.stages import DMDConfig, Sampler
 from omniforcing_lib.transformer import Transformer
 from studies import distill, exposure_bias, store
-from studies.store import OverSeeds
 
 STORED = store.ROOT / "reports" / "ablations"
 CLIP_SECONDS = 5
@@ -155,7 +154,7 @@ def noised_pairs(pairs: Pairs, seed: int = 0) -> Pairs:
 def run(
     folder: str | Path,
     *,
-    arms: Sequence[str] = tuple(ARMS),
+    arms: Sequence[str] = (),
     seeds: int = 2,
     budget: Budget | None = None,
     teacher: str = "teacher",
@@ -164,7 +163,6 @@ def run(
 
     Raises ValueError for an unknown arm, or a folder with runs of another budget or from another teacher.
     """
-    store.refuse_unknown(arms, ARMS)
     budget = budget or Budget()
     settings = {"teacher": checkpoints.read(teacher).fingerprint[:16]} | vars(budget)
 
@@ -172,7 +170,7 @@ def run(
         bench, judged = _Bench(teacher, budget), store.origin(teacher, "codec", "ode_pairs")
         return lambda name, seed: judged | bench.trial(ARMS[name], seed)
 
-    return store.go_on(folder, arms, seeds, lambda record: settings, prepare)
+    return TRIALS.run(folder, arms, seeds, lambda record: settings, prepare)
 
 
 class _Bench:
@@ -197,10 +195,11 @@ class _Bench:
 
     def _stage2(self, start: str, steps: int, seed: int) -> Transformer:
         pairs = self.pairs if start == "trajectories" else noised_pairs(self.pairs, seed)
-        batch = self.budget.batch
-        return distill.stage2(
-            self.teacher, pairs, self.prompts, self.causal, steps=steps, batch=batch, seed=seed
-        ).student
+        return self._course(seed).stage2(self.teacher, pairs, steps=steps).student
+
+    def _course(self, seed: int, causal: RolloutConfig | None = None) -> distill.Course:
+        common = self.teacher, self.prompts, causal or self.causal, self.codec, self.budget.batch
+        return distill.Course(*common, seconds=CLIP_SECONDS, seed=seed)
 
     def _distil(self, arm: Arm, student: Transformer, causal: RolloutConfig, seed: int) -> Transformer:
         batch, frames = self.budget.batch, self.codec.clock.latents(CLIP_SECONDS).video
@@ -209,18 +208,9 @@ class _Bench:
             "true": true_past(self.pairs, self.prompts, causal, self.codec.grid, batch),
             "late": late_windows(self.codec, self.prompts, causal, frames, batch),
         }[arm.past]
-        return distill.stage3(
-            student,
-            self.teacher,
-            self.prompts,
-            causal,
-            self.codec,
-            steps=self.budget.steps * arm.share,
-            batch=batch,
-            weights=arm.weights,
-            sampler=sampler,
-            seed=seed,
-        ).student
+        config = DMDConfig(MINIATURE_CFG, weights=arm.weights)
+        course = self._course(seed, causal)
+        return course.stage3(student, steps=self.budget.steps * arm.share, config=config, sampler=sampler).student
 
     def _judge(self, student: Transformer, causal: RolloutConfig, seed: int) -> dict[str, object]:
         first, seconds = world.HELD_OUT + 600_000 + 1000 * seed, self.budget.seconds
@@ -248,28 +238,11 @@ def cuts(clip: AV[np.ndarray]) -> Iterator[AV[np.ndarray]]:
         yield clip.map(lambda stream, step, i=i: stream[i * step : (i + 1) * step], steps)
 
 
-def runs(folder: str | Path = STORED) -> dict[str, list[dict]]:
-    """Read the runs of every arm, one per seed; ValueError where there is none, or where budgets differ."""
-    budget = {name: record[name] for record in store.read(folder)[:1] for name in vars(Budget())}
-    return store.by_arm(folder, ARMS, "ablate", store.read(folder, lambda record: budget))
-
-
-def table(folder: str | Path = STORED) -> dict[str, dict[str, OverSeeds]]:
-    """Average the runs of every arm over training seeds: arm -> measure -> mean, 95 % interval (none for one seed)."""
-    return store.over_runs({arm: [measured(trial) for trial in trials] for arm, trials in runs(folder).items()})
-
-
-def gains(folder: str | Path = STORED, base: str = BASE) -> dict[str, dict[str, OverSeeds]]:
-    """Subtract the paper's recipe from every other arm, seed by seed, see `store.over_base`.
-
-    Both arms of a pair begin with the same Stage 2 and roll out the same prompts and noise.
-    """
-    by_seed = {arm: {trial["seed"]: measured(trial) for trial in trials} for arm, trials in runs(folder).items()}
-    return store.over_base(by_seed, base)
-
-
 def measured(trial: Mapping) -> dict[str, float]:
     """Pool the clips of one training: measure -> value."""
     sums = {name: np.sum(parts, axis=0) for name, parts in trial["counts"].items()}
     pooled = {name: float(part / whole) if whole else math.nan for name, (part, whole) in sums.items()}
     return pooled | {f"frechet, {stream}": trial["frechet"][stream] for stream in AV._fields}
+
+
+TRIALS = store.Trials(ARMS, "ablate", measured, same=tuple(vars(Budget())))

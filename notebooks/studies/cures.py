@@ -1,7 +1,7 @@
 """What keeps a student from collapsing: short runs of Stage 3 from the shipped Stage 2, one remedy each.
 
 A `Remedy` says what is changed; `run` trains and measures every remedy and training seed, one JSON file each, so that
-it goes on where it stopped; `table` reads them. All runs take about the time of the DMD run. Clips are of selection
+it goes on where it stopped; `TRIALS` reads them. All runs take about the time of the DMD run. Clips are of selection
 seeds (`protocol.SELECTION`): a choice may be made by these numbers, and no report of a shipped file uses them.
 """
 
@@ -22,6 +22,7 @@ from omniforcing_lib.flow import Guidance
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.training.dataset import Prompts
+from omniforcing_lib.training.stages import DMDConfig
 from omniforcing_lib.training.train import OptimConfig
 from omniforcing_lib.transformer import Transformer
 from studies import distill, protocol, store
@@ -87,14 +88,11 @@ class Budget:
     clips: int = 72
 
 
-def run(
-    folder: str | Path, *, names: Sequence[str] = tuple(REMEDIES), seeds: int = 3, budget: Budget = Budget()
-) -> Path:
+def run(folder: str | Path, *, names: Sequence[str] = (), seeds: int = 3, budget: Budget = Budget()) -> Path:
     """Train and measure remedies seed by seed; finished runs in the folder are kept.
 
     Raises ValueError for an unknown remedy, or a folder with runs of another budget.
     """
-    store.refuse_unknown(names, REMEDIES)
     settings = {"budget": json.loads(json.dumps(asdict(budget)))}
 
     def prepare():
@@ -107,7 +105,7 @@ def run(
 
         return trial
 
-    return store.go_on(folder, names, seeds, lambda record: settings, prepare)
+    return TRIALS.run(folder, names, seeds, lambda record: settings, prepare)
 
 
 def _treated(remedy: Remedy, budget: Budget, seed: int) -> Transformer:
@@ -116,16 +114,16 @@ def _treated(remedy: Remedy, budget: Budget, seed: int) -> Transformer:
         return start
     prompts, steps = Prompts.of(TinyText(), world.prompts()), max(1, round(budget.steps * remedy.work))
     pairs = distill.teacher_pairs("", codec, prompts, causal, 90)
-    work = {"steps": steps, "batch": budget.batch * remedy.batch, "seed": seed}
+    batch, guidance = budget.batch * remedy.batch, Guidance(cfg=AV(remedy.cfg, remedy.cfg))
+    course = distill.Course("teacher", prompts, causal, codec, batch, seconds=budget.seconds, seed=seed)
     if remedy.objective == "regression":
         optim = OptimConfig(lr=budget.lr[0], warmup=3, ema=distill.last_part(steps, 4))
-        return distill.stage2(start, pairs, prompts, causal, optim=optim, **work).student
-    work |= {"seconds": budget.seconds, "guidance": Guidance(cfg=AV(remedy.cfg, remedy.cfg))}
+        return course.stage2(start, pairs, steps=steps, optim=optim).student
     if remedy.objective == "on policy":
-        return distill.on_policy(start, "teacher", pairs, prompts, causal, codec, **work).student
-    work |= {"ratio": remedy.ratio, "lr": budget.lr, "most": remedy.most}
-    work |= {"pairs": pairs, "regression": remedy.regression} if remedy.regression else {}
-    return distill.stage3(start, "teacher", prompts, causal, codec, **work).student
+        return course.on_policy(start, pairs, steps=steps, guidance=guidance).student
+    config = DMDConfig(guidance, remedy.ratio, most=remedy.most, regression=remedy.regression)
+    beside = pairs if remedy.regression else None
+    return course.stage3(start, steps=steps, lr=budget.lr, config=config, pairs=beside).student
 
 
 def _reference(budget: Budget) -> protocol.Reference:
@@ -150,10 +148,4 @@ def _measures(student: Transformer, budget: Budget, seed: int, reference: protoc
     }
 
 
-def table(folder: str | Path = STORED) -> dict[str, dict[str, store.OverSeeds]]:
-    """Average over training seeds: remedy -> measure -> mean and 95 % interval over seeds, none for one seed.
-
-    Raises ValueError where there is no run.
-    """
-    runs = store.by_arm(folder, REMEDIES, "cures")
-    return store.over_runs({name: [trial["measures"] for trial in trials] for name, trials in runs.items()})
+TRIALS = store.Trials(REMEDIES, "cures", lambda record: record["measures"], same=("budget",))

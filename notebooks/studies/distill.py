@@ -12,6 +12,7 @@ import copy
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from omniforcing_lib.training.train import History, OptimConfig
 from omniforcing_lib.transformer import Transformer
 
 BARS = "▁▂▃▄▅▆▇"
+PLAIN = stages.DMDConfig(MINIATURE_CFG)
 
 
 class Lesson(NamedTuple):
@@ -99,27 +101,6 @@ def to_go(pairs: Pairs) -> AV[Tensor]:
     return pairs.states.map(lambda s: (s - s[:, -1:]).square().mean(dim=(0, *range(2, s.dim()))).sqrt())
 
 
-def stage2(
-    source: str | Transformer,
-    pairs: Pairs,
-    prompts: Prompts,
-    causal: RolloutConfig,
-    *,
-    steps: int,
-    batch: int,
-    seed: int = 0,
-    optim: OptimConfig | None = None,
-) -> Lesson:
-    """Regress the ends of trajectories under the causal masks, from a teacher with fresh sinks, or from a student."""
-    if isinstance(source, str):
-        source = checkpoints.load(source, device=pairs.prompt.device, sinks=causal.layout.sinks)
-    optim = optim or OptimConfig(lr=5e-4, warmup=min(20, steps // 4), steps=steps, ema=0.0)
-    stage = recipes.Stage2(steps=steps, batch=batch, seed=seed, keep_bar=False)
-    with witness(source) as levels:
-        learner, history = stage.train(source, pairs, prompts, causal, optim)
-    return Lesson(learner.best.eval(), history, levels)
-
-
 def last_part(steps: int, parts: int) -> float:
     """Give the decay of an average that spans the last of so many parts of a run."""
     return max(0.0, 1 - parts / steps)
@@ -170,63 +151,77 @@ def regression_loss(
     return losses.ode_regression(x.map(x0_of, velocity, sigma), ends(pairs).map(lambda e: e[:batch]), sigma).map(float)
 
 
-def stage3(
-    student: Transformer,
-    teacher: str,
-    prompts: Prompts,
-    causal: RolloutConfig,
-    codec: TinyCodec,
-    *,
-    steps: int,
-    batch: int,
-    seconds: int = 5,
-    lr: tuple[float, float] = (1e-4, 2e-4),
-    ratio: int = 5,
-    guidance: Guidance = MINIATURE_CFG,
-    seed: int = 0,
-    sampler: stages.Sampler | None = None,
-    pairs: Pairs | None = None,
-    **terms: object,
-) -> Lesson:
-    """Distil a copy of a student on its own roll-outs: `steps` of its own, `ratio` times as many of the critic.
+@dataclass(frozen=True)
+class Course:
+    """Run stages, each on a model that is loaded: say what they share.
 
-    They learn at the rates `lr`; see `stages.self_forcing_stage` for `sampler` and `pairs`. `terms` are further fields
-    of `stages.DMDConfig`: `weights`, `most` and `regression`.
+    Attributes:
+        teacher: the checkpoint that is distilled.
+        prompts: contexts of the clips.
+        causal: blocks, steps and window of the student.
+        codec: gives clock and grid.
+        batch: clips of a step.
+        seconds: length of a rolled out clip.
+        seed: of all that is random.
     """
-    device = prompts.context.video.device
-    optim = OptimConfig(betas=(0.0, 0.999), warmup=3, ema=last_part(steps, 4))
-    critic, frozen = (checkpoints.load(teacher, device=device) for _ in range(2))
-    clips = stages.StudentClips(prompts, causal, codec.grid, codec.clock.latents(seconds).video, batch)
-    config = stages.DMDConfig(guidance, ratio, **terms)
-    # It ends on a step of the student: no step of the critic need follow.
-    stage = recipes.Stage3(steps=(steps - 1) * ratio + 1, lr=lr[0], critic_lr=lr[1], seed=seed, keep_bar=False)
-    learner, history = stage.train(copy.deepcopy(student), critic, frozen, clips, config, optim, sampler, pairs)
-    return Lesson(learner.best.eval(), history, [])
 
+    teacher: str
+    prompts: Prompts
+    causal: RolloutConfig
+    codec: TinyCodec
+    batch: int
+    seconds: int = 5
+    seed: int = 0
 
-def on_policy(
-    student: Transformer,
-    teacher: str,
-    pairs: Pairs,
-    prompts: Prompts,
-    causal: RolloutConfig,
-    codec: TinyCodec,
-    *,
-    steps: int,
-    batch: int,
-    seconds: int = 5,
-    lr: float = 1e-4,
-    guidance: Guidance = MINIATURE_GUIDANCE,
-    seed: int = 0,
-) -> Lesson:
-    """Regress a copy of a student on the teacher's ends of its own states: `stages.on_policy_stage`."""
-    optim = OptimConfig(lr=lr, betas=(0.9, 0.999), warmup=3, steps=steps, final=0.05, ema=last_part(steps, 10))
-    frozen = checkpoints.load(teacher, device=prompts.context.video.device)
-    clips = stages.StudentClips(prompts, causal, codec.grid, codec.clock.latents(seconds).video, batch)
-    stage = recipes.OnPolicy(steps=steps, seed=seed, keep_bar=False)
-    config = stages.OnPolicyConfig(guidance)
-    learner, history = stage.train(copy.deepcopy(student), frozen, pairs, clips, config, optim)
-    return Lesson(learner.best.eval(), history, [])
+    @property
+    def clips(self) -> stages.StudentClips:
+        """The clips that a student rolls out."""
+        latents = self.codec.clock.latents(self.seconds).video
+        return stages.StudentClips(self.prompts, self.causal, self.codec.grid, latents, self.batch)
+
+    def load(self, sinks: int | None = None) -> Transformer:
+        """Load the teacher where the prompts are; with `sinks`, fresh ones."""
+        return checkpoints.load(self.teacher, device=self.prompts.context.video.device, sinks=sinks)
+
+    def stage2(self, model: str | Transformer, pairs: Pairs, *, steps: int, optim: OptimConfig | None = None) -> Lesson:
+        """Regress the ends of trajectories under the causal masks, from a student, or from the teacher if it is named.
+
+        A teacher gets fresh sinks.
+        """
+        model = self.load(self.causal.layout.sinks) if isinstance(model, str) else model
+        optim = optim or OptimConfig(lr=5e-4, warmup=min(20, steps // 4), steps=steps, ema=0.0)
+        stage = recipes.Stage2(steps=steps, batch=self.batch, seed=self.seed, keep_bar=False)
+        with witness(model) as levels:
+            learner, history = stage.train(model, pairs, self.prompts, self.causal, optim)
+        return Lesson(learner.best.eval(), history, levels)
+
+    def stage3(
+        self,
+        student: Transformer,
+        *,
+        steps: int,
+        lr: tuple[float, float] = (1e-4, 2e-4),
+        config: stages.DMDConfig = PLAIN,
+        sampler: stages.Sampler | None = None,
+        pairs: Pairs | None = None,
+    ) -> Lesson:
+        """Distil a copy of a student by `stages.self_forcing_stage`: `steps` of its own; `lr` of student and critic."""
+        optim = OptimConfig(betas=(0.0, 0.999), warmup=3, ema=last_part(steps, 4))
+        # It ends on a step of the student: no step of the critic need follow.
+        turns = (steps - 1) * config.ratio + 1
+        stage = recipes.Stage3(steps=turns, lr=lr[0], critic_lr=lr[1], seed=self.seed, keep_bar=False)
+        models = copy.deepcopy(student), self.load(), self.load()
+        learner, history = stage.train(*models, self.clips, config, optim, sampler, pairs)
+        return Lesson(learner.best.eval(), history, [])
+
+    def on_policy(
+        self, student: Transformer, pairs: Pairs, *, steps: int, guidance: Guidance = MINIATURE_GUIDANCE
+    ) -> Lesson:
+        """Regress a copy of a student on the teacher's ends of its own states: `stages.on_policy_stage`."""
+        optim = OptimConfig(lr=1e-4, betas=(0.9, 0.999), warmup=3, steps=steps, final=0.05, ema=last_part(steps, 10))
+        stage, config = recipes.OnPolicy(steps=steps, seed=self.seed, keep_bar=False), stages.OnPolicyConfig(guidance)
+        learner, history = stage.train(copy.deepcopy(student), self.load(), pairs, self.clips, config, optim)
+        return Lesson(learner.best.eval(), history, [])
 
 
 class Flow(NamedTuple):

@@ -19,7 +19,7 @@ from omniforcing_lib import model_bundle
 from omniforcing_lib.layout import AV
 from studies import sinks, store
 from studies.sinks import Trace
-from studies.store import OverSeeds
+from studies.store import OverSeeds, Trials
 from studies.variants import Variant
 
 STORED = store.ROOT / "reports" / "sinks"
@@ -67,14 +67,22 @@ class Budget:
 
 
 class Plan(NamedTuple):
-    """Arms, training seeds of each, and the budget of every run."""
+    """The runs of a plan, training seeds of each arm, and the budget of every run."""
 
-    arms: Mapping[str, Variant]
+    trials: Trials
     seeds: int
     budget: Budget
 
 
-PLANS = {"study": Plan(ARMS, 5, Budget()), "phase": Plan(PHASE, 1, Budget(steps=40))}
+def measured(record: Mapping) -> dict[str, float]:
+    """Give the final loss of a stored run."""
+    return {"loss": unpacked(record["trace"]).final}
+
+
+PLANS = {
+    name: Plan(Trials(arms, f"sinks --plans {name}", measured), seeds, budget)
+    for name, arms, seeds, budget in (("study", ARMS, 5, Budget()), ("phase", PHASE, 1, Budget(steps=40)))
+}
 
 
 def run(name: str, folder: str | Path = STORED, *, arms: Sequence[str] = (), seeds: int = 0, steps: int = 0) -> Path:
@@ -84,7 +92,6 @@ def run(name: str, folder: str | Path = STORED, *, arms: Sequence[str] = (), see
     negative number, or a folder with runs of another budget, arm or teacher.
     """
     plan = PLANS[name]
-    store.refuse_unknown(arms, plan.arms)
     if min(seeds, steps) < 0:
         raise ValueError(f"seeds and steps are 1 or more, or 0 for the plan's own; found {seeds} and {steps}")
     budget = replace(plan.budget, steps=steps or plan.budget.steps)
@@ -96,7 +103,8 @@ def run(name: str, folder: str | Path = STORED, *, arms: Sequence[str] = (), see
 
         def trial(arm: str, seed: int) -> dict[str, object]:
             began = time.process_time()
-            trace = sinks.train(plan.arms[arm], study, steps=budget.steps, batch=budget.batch, seed=seed, every=100)
+            work = {"steps": budget.steps, "batch": budget.batch}
+            trace = sinks.train(plan.trials.arms[arm], study, seed=seed, every=100, **work)
             seconds = round(time.process_time() - began, 1)
             return {"git": origin["git"], "cpu_s": seconds, "trace": packed(trace)}
 
@@ -105,12 +113,12 @@ def run(name: str, folder: str | Path = STORED, *, arms: Sequence[str] = (), see
     def settings(record: Mapping) -> dict[str, object]:
         return _settings(plan, record, budget) | {"files": origin["files"]}
 
-    return store.go_on(Path(folder) / name, arms or [*plan.arms], seeds or plan.seeds, settings, prepare)
+    return plan.trials.run(Path(folder) / name, arms, seeds or plan.seeds, settings, prepare)
 
 
 def _settings(plan: Plan, record: Mapping, budget: Budget) -> dict[str, object]:
     """Say what a run of an arm is, as JSON reads it back; an arm that is no more has no variant."""
-    variant = plan.arms.get(record["arm"])
+    variant = plan.trials.arms.get(record["arm"])
     return {"variant": variant and store.plain(asdict(variant)), "budget": asdict(budget)}
 
 
@@ -142,11 +150,10 @@ def stored(name: str, folder: str | Path = STORED) -> Stored:
     """Read the runs of a plan, in its order; ValueError where there is none, or where they do not belong together."""
     folder, plan = Path(folder) / name, PLANS[name]
     budget = next((Budget(**record["budget"]) for record in store.read(folder)), plan.budget)
-    records = store.read(folder, lambda record: _settings(plan, record, budget))
-    runs = store.by_arm(folder, plan.arms, f"sinks --plans {name}", records)
-    traces = {arm: {trial["seed"]: unpacked(trial["trace"]) for trial in trials} for arm, trials in runs.items()}
+    runs = plan.trials.runs(folder, lambda record: _settings(plan, record, budget))
+    traces = {arm: {seed: unpacked(record["trace"]) for seed, record in seeds.items()} for arm, seeds in runs.items()}
     here = store.origin("teacher", "ode_pairs")["files"]
-    return Stored(traces, budget, sum(record["files"] != here for record in records))
+    return Stored(traces, budget, sum(record["files"] != here for seeds in runs.values() for record in seeds.values()))
 
 
 def differences(traces: Mapping[str, Mapping[int, Trace]], base: str = BASE) -> dict[str, OverSeeds]:

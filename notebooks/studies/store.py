@@ -7,6 +7,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from omniforcing_lib import files
@@ -67,12 +68,6 @@ def plain(value: object) -> object:
     return value
 
 
-def refuse_unknown(arms: Sequence[str], known: Iterable[str]) -> None:
-    """Raise ValueError for an arm that is not known."""
-    if unknown := sorted({*arms} - {*known}):
-        raise ValueError(f"unknown arms {', '.join(unknown)}; choose from {', '.join(map(repr, known))}")
-
-
 def read(folder: str | Path, settings: Callable[[Mapping], Mapping] = lambda record: {}) -> list[dict]:
     """Read all runs of a folder, seed by seed.
 
@@ -84,50 +79,6 @@ def read(folder: str | Path, settings: Callable[[Mapping], Mapping] = lambda rec
             if (stored := record.get(name, wanted)) != wanted:
                 raise ValueError(f"{path} holds runs of {name} {stored}, asked for {wanted}: use another folder")
     return sorted(runs.values(), key=lambda record: record["seed"])
-
-
-def by_arm(folder: str | Path, arms: Iterable[str], command: str, records: Sequence[dict] | None = None) -> dict:
-    """Give the runs of a folder by arm, in the order of `arms`: arm -> one record per training seed.
-
-    Raises ValueError where there is none; `command` makes them.
-    """
-    records = read(folder) if records is None else records
-    if not records:
-        raise ValueError(f"{folder} holds no runs; `python -m omniforcing_lib {command}` makes them")
-    runs = {arm: [record for record in records if record["arm"] == arm] for arm in arms}
-    return {arm: trials for arm, trials in runs.items() if trials}
-
-
-def go_on(
-    folder: str | Path,
-    arms: Sequence[str],
-    seeds: int,
-    settings: Callable[[Mapping], Mapping],
-    prepare: Callable[[], Callable[[str, int], Mapping]],
-) -> Path:
-    """Run every arm with every training seed and store each run at once; what is in the folder is kept.
-
-    Args:
-        folder: of one file per run.
-        arms: names.
-        seeds: training seeds, from 0 on; all arms run with one before any runs with the next.
-        settings: gives what all runs of an arm must agree on, from its record; it is stored with each.
-        prepare: gives the trial of an arm and a seed, which returns what else is stored; asked only if one is missing.
-
-    Raises ValueError, before any work, for a folder with runs under other settings.
-    """
-    folder = Path(folder)
-    read(folder, settings)
-    paths = {(arm, seed): folder / f"{slug(arm)}-{seed}.json" for seed in range(seeds) for arm in arms}
-    missing = {job: path for job, path in paths.items() if not path.exists()}
-    trial = prepare() if missing else None
-    for done, ((arm, seed), path) in enumerate(missing.items(), 1):
-        record = {"arm": arm, "seed": seed}
-        record |= {**settings(record), **trial(arm, seed)}
-        # one line, for it holds hundreds of small numbers that nobody reads one by one
-        files.write_text(path, json.dumps(record, allow_nan=False) + "\n")
-        print(f"{time.strftime('%H:%M:%S')} {path.name}, {done} of {len(missing)}", flush=True)
-    return folder
 
 
 OverSeeds = tuple[float, tuple[float, float] | None]
@@ -149,12 +100,85 @@ def over_seeds(values: Sequence[float], *, comparisons: int = 1) -> OverSeeds:
     return mean, (mean - reach, mean + reach)
 
 
-def over_runs(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, OverSeeds]]:
-    """Average the runs of every arm over training seeds: arm -> measure -> mean and interval."""
-    return {
-        arm: {measure: over_seeds([trial[measure] for trial in trials]) for measure in trials[0]}
-        for arm, trials in runs.items()
-    }
+@dataclass(frozen=True)
+class Trials:
+    """Compare arms over training seeds: every arm is trained once per seed, and each run is one JSON file.
+
+    Attributes:
+        arms: what is changed, by name.
+        command: `python -m omniforcing_lib` with this makes the runs.
+        measured: gives the numbers of one run from its record.
+        same: what all records have to agree on.
+    """
+
+    arms: Mapping[str, object]
+    command: str
+    measured: Callable[[Mapping], Mapping[str, float]]
+    same: tuple[str, ...] = ()
+
+    def run(
+        self,
+        folder: str | Path,
+        names: Sequence[str],
+        seeds: int,
+        settings: Callable[[Mapping], Mapping],
+        prepare: Callable[[], Callable[[str, int], Mapping]],
+    ) -> Path:
+        """Run arms, all of them if none is named, with every training seed; what is in the folder is kept.
+
+        Args:
+            folder: of one file per run, which is written as soon as the run ends.
+            names: of arms.
+            seeds: training seeds, from 0 on; all arms run with one before any runs with the next.
+            settings: gives what all runs of an arm must agree on, from its record; it is stored with each.
+            prepare: gives the trial of an arm and a seed, which returns what else is stored; asked only if one is
+                missing.
+
+        Raises ValueError, before any work, for an unknown arm, or a folder with runs under other settings.
+        """
+        if unknown := sorted({*names} - {*self.arms}):
+            raise ValueError(f"unknown arms {', '.join(unknown)}; choose from {', '.join(map(repr, self.arms))}")
+        folder = Path(folder)
+        read(folder, settings)
+        jobs = [(arm, seed) for seed in range(seeds) for arm in names or self.arms]
+        paths = {job: folder / f"{slug(job[0])}-{job[1]}.json" for job in jobs}
+        missing = {job: path for job, path in paths.items() if not path.exists()}
+        trial = prepare() if missing else None
+        for done, ((arm, seed), path) in enumerate(missing.items(), 1):
+            record = {"arm": arm, "seed": seed}
+            record |= {**settings(record), **trial(arm, seed)}
+            # One line, since it holds hundreds of small numbers that nobody reads one by one.
+            files.write_text(path, json.dumps(record, allow_nan=False) + "\n")
+            print(f"{time.strftime('%H:%M:%S')} {path.name}, {done} of {len(missing)}", flush=True)
+        return folder
+
+    def runs(self, folder: str | Path, settings: Callable[[Mapping], Mapping] | None = None) -> dict[str, dict]:
+        """Read the runs of every arm: arm -> training seed -> record.
+
+        Raises ValueError where there is none, or where they do not belong together.
+        """
+        common = {name: record[name] for record in read(folder)[:1] for name in self.same}
+        records = read(folder, settings or (lambda record: common))
+        if not records:
+            raise ValueError(f"{folder} holds no runs; `python -m omniforcing_lib {self.command}` makes them")
+        runs = {arm: {record["seed"]: record for record in records if record["arm"] == arm} for arm in self.arms}
+        return {arm: by_seed for arm, by_seed in runs.items() if by_seed}
+
+    def numbers(self, folder: str | Path) -> dict[str, dict[int, Mapping[str, float]]]:
+        """Give the numbers of every run: arm -> training seed -> measure -> value."""
+        runs = self.runs(folder).items()
+        return {arm: {seed: self.measured(record) for seed, record in by_seed.items()} for arm, by_seed in runs}
+
+    def table(self, folder: str | Path) -> dict[str, dict[str, OverSeeds]]:
+        """Average the runs of every arm over training seeds: arm -> measure -> mean and 95 % interval."""
+        return {
+            arm: {measure: over_seeds([trial[measure] for trial in trials]) for measure in trials[0]}
+            for arm, trials in ((arm, [*by_seed.values()]) for arm, by_seed in self.numbers(folder).items())
+        }
+
+    def gains(self, folder: str | Path, base: str) -> dict[str, dict[str, OverSeeds]]:
+        """Subtract the base from every other arm, seed by seed, see `over_base`."""
+        return over_base(self.numbers(folder), base)
 
 
 def over_base(runs: Mapping[str, Mapping[int, Mapping[str, float]]], base: str) -> dict[str, dict[str, OverSeeds]]:

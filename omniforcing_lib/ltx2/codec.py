@@ -107,7 +107,7 @@ class LTX2Codec(nn.Module):
         self.size, patch = tuple(size), video.spatial_compression_ratio
         if any(side < 2 * patch or side % patch for side in size):
             raise ValueError(f"frames have sides of 2 or more multiples of {patch}, found {size[0]} x {size[1]}")
-        self.grid = (size[0] // patch, size[1] // patch)
+        self.grid: tuple[int, int] = (size[0] // patch, size[1] // patch)
         self.mels = config.mel_bins // audio.mel_compression_ratio
         self.channels = AV(video.config.latent_channels, config.latent_channels * self.mels)
         self._check()

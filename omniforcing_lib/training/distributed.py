@@ -162,8 +162,8 @@ class DistributedContext:
 
     def raise_everywhere(self, faults: list[str]) -> None:
         """Raise a ValueError on every process where any of them found a fault."""
-        if found := [fault for faults in self.all_gather(faults) for fault in faults]:
-            raise ValueError(found[0])
+        if everywhere := [fault for faults in self.all_gather(faults) for fault in faults]:
+            raise ValueError(everywhere[0])
 
     def barrier(self) -> None:
         """Wait for the others."""

@@ -121,10 +121,10 @@ def _foreign(path: Path, notes: Mapping[str, object]) -> str:
     """Say why a shard is none of those that are to be made; an empty text where it is one."""
     try:
         with safe_open(path, "pt") as file:
-            kept = json.loads((file.metadata() or {})["notes"])
+            notes_there = json.loads((file.metadata() or {})["notes"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         return f"{path} is damaged: {error!r}; remove it, and it is made again"
-    changed = "; ".join(differences(kept, notes))
+    changed = "; ".join(differences(notes_there, notes))
     return changed and f"{path} was made under other settings: {changed}; use those, or another folder"
 
 
@@ -158,8 +158,8 @@ class Records:
         again = f"remove it and {INDEX} and start again: the other shards are kept"
         if not path.is_file():
             return f"{path} is missing, though the index names it; {again}"
-        if (found := sha256(path)) != shard["sha256"]:
-            return f"{path} is damaged: its sha256 is {found[:12]}…, the index says {shard['sha256'][:12]}…; {again}"
+        if (digest := sha256(path)) != shard["sha256"]:
+            return f"{path} is damaged: its sha256 is {digest[:12]}…, the index says {shard['sha256'][:12]}…; {again}"
         with safe_open(path, "pt") as file:
             lengths = {name: file.get_slice(name).get_shape()[:1] for name in file.keys()}
         wrong = {name: length for name, length in lengths.items() if length != [shard["rows"]]}

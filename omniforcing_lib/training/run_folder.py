@@ -112,11 +112,11 @@ class RunFolder:
 
     def _compare(self, start: int, path: Path, notes: Mapping[str, object]) -> None:
         """Print and keep what has changed or is not known: a learning rate, for instance, follows the length."""
-        kept, self.changes = notes["settings"], list(notes["changes"])
-        messages = differences(kept, self.plan)
-        if (steps := kept.get("steps")) not in (None, self.plan.get("steps")):
+        earlier, self.changes = notes["settings"], list(notes["changes"])
+        messages = differences(earlier, self.plan)
+        if (steps := earlier.get("steps")) not in (None, self.plan.get("steps")):
             self.changes.append(f"of {steps} steps up to step {start}")
-        if names := ", ".join(unknown(kept, self.settings)):
+        if names := ", ".join(unknown(earlier, self.settings)):
             self.changes.append(f"{names} not known up to step {start}")
             messages.append(f"it does not say its {names}: taken on trust")
         if messages and self.group.is_main:

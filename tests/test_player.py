@@ -365,7 +365,7 @@ def test_a_browser_shows_and_sounds_the_stream_and_follows_a_prompt(chromium, tm
 
 
 def started(cell, page):
-    """Run a cell of JupyterLab, which loses keys while its plugins are still being started, and tell whether it runs."""
+    """Run a cell of JupyterLab, which loses keys while its plugins start, and tell whether it runs."""
     cell.query_selector(".cm-content").click()
     page.keyboard.press("Shift+Enter")
     page.wait_for_timeout(1000)

@@ -32,6 +32,7 @@ from omniforcing_lib.video_decode import BT709, SCALER, Fit, Shown, Track, on_sh
 
 CLOCK = Clock()
 SHORT_SIDE = 256  # small clips are enlarged to this: players show them, and halved chroma loses nothing
+ROWS_OF_A_THREAD = 256  # each thread encodes a slice, so their number is part of the file and not left to the machine
 LIMITED_RANGE = 1  # the tag of ISO 23091-2
 AAC_BIT_RATE = 192_000
 LAYOUTS = {1: "mono", 2: "stereo"}
@@ -316,6 +317,7 @@ class ClipWriter:
         stream.height, stream.width = (side * self.scale for side in self.size)
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
+        context.thread_count = max(1, stream.height // ROWS_OF_A_THREAD)
         context.colorspace = context.color_primaries = context.color_trc = BT709
         context.color_range = LIMITED_RANGE
         return stream
@@ -327,7 +329,7 @@ class ClipWriter:
         return stream
 
     def _write_frame(self, pixels: np.ndarray) -> None:
-        enlarged = pixels.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
+        enlarged = pixels.repeat(self.scale, axis=1).repeat(self.scale, axis=0)  # whole rows are copied last: faster
         frame = self._scaler.reformat(
             av.VideoFrame.from_ndarray(enlarged, "rgb24"),
             format="yuv420p",

@@ -1,5 +1,6 @@
 """Clips survive files: pictures, sound, and above all the distance between them."""
 
+import os
 import subprocess
 import sys
 import wave
@@ -155,6 +156,20 @@ def test_a_clip_is_written_as_it_comes_and_no_piece_is_kept(tmp_path):
     path = write_pieces(tmp_path / "pieces.mp4", pieces())
     assert most == [0, 0]
     assert path.read_bytes() == write_clip(tmp_path / "whole.mp4", clip).read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores can be withheld on Linux only")
+@pytest.mark.parametrize("size", [(64, 64), (512, 64)])
+def test_a_clip_is_the_same_file_on_any_number_of_cores(tmp_path, size):
+    """Left to itself the encoder cuts each picture into as many slices as there are cores."""
+    clip, cores = a_clip(1, size), os.sched_getaffinity(0)
+    written = [write_clip(tmp_path / "all.mp4", clip).read_bytes()]
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        written.append(write_clip(tmp_path / "one.mp4", clip).read_bytes())
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert written[0] == written[1]
 
 
 def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path):

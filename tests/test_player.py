@@ -346,15 +346,15 @@ def ask(player, prompt):
 def test_a_browser_shows_and_sounds_the_stream_and_follows_a_prompt(chromium, tmp_path, kind):
     with served(kind, tmp_path) as address:
         page = chromium.new_page(viewport={"width": 1100, "height": 800})
+        page.set_default_timeout(180_000)  # Voilà answers once its cells have run, which a busy machine takes time for
         errors = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
         if kind == "lab":
-            page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=90_000)
-            page.click(".jp-CodeCell .cm-content", timeout=60_000)
-            page.keyboard.press("Shift+Enter")
-            page.keyboard.press("Shift+Enter")
-        page.wait_for_function("document.querySelectorAll('.of-player').length == 2", timeout=90_000)
+            page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+            for cell in page.query_selector_all(".jp-CodeCell")[: len(CELLS)]:
+                until(lambda cell=cell: started(cell, page))
+        page.wait_for_function("document.querySelectorAll('.of-player').length == 2")
         student, flashes = page.query_selector_all(".of-player")
         check_student(student, page, Path(os.environ.get("SHOTS", tmp_path)) / f"player_{kind}.png")
         late = sound_after_light(flashes)
@@ -364,11 +364,19 @@ def test_a_browser_shows_and_sounds_the_stream_and_follows_a_prompt(chromium, tm
         page.close()
 
 
+def started(cell, page):
+    """Run a cell of JupyterLab, which loses keys while its plugins start, and tell whether it runs."""
+    cell.query_selector(".cm-content").click()
+    page.keyboard.press("Shift+Enter")
+    page.wait_for_timeout(1000)
+    return "[ ]" not in cell.query_selector(".jp-InputPrompt").inner_text()
+
+
 def check_student(player, page, shot):
     play = player.query_selector(".of-play")
     play.click()
-    state = state_until(player, lambda s: s["frames"] >= 24)
-    assert state["state"] == "running" and state["samples"] > RATE and state["ahead"] > 0 and state["energy"] > 1
+    state = state_until(player, lambda s: s["frames"] >= 24 and s["ahead"] > 0)
+    assert state["state"] == "running" and state["samples"] > RATE and state["energy"] > 1
     pictures = set()
     for _ in range(6):
         frames = player.evaluate(STATE)["frames"]

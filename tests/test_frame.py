@@ -19,7 +19,7 @@ from series import profiles
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-INSTALLED = [*PROJECT["dependencies"], *EXTRAS["ltx2"], *EXTRAS["dev"]]
+INSTALLED = [*PROJECT["dependencies"], *EXTRAS["ltx2"], *EXTRAS["dev"], *EXTRAS["book"]]
 PINS = dict(
     line.split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()

@@ -5,12 +5,12 @@ VENV ?= .venv
 # The first interpreter that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce test test-fast test-slow lint types lab nb-refresh report clean
+.PHONY: help setup reproduce test test-fast test-slow lint types lab nb-refresh report book clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: Python >= 3.11 is needed; name one with make PYTHON=/path/to/python" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 	  || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ltx2]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,ltx2,book]'
 	@touch $@
 
 reproduce: $(STAMP) ## run the series and write its report; PROFILE=smoke|cpu|full|gpu (default cpu)
@@ -58,6 +58,9 @@ nb-refresh: $(STAMP) ## run the notebooks in fresh kernels (smoke) and store the
 
 report: $(STAMP) ## rebuild reports/REPORT.md from the committed metrics
 	$(BIN)/python -m omniforcing_lib report
+
+book: $(STAMP) ## build all pages and notebooks, as stored, into build/book/index.html; runs nothing
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/book
 
 clean: ## remove caches and run folders; .venv stays
 	rm -rf reports/runs .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:
@@ -159,15 +160,10 @@ def sha256(path: Path) -> str:
 
 def alive(process: int) -> bool:
     """Tell whether a process of this machine runs."""
-    if os.name != "posix":  # elsewhere signal 0 is no question
-        return True
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
+        return psutil.pid_exists(process)
+    except OverflowError:  # no system counts so far: it is another's name for something
         return True
-    return True
 
 
 def write_tensors(

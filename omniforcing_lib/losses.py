@@ -83,7 +83,7 @@ def _lut(device: torch.device) -> Tensor:
 
 
 def dmd_direction(x_hat: Tensor, fake: Tensor, real: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Compute the direction of DMD's gradient, (fake - real) / mean |x_hat - real|, for one stream (specification 5.1).
+    """Compute DMD's gradient direction, `(fake - real) / mean |x_hat - real|`, for one stream (specification 5.1).
 
     The normaliser is per sample, over the counted latents; what is not finite becomes 0.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -168,7 +169,7 @@ class ModelBundle:
         """Bytes of memory that the device has."""
         if torch.device(self.device).type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return psutil.virtual_memory().total
 
     @property
     def fits_training(self) -> bool:

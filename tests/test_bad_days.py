@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import resource
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +60,7 @@ def test_what_the_killed_left_is_swept_and_what_the_living_write_is_not(tmp_path
 @contextmanager
 def no_room(limit=200_000):
     """No file may grow beyond this; what a full disk answers with "no space left" then ends in "file too large"."""
+    resource = pytest.importorskip("resource", reason="Windows has no such limit")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
@@ -126,7 +127,7 @@ def no_locks(monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
 
 
 def opened(folder):
@@ -152,7 +153,25 @@ def test_only_would_block_means_that_another_run_has_the_folder(tmp_path, monkey
     def flock(*_):
         raise OSError(found, os.strerror(found))
 
-    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ValueError, match="in use by a run that has just begun"):
+        opened(tmp_path)
+
+
+def test_windows_locks_a_byte_that_nobody_reads(tmp_path, monkeypatch):
+    """By a stand-in for `msvcrt`; the name of the owner stays readable, and a lock that is taken is a busy folder."""
+    held = set()
+
+    def locking(file, mode, count):
+        place = os.lseek(file, 0, os.SEEK_CUR)
+        if place in held:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        held.add(place)
+
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    assert opened(tmp_path) == f"{socket.gethostname()} process {os.getpid()}\n"
+    assert min(held) > 1000
     with pytest.raises(ValueError, match="in use by a run that has just begun"):
         opened(tmp_path)
 

@@ -1,7 +1,9 @@
 """The frame: one environment said in three files, light imports, a command line that answers in one line."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,7 +21,7 @@ from series import profiles
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-INSTALLED = [*PROJECT["dependencies"], *EXTRAS["ltx2"], *EXTRAS["dev"]]
+INSTALLED = [*PROJECT["dependencies"], *EXTRAS["ltx2"], *EXTRAS["dev"], *EXTRAS["book"]]
 PINS = dict(
     line.split("==")
     for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -96,6 +98,27 @@ def test_every_room_imports_without_the_optional_packages():
     code += f"for room in {sorted(SOURCES)}: import_module(room)\n"
     code += "import torch; print(torch.cuda.is_initialized())"
     assert len(ROOMS) >= 10 and python(code).strip() == "False"
+
+
+def test_no_room_needs_a_posix_system_to_be_imported():
+    """Each is imported again, once other packages are there, without what Windows lacks."""
+    lacks = {
+        "os": "chown fork getuid geteuid killpg mkfifo sched_getaffinity setsid statvfs sysconf uname",
+        "signal": "SIGALRM SIGCHLD SIGHUP SIGKILL SIGUSR1 alarm pause setitimer",
+    }
+    modules = "fcntl grp posix pty pwd resource syslog termios tty".split()
+    code = f"""
+import os, signal, sys
+from importlib import import_module
+for room in {sorted(SOURCES)}: import_module(room)
+for name in list(sys.modules):
+    if name.partition(".")[0] in ("omniforcing_lib", "series", "studies"): del sys.modules[name]
+sys.modules.update(dict.fromkeys({modules}))
+for place, names in {lacks}.items():
+    for name in names.split(): delattr(sys.modules[place], name)
+for room in {sorted(SOURCES)}: import_module(room)
+print("all")"""
+    assert python(code).strip() == "all"
 
 
 def test_global_seeds_are_set_in_one_place():
@@ -186,6 +209,32 @@ def test_generate_writes_each_block_before_the_one_after_the_next_is_made(tmp_pa
     with pytest.raises(ZeroDivisionError):
         main([*given, str(tmp_path / "other" / "clip.mp4")])
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_the_installed_package_generates_from_any_folder(tmp_path):
+    """A wheel is built, installed beside the other packages and used elsewhere; nothing comes from the clone."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("omniforcing_lib", "data", "notebooks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.ipynb"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = "-m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --no-index --target".split()
+    subprocess.run([sys.executable, *pip, site, source], check=True, timeout=300)
+    shutil.rmtree(source)
+    code = """
+from importlib.metadata import entry_points
+from omniforcing_lib import files
+from series import profiles
+(command,) = entry_points(group="console_scripts", name="omniforcing")
+print(files.DATA, profiles.__file__)
+command.load()(["generate", "--prompt", "a red ball, bell", "--seconds", "1", "--out", "clip.mp4"])"""
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=elsewhere, env=env, text=True, stdout=subprocess.PIPE, check=True, timeout=300
+    ).stdout
+    assert told.split()[:2] == [str(site / "omniforcing_data"), str(site / "series" / "profiles.py")]
+    assert [path.name for path in elsewhere.iterdir()] == ["clip.mp4"]
 
 
 def test_render_writes_a_clip_of_the_world(tmp_path, capsys):

@@ -189,9 +189,10 @@ def test_mask_explorer_shows_the_twin_of_what_is_chosen():
     assert sinks.value == 0 and block.value is None and len(block.options) == 3
 
 
-def test_clip_browser_shows_and_sounds_the_chosen_clip():
+@pytest.mark.parametrize("ordered", [False, True], ids=["list", "slider"])
+def test_clip_browser_shows_and_sounds_the_chosen_clip(ordered):
     clips = [a_clip(0), a_clip(1)]
-    choice, picture, sound = widgets.clip_browser(clips, ["a", "b"]).children
+    choice, picture, sound = widgets.clip_browser(clips, ["a", "b"], ordered=ordered).children
     choice.value = 1
     assert picture.value == plots.png(plots.strip(clips[1], title="b"))
     assert sound.value == wav_bytes(clips[1].audio)

@@ -57,14 +57,19 @@ def clip_browser(
     titles: Sequence[str],
     events: Sequence[tuple[Sequence[plots.Timed], Sequence[plots.Timed]]] | None = None,
     clock: Clock = CLOCK,
+    *,
+    ordered: bool = False,
 ) -> ipw.VBox:
     """Choose a clip, see its strip with its events (impacts, onsets) and hear it; the still twin is `plots.strip`.
+
+    Clips that are `ordered`, such as the states of a denoising, are chosen by a slider.
 
     Shapes: each clip frames uint8 [F, H, W, 3], samples float [N].
     """
     if len(clips) != len(titles) or not clips:
         raise ValueError(f"expected a title for each clip, found {len(clips)} clips and {len(titles)} titles")
-    choice = ipw.Dropdown(options=[(title, i) for i, title in enumerate(titles)], description="clip")
+    chooser = ipw.SelectionSlider if ordered else ipw.Dropdown
+    choice = chooser(options=[(title, i) for i, title in enumerate(titles)], description="clip")
     picture, sound = ipw.Image(format="png"), ipw.Audio(format="wav", autoplay=False, loop=False)
 
     def show(_: object = None) -> None:

@@ -8,16 +8,15 @@ Shapes: K blocks, F video latents.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -94,12 +93,7 @@ def resident_bytes() -> int:
     """Memory of this process: of the accelerator if there is one, else what the system says is resident."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return psutil.Process().memory_info().rss
 
 
 class Watched(NamedTuple):

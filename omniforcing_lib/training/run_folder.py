@@ -8,7 +8,6 @@ state by the same command, with any number of processes.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -273,7 +272,7 @@ def _locked(path: Path, is_main: bool) -> Iterator[None]:
 def _busy(file: IO, path: Path, owner: str) -> bool:
     """Take the lock, or tell that another run has it; only "would block" says that, any other error is the disk's."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(file)
     except BlockingIOError:
         return True
     except OSError as error:
@@ -282,6 +281,22 @@ def _busy(file: IO, path: Path, owner: str) -> bool:
         another = host == socket.gethostname() and process.isdigit() and int(process) != os.getpid()
         return another and alive(int(process))
     return False
+
+
+def _take(file: IO) -> None:
+    """Lock a file until it is closed, or raise BlockingIOError; Windows locks a byte, far behind what others read."""
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        os.lseek(file.fileno(), 2**30, os.SEEK_SET)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _silence_s(folder: Path) -> float:

@@ -111,6 +111,7 @@ class ClipConfig(Command):
         "tokens of a frame of LTX-2, down and across, of 32 x 32 pixels each", (16, 24), high=1000
     )
     horizon: int | None = option("video latents that a streamed frame of LTX-2 waits for", None, low=0)
+    decoder: tuple[str, str] = option("tiny and a TAEHV file: frames that wait for nothing (default: LTX-2's own)", ())
 
     def bundle(self, prompts: Sequence[str]):
         """Find codec and text encoder of the model, encode all prompts, and say how its weights are loaded."""
@@ -119,7 +120,7 @@ class ClipConfig(Command):
         from omniforcing_lib import backends, model_bundle
 
         backends.use(self.attention)
-        near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "contexts")}
+        near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "decoder", "contexts")}
         bundle = model_bundle.of(self.model, device=self.device, dtype=self.dtype, grid=self.grid, **near)
         bundle.choose_attention()
         for prompt in prompts:  # one outside the grammar is refused before any work
@@ -177,6 +178,7 @@ class ExportClips(ClipConfig):
         made = made if checkpoint.causal is None else {"causal": checkpoint.causal.to_metadata()}
         protocol = {"seconds": self.seconds, "dtype": self.dtype, "weights": self.weights or None}
         protocol |= {"horizon": self.horizon, "model": Path(self.model).name, **made}
+        protocol |= {"decoder": [Path(word).name for word in self.decoder]}
         protocol |= {"resolution": benchmark_export.resolution(bundle.codec, checkpoint.config)}
         clock, out = bundle.codec.clock, self.out
         print(benchmark_export.write(make, prompts, tool, Path(out), clock=clock, seed=self.seed, protocol=protocol))

@@ -313,6 +313,22 @@ class Export(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Convert(Command):
+    """Turn a pickle that was published as a checkpoint into safetensors; every other command refuses pickles."""
+
+    checkpoint: str = option("a .pt, .pth, .ckpt or .bin file", flag="name")
+    out: str = option("file", writes=".safetensors")
+
+    def _run(self) -> None:
+        from omniforcing_lib import files
+        from omniforcing_lib.ltx2 import exports
+
+        written, given = exports.convert(self.checkpoint, self.out), files.given(self.checkpoint)
+        print(f"{written}: tensors alone, nothing was executed. A pickle can run code wherever else it is opened:")
+        print(f"warning: compare sha256 {files.sha256(given)} of {given} with its publisher's, and keep the new file")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train(Command):
     """Train one stage, alone or under torchrun, or plan the memory of Stage 3."""
 
@@ -348,6 +364,7 @@ COMMANDS: dict[str, type[Command]] = {
     "sinks": Sinks,
     "inspect": Inspect,
     "export": Export,
+    "convert": Convert,
     "train": Train,
 }
 

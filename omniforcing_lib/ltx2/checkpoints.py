@@ -1,8 +1,8 @@
 """Checkpoints of LTX-2's transformer: say what a file holds, load it strictly, write it. Only safetensors are read.
 
-Four formats are read: LTX-2 single files (prefix `model.diffusion_model.`, JSON `config` in the metadata), diffusers
-folders, OmniForcing releases, and students of this project: LTX-2 files with `audio_sink_tokens` and an `omniforcing`
-part in their config. The miniature's files are of the first and the last. Source: specification 1.2.
+Five formats are read: LTX-2 single files (prefix `model.diffusion_model.`, JSON `config` in the metadata), diffusers
+folders, OmniForcing's and TaoMate's releases, and students of this project: LTX-2 files with `audio_sink_tokens` and an
+`omniforcing` part in their config. The miniature's files are of the first and the last. Source: specification 1.2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from omniforcing_lib import files, safetensors_io
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.flow import RELEASED_STEPS
+from omniforcing_lib.flow import PAPER_STEPS, RELEASED_STEPS
 from omniforcing_lib.layout import PAPER, RELEASED
 from omniforcing_lib.ltx2 import exports, formats, low_memory
 from omniforcing_lib.ltx2.exports import BESIDE, INDEX, SCALE
@@ -162,7 +162,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def read(model: str | os.PathLike[str]) -> Checkpoint:
-    """Read format, config, names, shapes and dtypes of any of the four formats; no tensor is loaded.
+    """Read format, config, names, shapes and dtypes of any of the five formats; no tensor is loaded.
 
     Raises:
         ValueError: what is there is damaged, of no known format, or asks for what this model does not do.
@@ -204,7 +204,8 @@ def _config(format: Format, path: Path, metadata: Mapping, shapes: Mapping[str, 
     if format is formats.LTX2:
         raise ValueError(f"no `config` in its metadata (found: {', '.join(metadata) or 'none'}); LTX-2 files have it")
     config = formats.from_shapes(shapes)
-    return replace(config, **formats.RELEASED_CODE) if format.causal_release else config
+    settings = formats.TAOMATE_CODE if format is formats.TAOMATE else formats.RELEASED_CODE
+    return replace(config, **settings) if format.causal_release else config
 
 
 def _causal(format: Format, metadata: Mapping, config: ModelConfig) -> RolloutConfig | None:
@@ -216,6 +217,8 @@ def _causal(format: Format, metadata: Mapping, config: ModelConfig) -> RolloutCo
             raise ValueError(f"its `omniforcing` part is damaged: {error!r}") from error
     if not format.causal_release or "config" in metadata:
         return None
+    if format is formats.TAOMATE:  # it sees block 0 and the two blocks before, at positions that never come back
+        return RolloutConfig(RELEASED, PAPER_STEPS, window=2, reanchor=False)
     if sinks := config.num_audio_sink_tokens:
         return RolloutConfig(replace(PAPER, sinks=sinks))
     return RolloutConfig(RELEASED, RELEASED_STEPS)
@@ -263,7 +266,7 @@ def load(
     keyframe embedding that the config asks for and the file does not hold, which counts as zeros (specification 1.12).
 
     Args:
-        model: `teacher`, `student` or the path of a file, an index or a folder in any of the four formats.
+        model: `teacher`, `student` or the path of a file, an index or a folder in any of the five formats.
         device: where it runs.
         dtype: of all its weights; on the CPU, weights that have it in the file stay mapped to the file.
         sinks: give a checkpoint this many new sinks; None keeps the file's.
@@ -456,14 +459,17 @@ def inspect(model: str | os.PathLike[str]) -> str:
 
 
 def _assumed(checkpoint: Checkpoint) -> list[str]:
-    """Say what was not read from the checkpoint: settings that no tensor shows, and zeros for keyframes."""
+    """Say what was not read from the checkpoint: settings that no tensor shows, zeros for keyframes, a memory."""
     lines = []
     if checkpoint.config.use_keyframes_abs_pos_embedding and formats.KEYFRAMES not in checkpoint.transformer:
         lines.append(f"{formats.KEYFRAMES}: the config asks for it and the file does not hold it; it counts as zeros")
+    if memory := _others(checkpoint)[formats.MEMORY]:
+        names = "learned_memory_*, *_memory_attn, video_color_film"
+        lines.append(f"left out: {memory} tensors of a learned memory ({names}); without memory they add nothing")
     if checkpoint.format is formats.DIFFUSERS:
         return lines
     if "config" not in checkpoint.metadata:
-        return [*lines, f"settings: the file carries none; these are what an {checkpoint.format.name} is run with"]
+        return [*lines, f"settings: the file carries none; they are those of a {checkpoint.format.name}"]
     absent = [name for name in _DECISIVE if name not in checkpoint.metadata["config"]["transformer"]]
     values = ", ".join(str(getattr(checkpoint.config, name)) for name in absent)
     if absent:

@@ -107,6 +107,7 @@ class ClipConfig(Command):
     )
     gemma: str = option("folder of Gemma 3 (default: gemma* beside the model)", "")
     contexts: str = option("folder that keeps Gemma's contexts (default: the user's cache)", "")
+    lora: tuple[str, ...] = option("LoRA file to add to the weights; may be given again", (), flag="--lora")
     grid: tuple[int, int] = option(
         "tokens of a frame of LTX-2, down and across, of 32 x 32 pixels each", (16, 24), high=1000
     )
@@ -118,7 +119,9 @@ class ClipConfig(Command):
         import torch
 
         from omniforcing_lib import backends, model_bundle
+        from omniforcing_lib.ltx2 import checkpoints, lora
 
+        lora.read(self.lora, checkpoints.read(self.model).bare_shapes)
         backends.use(self.attention)
         near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "decoder", "contexts")}
         bundle = model_bundle.of(self.model, device=self.device, dtype=self.dtype, grid=self.grid, **near)
@@ -127,7 +130,7 @@ class ClipConfig(Command):
             bundle.text.encode([prompt], bundle.device)
         print(bundle)
         load = {"device": bundle.device, "dtype": getattr(torch, self.dtype)}
-        return bundle, load | {"weights": self.weights or None, "offload": self.offload}
+        return bundle, load | {"weights": self.weights or None, "offload": self.offload, "loras": self.lora}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +181,7 @@ class ExportClips(ClipConfig):
         made = made if checkpoint.causal is None else {"causal": checkpoint.causal.to_metadata()}
         protocol = {"seconds": self.seconds, "dtype": self.dtype, "weights": self.weights or None}
         protocol |= {"horizon": self.horizon, "model": Path(self.model).name, **made}
-        protocol |= {"decoder": [Path(word).name for word in self.decoder]}
+        protocol |= {"decoder": [Path(w).name for w in self.decoder], "lora": [Path(path).name for path in self.lora]}
         protocol |= {"resolution": benchmark_export.resolution(bundle.codec, checkpoint.config)}
         clock, out = bundle.codec.clock, self.out
         print(benchmark_export.write(make, prompts, tool, Path(out), clock=clock, seed=self.seed, protocol=protocol))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omniforcing_lib.options import Command, Parser, one_line, option
 
-LONGEST_CLIP = 600  # seconds of a file; `stream.Streamer` goes on without end
+LONGEST_CLIP = 600  # seconds of a clip that is made or rendered at once; a student streams without end
 MOST_STEPS = 1000  # noise levels that a model tells apart
 LARGEST_SEED = 2**63 - 1  # the largest that torch's generators take
 CHECKPOINT = "teacher, stage2, student, a file, an index or a folder"
@@ -92,7 +92,7 @@ class ClipConfig(Command):
     """Say which model makes clips, what stands beside it, and where it runs."""
 
     seed: int = option("of the noise of the first clip", 0, low=0, high=LARGEST_SEED)
-    seconds: int = option("length of a clip in seconds", 5, high=LONGEST_CLIP)
+    seconds: int = option("length of a clip in seconds; of a teacher's, at most 600", 5)
     steps: int = option("sampling steps of a teacher; a student has its own", 40, high=MOST_STEPS)
     model: str = option(CHECKPOINT, "student")
     device: str = option("cpu, cuda, cuda:1 or auto", "cpu")
@@ -121,7 +121,11 @@ class ClipConfig(Command):
         from omniforcing_lib import backends, model_bundle
         from omniforcing_lib.ltx2 import checkpoints, lora
 
-        lora.read(self.lora, checkpoints.read(self.model).bare_shapes)
+        checkpoint = checkpoints.read(self.model)
+        if checkpoint.causal is None and self.seconds > LONGEST_CLIP:
+            limit = f"{LONGEST_CLIP} s, found {self.seconds}"
+            raise ValueError(f"--seconds: a teacher makes a clip at once, at most {limit}; a student has no limit")
+        lora.read(self.lora, checkpoint.bare_shapes)
         backends.use(self.attention)
         near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "decoder", "contexts")}
         bundle = model_bundle.of(self.model, device=self.device, dtype=self.dtype, grid=self.grid, **near)
@@ -153,10 +157,10 @@ class Generate(ClipConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportClips(ClipConfig):
-    """Make the clips that VBench or JavisBench read, with a manifest."""
+    """Make the clips that VBench, JavisBench or StreamAVBench read, with a manifest."""
 
-    prompts: str = option("a file, a prompt per line; a longer one after a tab")
-    tool: str = option("vbench or javisbench", "vbench")
+    prompts: str = option("a file, a prompt or StreamAVBench's case per line; what to make after a tab")
+    tool: str = option("vbench, javisbench or streamavbench, whose clips last 180 s", "vbench")
     pattern: str = option("name, of {prompt}, {sample}, {number} (default: the tool's)", "")
     samples: int = option("clips of a prompt; 0 is the tool's own number", 0, low=0)
     out: str = option("folder of clips and manifest", writes="folder")
@@ -175,7 +179,7 @@ class ExportClips(ClipConfig):
 
         def make(prompt: str, seed: int):
             clip = model(), checkpoint.causal, bundle.codec, bundle.text, prompt, self.seconds, seed
-            return stream.make_clip(*clip, steps=self.steps, guidance=bundle.guidance)
+            return stream.clip_pieces(*clip, steps=self.steps, guidance=bundle.guidance)
 
         made = {"steps": self.steps, "guidance": str(bundle.guidance)}
         made = made if checkpoint.causal is None else {"causal": checkpoint.causal.to_metadata()}

@@ -151,14 +151,16 @@ class LTX2Codec(nn.Module):
         if frames.shape[2:] != (*self.size, 3):
             raise ValueError(f"frames are {(*self.size, 3)}, found {tuple(frames.shape[2:])}: resize them first")
         self.clock.video_latents_of(frames.shape[1])
-        video = self.video.encode(_like(rearrange(frames, "b f h w c -> b c f h w"), self.video)).latent_dist.mode()
         mel = _like(self.spectrogram(samples), self.audio)
         audio = rearrange(self.audio.encode(mel).latent_dist.mode(), "b c t m -> b t (c m)")
+        return AV(self.encode_frames(frames), (audio - self.audio.latents_mean) / self.audio.latents_std)
+
+    @torch.no_grad()
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Encode the picture alone. Shapes: [B, f, H, W, 3] in [-1, 1] -> [B, F, h, w, c]."""
+        video = self.video.encode(_like(rearrange(frames, "b f h w c -> b c f h w"), self.video)).latent_dist.mode()
         video = rearrange(video, "b c f h w -> b f h w c")
-        return AV(
-            (video - self.video.latents_mean) * self.video.config.scaling_factor / self.video.latents_std,
-            (audio - self.audio.latents_mean) / self.audio.latents_std,
-        )
+        return (video - self.video.latents_mean) * self.video.config.scaling_factor / self.video.latents_std
 
     def spectrogram(self, samples: Tensor) -> Tensor:
         """Give the log-mel spectrogram that the audio encoder takes: 64 Slaney bins, n_fft 1024, hop 160.
@@ -291,18 +293,18 @@ def load_ltx2_codec(
     return LTX2Codec(video, audio, vocoder, size, horizon=horizon, tiny=decoder)
 
 
-def stream_error(codec: LTX2Codec, latents: AV[Tensor]) -> float:
+def stream_error(codec: LTX2Codec, latents: AV[Tensor], whole: Tensor | None = None) -> float:
     """Measure what a shorter wait costs: PSNR in dB of a codec's streamed frames against LTX-2's own whole decode.
 
     The codec has a `horizon` or a tiny decoder. The peak is 2, as frames lie in [-1, 1]; inf where they are equal.
 
-    Shapes: latents as in `LTX2Codec.decode`, one latent a step.
+    Shapes: latents as in `LTX2Codec.decode`, one latent a step; `whole` [B, f, H, W, 3], where it is known.
     """
     step, state = codec.overlaps.video.step, codec.start()
     with torch.no_grad():
         pieces = [step(state.video, part) for part in latents.video.split(1, 1)]
         pieces.append(step(state.video, latents.video[:, :0], last=True))
-        whole = codec._frames(latents.video)
+        whole = codec._frames(latents.video) if whole is None else whole
     error = (torch.cat(pieces, 1) - whole).square().mean()
     return (10 * torch.log10(4 / error)).item()
 

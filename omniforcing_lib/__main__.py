@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omniforcing_lib.options import Command, Parser, one_line, option
 
-LONGEST_CLIP = 600  # seconds of a file; `stream.Streamer` goes on without end
+LONGEST_CLIP = 600  # seconds of a clip that is made or rendered at once; a student streams without end
 MOST_STEPS = 1000  # noise levels that a model tells apart
 LARGEST_SEED = 2**63 - 1  # the largest that torch's generators take
 CHECKPOINT = "teacher, stage2, student, a file, an index or a folder"
@@ -93,7 +93,7 @@ class ClipConfig(Command):
     """Say which model makes clips, what stands beside it, and where it runs."""
 
     seed: int = option("of the noise of the first clip", 0, low=0, high=LARGEST_SEED)
-    seconds: int = option("length of a clip in seconds", 5, high=LONGEST_CLIP)
+    seconds: int = option("length of a clip in seconds; of a teacher's, at most 600", 5)
     steps: int = option("sampling steps of a teacher; a student has its own", 40, high=MOST_STEPS)
     model: str = option(CHECKPOINT, "student")
     device: str = option("cpu, cuda, cuda:1 or auto", "cpu")
@@ -108,26 +108,34 @@ class ClipConfig(Command):
     )
     gemma: str = option("folder of Gemma 3 (default: gemma* beside the model)", "")
     contexts: str = option("folder that keeps Gemma's contexts (default: the user's cache)", "")
+    lora: tuple[str, ...] = option("LoRA file to add to the weights; may be given again", (), flag="--lora")
     grid: tuple[int, int] = option(
         "tokens of a frame of LTX-2, down and across, of 32 x 32 pixels each", (16, 24), high=1000
     )
     horizon: int | None = option("video latents that a streamed frame of LTX-2 waits for", None, low=0)
+    decoder: tuple[str, str] = option("tiny and a TAEHV file: frames that wait for nothing (default: LTX-2's own)", ())
 
     def bundle(self, prompts: Sequence[str]):
         """Find codec and text encoder of the model, encode all prompts, and say how its weights are loaded."""
         import torch
 
         from omniforcing_lib import backends, model_bundle
+        from omniforcing_lib.ltx2 import checkpoints, lora
 
+        checkpoint = checkpoints.read(self.model)
+        if checkpoint.causal is None and self.seconds > LONGEST_CLIP:
+            limit = f"{LONGEST_CLIP} s, found {self.seconds}"
+            raise ValueError(f"--seconds: a teacher makes a clip at once, at most {limit}; a student has no limit")
+        lora.read(self.lora, checkpoint.bare_shapes)
         backends.use(self.attention)
-        near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "contexts")}
+        near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "decoder", "contexts")}
         bundle = model_bundle.of(self.model, device=self.device, dtype=self.dtype, grid=self.grid, **near)
         bundle.choose_attention()
         for prompt in prompts:  # one outside the grammar is refused before any work
             bundle.text.encode([prompt], bundle.device)
         print(bundle)
         load = {"device": bundle.device, "dtype": getattr(torch, self.dtype)}
-        return bundle, load | {"weights": self.weights or None, "offload": self.offload}
+        return bundle, load | {"weights": self.weights or None, "offload": self.offload, "loras": self.lora}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +158,10 @@ class Generate(ClipConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportClips(ClipConfig):
-    """Make the clips that VBench or JavisBench read, with a manifest."""
+    """Make the clips that VBench, JavisBench or StreamAVBench read, with a manifest."""
 
-    prompts: str = option("a file, a prompt per line; a longer one after a tab")
-    tool: str = option("vbench or javisbench", "vbench")
+    prompts: str = option("a file, a prompt or StreamAVBench's case per line; what to make after a tab")
+    tool: str = option("vbench, javisbench or streamavbench, whose clips last 180 s", "vbench")
     pattern: str = option("name, of {prompt}, {sample}, {number} (default: the tool's)", "")
     samples: int = option("clips of a prompt; 0 is the tool's own number", 0, low=0)
     out: str = option("folder of clips and manifest", writes="folder")
@@ -172,12 +180,13 @@ class ExportClips(ClipConfig):
 
         def make(prompt: str, seed: int):
             clip = model(), checkpoint.causal, bundle.codec, bundle.text, prompt, self.seconds, seed
-            return stream.make_clip(*clip, steps=self.steps, guidance=bundle.guidance)
+            return stream.clip_pieces(*clip, steps=self.steps, guidance=bundle.guidance)
 
         made = {"steps": self.steps, "guidance": str(bundle.guidance)}
         made = made if checkpoint.causal is None else {"causal": checkpoint.causal.to_metadata()}
         protocol = {"seconds": self.seconds, "dtype": self.dtype, "weights": self.weights or None}
         protocol |= {"horizon": self.horizon, "model": Path(self.model).name, **made}
+        protocol |= {"decoder": [Path(w).name for w in self.decoder], "lora": [Path(path).name for path in self.lora]}
         protocol |= {"resolution": benchmark_export.resolution(bundle.codec, checkpoint.config)}
         clock, out = bundle.codec.clock, self.out
         print(benchmark_export.write(make, prompts, tool, Path(out), clock=clock, seed=self.seed, protocol=protocol))
@@ -312,6 +321,22 @@ class Export(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Convert(Command):
+    """Turn a pickle that was published as a checkpoint into safetensors; every other command refuses pickles."""
+
+    checkpoint: str = option("a .pt, .pth, .ckpt or .bin file", flag="name")
+    out: str = option("file", writes=".safetensors")
+
+    def _run(self) -> None:
+        from omniforcing_lib import files
+        from omniforcing_lib.ltx2 import exports
+
+        written, given = exports.convert(self.checkpoint, self.out), files.given(self.checkpoint)
+        print(f"{written}: tensors alone, nothing was executed. A pickle can run code wherever else it is opened:")
+        print(f"warning: compare sha256 {files.sha256(given)} of {given} with its publisher's, and keep the new file")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Train(Command):
     """Train one stage, alone or under torchrun, or plan the memory of Stage 3."""
 
@@ -347,6 +372,7 @@ COMMANDS: dict[str, type[Command]] = {
     "sinks": Sinks,
     "inspect": Inspect,
     "export": Export,
+    "convert": Convert,
     "train": Train,
 }
 

@@ -9,6 +9,7 @@ number only the timestamps tell.
 from __future__ import annotations
 
 import io
+import os
 import re
 import warnings
 import wave
@@ -17,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar
 
 import av
 import numpy as np
@@ -256,6 +257,9 @@ def _read_sound(
 class ClipWriter:
     """Write an mp4 (H.264 and AAC) piece by piece; the whole file appears when the `with` block ends without error.
 
+    Until then it grows in a folder beside its place, `.NAME.PROCESS.part`, and plays, all but the last seconds: a run
+    that is killed leaves it there, and one that is interrupted (Ctrl-C) finishes it as `NAME.cut.mp4`.
+
     Frames are enlarged by a whole factor `scale`; None takes the smallest that makes the short side at least
     SHORT_SIDE and both sides even, as H.264's halved chroma needs. `read_clip` scales back. Sound has 1 or 2
     `channels`.
@@ -283,7 +287,8 @@ class ClipWriter:
     def __enter__(self) -> ClipWriter:
         with ExitStack() as stack:
             partial = stack.enter_context(replacing(self.path))
-            options = {"movflags": "+faststart", "fflags": "+bitexact"}
+            options = {"movflags": "+delay_moov+default_base_moof", "frag_duration": "1000000", "flush_packets": "1"}
+            options |= {"fflags": "+bitexact"}
             self._container = stack.enter_context(av.open(str(partial), "w", format="mp4", options=options))
             self._streams: AV[Any] = AV(self._add_picture(), self._add_sound())
             self._stack = stack.pop_all()
@@ -293,13 +298,15 @@ class ClipWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
+            if isinstance(error, KeyboardInterrupt) and min(self.written):
+                self._finish(self.path.with_suffix(f".cut{self.path.suffix}"))
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
             if not min(self.written):
                 raise ValueError(f"{self.path}: expected frames and samples, found {tuple(self.written)}; write some")
-            for stream in self._streams:
-                self._container.mux(stream.encode(None))
+            partial = Path(self._container.name)
+            os.replace(self._finish(partial.with_name("whole")), partial)
 
     def write(self, piece: AV[np.ndarray]) -> None:
         """Append frames and samples; a piece may hold any number of either.
@@ -311,6 +318,20 @@ class ClipWriter:
             self._write_frame(frame)
         if len(piece.audio):
             self._write_samples(piece.audio.clip(-1, 1).astype(np.float32))
+
+    def _finish(self, path: Path) -> Path:
+        """End both streams, and copy the fragments into a file with one index in front of all."""
+        for stream in self._streams:
+            self._container.mux(stream.encode(None))
+        self._container.close()
+        options = {"movflags": "+faststart", "fflags": "+bitexact"}
+        with av.open(self._container.name) as parts, av.open(str(path), "w", format="mp4", options=options) as whole:
+            streams = [whole.add_stream_from_template(stream) for stream in parts.streams]
+            for packet in parts.demux():
+                if packet.dts is not None:  # what ends a stream has no time
+                    packet.stream = streams[packet.stream_index]
+                    whole.mux(packet)
+        return path
 
     def _add_picture(self) -> av.VideoStream:
         stream = self._container.add_stream("libx264", rate=self.clock.fps, options={"crf": "12", "preset": "medium"})
@@ -389,12 +410,16 @@ def wav_bytes(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> bytes:
     Shapes: samples float [N], or [N, 2] for stereo, in [-1, 1], `rate` per second.
     """
     with io.BytesIO() as buffer:
-        with wave.open(buffer, "wb") as sound:
-            sound.setnchannels(samples.shape[1] if samples.ndim == 2 else 1)
-            sound.setsampwidth(2)
-            sound.setframerate(rate)
+        with open_wav(buffer, samples.shape[1] if samples.ndim == 2 else 1, rate) as sound:
             sound.writeframes(pcm(samples))
         return buffer.getvalue()
+
+
+def open_wav(target: str | BinaryIO, channels: int, rate: int) -> wave.Wave_write:
+    """Begin a 16-bit wav file; `writeframes(pcm(samples))` appends to it."""
+    sound = wave.open(target, "wb")
+    sound.setparams((channels, 2, rate, 0, "NONE", ""))
+    return sound
 
 
 def pcm(samples: np.ndarray) -> bytes:

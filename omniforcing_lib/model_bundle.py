@@ -235,6 +235,7 @@ def of(
     parts: str = "",
     gemma: str = "",
     horizon: int | None = None,
+    decoder: Sequence[str] = (),
     contexts: str = "",
 ) -> ModelBundle:
     """Find what belongs to a checkpoint: the miniature's world, LTX-2's own parts, or stand-ins.
@@ -250,29 +251,38 @@ def of(
             `ltx-2*.safetensors` beside it.
         gemma: folder of Gemma 3.
         horizon: video latents that a streamed frame waits for, see `LTX2Codec`.
+        decoder: the word tiny and a TAEHV file whose decoder makes the frames; by default LTX-2's own does.
         contexts: folder that keeps Gemma's contexts; by default the user's cache, see `gemma.user_cache`.
 
     Raises:
-        ValueError: a named part or the device is not there, or is not what it should be; a Gemma for LTX-2.5, whose
-            text encoder is not supported.
+        ValueError: a named part or the device is not there, or is not what it should be; a tiny decoder where LTX-2's
+            own codec is not there or not asked for; a Gemma for LTX-2.5, whose text encoder is not supported.
     """
     device = str(backends.device(device))
     checkpoint, place = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
     config, name = checkpoint.config, checkpoint.path.name
     fits_world = config.in_channels == CodecConfig().channels.video
+    kind, tiny = decoder or ("tiny", "")
+    if kind != "tiny":
+        raise ValueError(f"a decoder is the word tiny and a TAEHV file, found {kind!r}; leave it out for LTX-2's own")
     if checkpoint.metadata.get("model_version") == "miniature" and fits_world:
+        if tiny:
+            raise ValueError(f"{name} is the miniature, whose latents {tiny} does not know; leave the decoder out")
         description = "the miniature: its codec and its world, whose truth is known"
         prompts = tuple(world.prompts())
         codec, text = codecs.shipped_codec(device), TinyText()
         return ModelBundle(source, codec, text, prompts, MINIATURE_GUIDANCE, True, description, **place)
     encoder = gemma or next((str(path.parent) for path in _beside(checkpoint.path, "gemma*/config.json")), "")
+    if tiny and not encoder:
+        raise ValueError(f"{name}: {tiny} decodes the picture alone; name Gemma's folder and LTX-2's parts")
     if encoder and formats.version_of(checkpoint.transformer) == "2.5":
         raise ValueError(f"{name}: {formats.TEXT_ENCODER_2_5} is not supported, only Gemma 3 is: found {encoder}")
     if encoder:
         where = files.given(parts) if parts else _parts_of(checkpoint.path)
         text = GemmaText(files.given(encoder), where, files.given(contexts) if contexts else user_cache(), **place)
-        codec = load_ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon=horizon, mono=True, **place)
-        description = f"{name}: decoded by {where.name}, prompted by {Path(encoder).name}; no ground truth is known"
+        codec = load_ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon=horizon, tiny=tiny, **place)
+        decoders = " and ".join(Path(file).name for file in (tiny, where) if file)
+        description = f"{name}: decoded by {decoders}, prompted by {Path(encoder).name}; no ground truth is known"
     else:
         codec, text = StandInCodec(config, grid, device), StandInText(text_widths(config))
         description = (

@@ -15,6 +15,8 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 from omniforcing_lib import files
 
 LONGEST_LINE = 600
+REPEATED = {"-p": "NAME=VALUE", "--lora": "PATH[:SCALE]"}
+"""Options that are given once for each value, and how a value looks."""
 C = TypeVar("C", bound="Command")
 
 
@@ -150,8 +152,8 @@ class Parser(argparse.ArgumentParser):
                 settings |= {"required": True} if entry.default is MISSING else {"default": entry.default}
             if flag == "...":
                 settings |= {"nargs": argparse.REMAINDER}
-            elif flag == "-p":
-                settings |= {"action": "append", "default": [], "metavar": "NAME=VALUE"}
+            elif flag in REPEATED:
+                settings |= {"action": "append", "default": [], "metavar": REPEATED[flag]}
             elif kind is bool:
                 settings |= {"action": argparse.BooleanOptionalAction}
             else:

@@ -17,18 +17,27 @@ from diffusers.pipelines.ltx2 import LTX2Vocoder
 from test_transformer import GRID, TINY, inputs, tiny
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from omniforcing_lib import model_bundle
 from omniforcing_lib.bounce import world
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Skip
 from omniforcing_lib.layout import AV, PAPER, RELEASED
 from omniforcing_lib.rollout import RolloutConfig, new_cache, next_block, seeded_noise
 from omniforcing_lib.stream import Chunk
-from studies import bench, cost, roofline, switching
+from studies import bench, cost, decoders, roofline, switching
 from studies.cost import Rates, Work
 
 COUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
+
+
+def test_a_longer_wait_of_the_decoder_is_nearer_to_the_whole_decode():
+    """On random latents and on a true clip; the tiny decoder waits for nothing."""
+    whole, now, later, tiny = decoders.rows(model_bundle.of(), 0, 1, (0, 2))
+    assert [row["a frame waits, s"] for row in (whole, now, later, tiny)] == ["for the clip", "0.00", "0.67", "0.00"]
+    for column in ("dB, random latents", "dB, a true clip"):
+        assert float(tiny[column]) < float(now[column]) < float(later[column]) < 60 and whole[column] == "whole"
 
 
 WAYS = {

@@ -18,12 +18,13 @@ CLOCK = Clock(sample_rate=24_000)
 
 
 def maker(asked: list):
-    """Note what is asked for, and give a clip of one second in stereo whose loudness tells the seed."""
+    """Note what is asked for; give a clip of one second, in two pieces, in stereo, whose loudness tells the seed."""
 
     def make(prompt: str, seed: int) -> AV[np.ndarray]:
         asked.append((prompt, seed))
         frames = np.full((25, 16, 16, 3), 10 * seed % 256, np.uint8)
-        return AV(frames, np.full((24_240, 2), 0.01 * seed, np.float32))
+        yield AV(frames[:1], np.zeros((0, 2), np.float32))
+        yield AV(frames[1:], np.full((24_240, 2), 0.01 * seed, np.float32))
 
     return make
 
@@ -55,6 +56,30 @@ def test_javisbench_finds_sound_beside_each_row(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == names | {"manifest.json"}
     with wave.open(str(tmp_path / "sample_0001.wav")) as sound:
         assert (sound.getnchannels(), sound.getframerate(), sound.getnframes()) == (2, 24_000, 24_240)
+
+
+def test_streamavbench_is_told_what_each_clip_took(tmp_path):
+    """A line a case: frames of the file, seconds in the order of time; a run that goes on keeps the lines of before."""
+    cases, tool = {"P-0001": "a cat purrs", "P-0002": "a dog barks"}, benchmark_export.tool_of("streamavbench")
+    how = {"clock": CLOCK, "protocol": {"model": "models/omniforcing-1.safetensors"}}
+    benchmark_export.write(maker([]), {"P-0001": "a cat purrs"}, tool, tmp_path / "first", **how)
+    asked: list = []
+    for again in range(2):
+        benchmark_export.write(maker(asked), cases, tool, tmp_path, **how)
+        lines = (tmp_path / "manifest.jsonl").read_text().splitlines()
+        told = [json.loads(line) for line in lines]
+        assert [line["case_id"] for line in told] == list(cases) and len(asked) == 2 + again
+        for line in told:
+            assert line["model_id"] == "omniforcing-1" and (tmp_path / line["video_path"]).is_file()
+            runtime = line["runtime"]
+            assert runtime["generated_video_frames"] == 25
+            assert 0 < runtime["time_to_first_chunk_seconds"] < runtime["generation_time_seconds"]
+        if not again:  # a run that died before it noted the second clip
+            (tmp_path / "manifest.jsonl").write_text(lines[0] + "\n")
+    assert json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[0]) == told[0]
+    for line in ("I-0001", "a cat"):
+        with pytest.raises(ValueError, match="a line is a case of the progressive track, P-0001"):
+            benchmark_export.clips_of(tool, {line: "a cat"})
 
 
 def test_what_is_there_is_not_made_again_and_never_mixed(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
+import re
 from dataclasses import replace
 from itertools import islice
 
@@ -20,7 +22,7 @@ from omniforcing_lib.bounce import codecs
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_json
-from omniforcing_lib.flow import RELEASED_STEPS
+from omniforcing_lib.flow import PAPER_STEPS, RELEASED_STEPS
 from omniforcing_lib.layout import AV, PAPER, RELEASED
 from omniforcing_lib.ltx2 import checkpoints, exports, formats
 from omniforcing_lib.rollout import RolloutConfig
@@ -259,6 +261,71 @@ def test_a_release_with_sinks_has_the_papers_layout(tmp_path):
     checkpoint = checkpoints.read(released(tmp_path, "model.", sinks=16))
     assert checkpoint.causal == RolloutConfig(PAPER) and checkpoint.config.num_audio_sink_tokens == 16
     assert checkpoint.report().ok
+
+
+def taomate(path):
+    """Write a pickle as TaoMate publishes it: LTX-2.3 behind `model.`, a learned memory, masks, no settings."""
+    generator = torch.Generator().manual_seed(0)
+    state = synthetic.weights(synthetic.CONFIGS["2.3"], generator)
+    layers = [*(f"to_{x}.weight" for x in "qkv"), "to_out.weight", "to_out.bias"]
+    branch = [f"{stream}_memory_attn.{name}" for stream in ("video", "audio") for name in layers]
+    branch += [f"video_color_film.net.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
+    memory = [f"learned_memory_{stream}_encoder.{k}" for stream in ("video", "audio") for k in ("weight", "bias")]
+    memory += [f"transformer_blocks.1.{name}" for name in branch]
+    state |= dict.fromkeys(memory, torch.ones(2)) | {"mask_builder.block": torch.zeros(2, dtype=torch.bool)}
+    torch.save({"generator_ema": {f"model.{name}": t for name, t in state.items()}, "step": 7}, path)
+    return path, 4 + 12 * len(branch)
+
+
+def test_a_taomate_release_is_known_by_what_it_holds(tmp_path, capsys, caplog):
+    """Its prefix is OmniForcing's, its settings are not: converted by a command, it is plain LTX-2.3 without memory."""
+    pickled, published = taomate(tmp_path / "model.pt")
+    path = tmp_path / "model.safetensors"
+    assert main(["convert", str(pickled), "--out", str(path)]) == 0 and published == 172
+    assert "warning: compare sha256" in capsys.readouterr().out
+    checkpoint, config = checkpoints.read(path), replace(synthetic.CONFIGS["2.3"], caption_channels=3840)
+    assert checkpoint.format is formats.TAOMATE and checkpoint.report().ok
+    assert checkpoint.causal == RolloutConfig(RELEASED, PAPER_STEPS, window=2, reanchor=False)
+    assert checkpoint.config == replace(config, frequencies_precision="float32", av_ca_timestep_scale_multiplier=1)
+    plain = synthetic.ltx2_file(tmp_path / "plain.safetensors", "2.3", config=checkpoint.config, dtype=torch.float32)
+    tensors = load_file(path)
+    same = {formats.PREFIX + name: tensors["model." + name] for name in checkpoint.transformer}
+    save_file(same, plain, {"config": json.dumps(synthetic.metadata_of(checkpoint.config))})
+    assert all(map(torch.equal, velocity(checkpoints.load(path)), velocity(checkpoints.load(plain))))
+    for said in (checkpoints.inspect(path), caplog.text):
+        assert "left out: 18 tensors of a learned memory (learned_memory_*, *_memory_attn, video_color_film)" in said
+    for name in ("transformer_blocks.1.video_memory_gate.weight", "learned_memory_text_encoder.weight"):
+        save_file(tensors | {f"model.{name}": torch.zeros(2)}, path)
+        with pytest.raises(ValueError, match=f"unexpected: {name}"):
+            checkpoints.load(path)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path, capsys):
+    """By the one command that opens pickles; the same file makes its mark when Python opens it."""
+    mark, out = tmp_path / "mark", tmp_path / "x.safetensors"
+    tensor = torch.zeros(2)
+    cases = {
+        "nothing of it was executed": {"generator_ema": {"model.a": tensor, "b": Malicious(mark)}},
+        "is to hold names and tensors": {"generator": {"a": tensor, "step": 3}},
+        "found .'a'.": {"a": [tensor]},
+    }
+    for message, held in cases.items():
+        torch.save(held, tmp_path / "x.pt")
+        assert main(["convert", str(tmp_path / "x.pt"), "--out", str(out)]) == 2
+        assert re.search(message, capsys.readouterr().err) and not mark.exists() and not out.exists()
+    torch.save(cases["nothing of it was executed"], tmp_path / "x.pt")
+    torch.load(tmp_path / "x.pt", weights_only=False)
+    assert mark.exists()
+    (tmp_path / "x.pt").write_bytes(pickle.dumps({"a": 1}, 2))
+    assert main(["convert", str(tmp_path / "x.pt"), "--out", str(out)]) == 2 and not out.exists()
 
 
 @pytest.mark.parametrize("config", [ModelConfig(), *synthetic.CONFIGS.values()], ids=["19B", *synthetic.CONFIGS])

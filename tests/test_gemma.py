@@ -72,6 +72,16 @@ def test_a_cached_prompt_loads_nothing(files, tmp_path, monkeypatch):
     assert half.video.dtype == torch.bfloat16
 
 
+def test_a_prompt_that_is_cut_is_reported_with_both_counts_each_time(files, tmp_path):
+    """Computed or cached; with its beginning-of-sequence token. A prompt that just fits is not."""
+    text = encoder(files, cache=tmp_path)
+    said = r"'a ball a ball .*'\.\.\. has 21 tokens, the encoder takes 16: the last 5 are left out"
+    for again in (text, text, encoder(files)):
+        with pytest.warns(UserWarning, match=said):
+            context = again.encode(["a ball " * 10])
+    assert torch.equal(context.video, text.encode(["a ball " * 7 + "a"]).video)
+
+
 def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_context(files, tmp_path, recwarn):
     """A folder below a file can neither be read nor made; the second prompt does not warn again."""
     (tmp_path / "file").write_text("")

@@ -14,13 +14,14 @@ from diffusers import LTX2Pipeline
 from diffusers.loaders.single_file_utils import convert_ltx2_audio_vae_to_diffusers, convert_ltx2_vae_to_diffusers
 from diffusers.models.autoencoders.autoencoder_mmaudio import mel_filterbank
 from safetensors.torch import load_file
-from tiny_ltx2 import SIZE, VAE, configs, diffusers_folder, modules, whole_file
+from tiny_ltx2 import SIZE, VAE, configs, diffusers_folder, modules, shaken, tiny_decoder_file, whole_file
 
 from omniforcing_lib.files import write_tensors
-from omniforcing_lib.layout import AV, Clock
+from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
 from omniforcing_lib.ltx2 import parts
 from omniforcing_lib.ltx2.codec import LTX2Codec, LTX2DecodeState, load_ltx2_codec, stream_error
 from omniforcing_lib.ltx2.overlap import Overlap, Tail, convolution, needs, repeated, transposed
+from omniforcing_lib.ltx2.tiny import TinyDecoder, load_tiny_decoder
 
 VARIANTS = {"2.0": ("2.0", False), "2.3, 48 kHz": ("2.3", False), "causal decoder": ("2.0", True)}
 
@@ -146,10 +147,87 @@ def test_the_delay_of_the_full_size_decoder_is_stated(causal, frames):
 
 
 def test_a_shorter_horizon_is_sooner_and_less_exact():
-    errors = [stream_error(codec_of(), latents(3), horizon) for horizon in (0, 2, 4)]
+    errors = [stream_error(codec_of(horizon=horizon), latents(3)) for horizon in (0, 2, 4)]
     assert errors[0] < errors[1] < errors[2] < float("inf")
     delays = [codec_of(horizon=horizon).delays.video for horizon in (0, 2, None)]
     assert delays[0] < delays[1] < delays[2] and delays[1] == Fraction(2 * 8, 24)
+
+
+def grown(decoder: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    """Decode all latents at once as the published architecture is described: past is the input, one step later."""
+    conv = torch.nn.functional.conv2d
+    x = 3 * torch.tanh(x / 3)
+    for at, layer in enumerate(decoder):
+        weights = layer.state_dict()
+        if at in (1, 8, 14, 20, 22):
+            x = torch.relu(x) if at == 22 else x
+            x = conv(x, weights["weight"], weights.get("bias"), padding=1)
+            x = torch.relu(x) if at == 1 else x
+        elif "conv.4.weight" in weights:
+            y = torch.cat([x, torch.cat([torch.zeros_like(x[:1]), x[:-1]])], 1)
+            for i in (0, 2, 4):
+                y = conv(torch.relu(y) if i else y, weights[f"conv.{i}.weight"], weights[f"conv.{i}.bias"], padding=1)
+            x = torch.relu(x + y)
+        elif "conv.weight" in weights:
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            both = conv(x, weights["conv.weight"])
+            x = torch.stack(both.chunk(2, 1), 1).flatten(0, 1)
+    return 2 * torch.nn.functional.pixel_shuffle(x, 4).clamp(0, 1)[7:].permute(0, 2, 3, 1) - 1
+
+
+@pytest.mark.parametrize("layout", [PAPER, RELEASED], ids=["paper", "released"])
+def test_a_tiny_decoder_gives_the_first_frame_after_block_0_and_streams_to_the_bit(layout, tmp_path):
+    """Every block's frames leave with it, its samples after the vocoder's delay; all together are the whole decode."""
+    path = tiny_decoder_file(tmp_path / "taeltx_2.safetensors")
+    codec, z = codec_of(tiny=load_tiny_decoder(path, SIZE)), latents(3)
+    state, stored, made = codec.start(), codec.start(), []
+    for k in range(layout.count(z.video.shape[1])):
+        spans = layout.block(k)
+        part = z.map(lambda t, s: t[:, s.start : s.stop], spans)
+        made.append(codec.decode(part, state))
+        assert made[-1].video.shape[1] == len(codec.clock.frames(spans.video)) > 0
+        late = codec.clock.samples(spans.audio).stop - state.given.audio
+        assert late <= codec.delays.audio * codec.clock.sample_rate and codec.delays.video == 0
+        again = codec.decode(part, stored)
+        assert torch.equal(again.video, made[-1].video)
+        stored = LTX2DecodeState.from_tensors(stored.tensors())
+    made.append(codec.finish(state))
+    whole, streamed = codec.decode(z), AV(*(torch.cat(parts, 1) for parts in zip(*made, strict=True)))
+    assert torch.equal(streamed.video, whole.video) and whole.video.shape == (1, 73, *SIZE, 3)
+    assert (streamed.audio - whole.audio).abs().max() <= 2e-5
+    reference = grown(codec.tiny.decoder, z.video[0].permute(0, 3, 1, 2))
+    assert (whole.video[0] - reference).abs().max() <= 1e-5 and whole.video.std() > 0.01
+    assert 0 < stream_error(codec, z) < 30
+
+
+def test_the_tiny_decoders_tensors_are_those_that_are_published(tmp_path):
+    """Names and shapes to the letter; what is missing, added, of another shape or of the wide variant is refused."""
+    with torch.device("meta"):
+        published = {name: tuple(t.shape) for name, t in TinyDecoder((512, 768)).state_dict().items()}
+    assert len(published) == 64 and sum(map(np.prod, published.values())) == 10_194_160
+    told = {"1.weight": (256, 128, 3, 3), "3.conv.0.weight": (256, 512, 3, 3), "7.conv.weight": (512, 256, 1, 1)}
+    told |= {"8.weight": (128, 256, 3, 3), "13.conv.weight": (256, 128, 1, 1), "19.conv.weight": (128, 64, 1, 1)}
+    told |= {"20.weight": (64, 64, 3, 3), "22.weight": (48, 64, 3, 3), "22.bias": (48,)}
+    assert all(published[f"decoder.{name}"] == shape for name, shape in told.items())
+    path = tiny_decoder_file(tmp_path / "taeltx_2.safetensors")
+    good = load_file(path)
+    changes = {
+        "decoder.5.conv.4.bias is nothing, expected": {"decoder.5.conv.4.bias": None},
+        "head.weight is .*, expected nothing": {"head.weight": torch.zeros(1)},
+        r"decoder.22.bias is \[7\], expected \[48\]": {"decoder.22.bias": torch.zeros(7)},
+        "decoder.1.weight' is missing": {"decoder.1.weight": None},
+        "decoder.22.bias holds values that are not finite": {"decoder.22.bias": torch.full((48,), torch.nan)},
+        "wide variant": {"decoder.3.conv.6.weight": torch.zeros(1)},
+    }
+    for message, change in changes.items():
+        write_tensors(path, {name: t for name, t in (good | change).items() if t is not None})
+        with pytest.raises(ValueError, match=message):
+            load_tiny_decoder(path, SIZE)
+    torch.save(good, path)
+    with pytest.raises(ValueError, match="is a pickle whatever its name says"):
+        load_tiny_decoder(path, SIZE)
+    with pytest.raises(ValueError, match=r"takes the VAE's 16 channels and no horizon; .* 8 channels and horizon None"):
+        codec_of(tiny=shaken(TinyDecoder(SIZE, 8, (8, 8, 8, 8))))
 
 
 def dilated(x: torch.Tensor, weight: list[torch.Tensor]) -> torch.Tensor:
@@ -196,7 +274,6 @@ def test_the_codec_is_what_the_pipeline_of_diffusers_does():
     made = codec.decode(z)
     assert torch.equal(made.video, frames.permute(0, 2, 3, 4, 1))
     assert torch.equal(made.audio, wave.transpose(1, 2))
-    assert torch.equal(codec_of(mono=True).decode(z).audio, made.audio.mean(-1))
 
 
 @pytest.mark.parametrize("version", ["2.0", "2.3"])

@@ -421,6 +421,25 @@ def test_hdr_comes_back_as_what_an_sdr_screen_shows(tmp_path, name, tag, encode)
     assert np.abs(seen.astype(int) - true).mean() < 1.5
 
 
+@pytest.mark.parametrize("ends", ["killed", "interrupted"])
+def test_what_a_run_wrote_before_it_was_cut_off_plays(tmp_path, ends):
+    """The file in the making, copied as a killed run leaves it; and a whole one after Ctrl-C, under its own name."""
+    clip = a_clip(6)
+    writer = ClipWriter(tmp_path / "clip.mp4")
+    with pytest.raises(KeyboardInterrupt), writer:
+        for k in range(6):
+            frames, samples = (range(n * k, n * (k + 1)) for n in (24, 16_000))
+            writer.write(AV(clip.video[frames.start : frames.stop], clip.audio[samples.start : samples.stop]))
+        (partial,) = tmp_path.glob(".clip.mp4.*.part/clip.mp4")
+        (tmp_path / "killed.mp4").write_bytes(partial.read_bytes())
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clip.cut.mp4", "killed.mp4"]
+    back = read_clip(tmp_path / {"killed": "killed.mp4", "interrupted": "clip.cut.mp4"}[ends])
+    expected = 144 if ends == "interrupted" else 48
+    assert expected <= len(back.video) <= 144
+    assert np.abs(back.video[:48].astype(int) - clip.video[:48]).mean() < 3
+
+
 def broken(folder, kind):
     """A file that is no whole film, of each kind."""
     path = write_clip(folder / f"{kind}.mp4", a_clip(2))

@@ -16,6 +16,7 @@ from torch import nn
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.ltx2 import parts
+from omniforcing_lib.ltx2.tiny import TinyDecoder
 
 SIZE = (64, 64)
 MODEL = replace(
@@ -185,6 +186,12 @@ def whole_file(path: str | Path, version: str = "2.0", *, model: ModelConfig | N
     config = configs(version)
     config["transformer"] |= CONNECTOR
     return write_tensors(path, tensors, {"config": json.dumps(config), "model_version": version})
+
+
+def tiny_decoder_file(path: str | Path) -> Path:
+    """Write a random TAEHV file of a few channels, with a stub of its encoder; give its path."""
+    tensors = shaken(TinyDecoder(SIZE, MODEL.in_channels, (16, 8, 8, 4)), 3).state_dict()
+    return write_tensors(path, tensors | {"encoder.0.bias": torch.zeros(4)})
 
 
 def diffusers_folder(path: str | Path, version: str = "2.0") -> Path:

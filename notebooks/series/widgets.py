@@ -150,7 +150,8 @@ class Player(AnyWidget):
         said = {"kind": "chunk", "frame": self._sent.video, "sample": self._sent.audio, "prompt": chunk.prompt}
         self._sent = AV(self._sent.video + len(chunk.frames), self._sent.audio + len(chunk.samples))
         said |= {"length_s": len(chunk.frames) / self.fps, "made_s": time.perf_counter() - began}
-        return said, [pcm(chunk.samples), *map(jpeg, chunk.frames)]
+        samples = chunk.samples if chunk.samples.ndim == 1 else chunk.samples.mean(-1)
+        return said, [pcm(samples), *map(jpeg, chunk.frames)]
 
     def _follow(self, wish: str) -> None:
         try:

@@ -1,8 +1,8 @@
 """Checkpoints of LTX-2's transformer: say what a file holds, load it strictly, write it. Only safetensors are read.
 
-Four formats are read: LTX-2 single files (prefix `model.diffusion_model.`, JSON `config` in the metadata), diffusers
-folders, OmniForcing releases, and students of this project: LTX-2 files with `audio_sink_tokens` and an `omniforcing`
-part in their config. The miniature's files are of the first and the last. Source: specification 1.2.
+Five formats are read: LTX-2 single files (prefix `model.diffusion_model.`, JSON `config` in the metadata), diffusers
+folders, OmniForcing's and TaoMate's releases, and students of this project: LTX-2 files with `audio_sink_tokens` and an
+`omniforcing` part in their config. The miniature's files are of the first and the last. Source: specification 1.2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from omniforcing_lib import files, safetensors_io
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.flow import RELEASED_STEPS
+from omniforcing_lib.flow import PAPER_STEPS, RELEASED_STEPS
 from omniforcing_lib.layout import PAPER, RELEASED
-from omniforcing_lib.ltx2 import exports, formats, low_memory
+from omniforcing_lib.ltx2 import exports, formats, lora, low_memory
 from omniforcing_lib.ltx2.exports import BESIDE, INDEX, SCALE
 from omniforcing_lib.ltx2.formats import Format
 from omniforcing_lib.rollout import RolloutConfig
@@ -84,6 +84,11 @@ class Checkpoint:
     def transformer(self) -> dict[str, str]:
         """Map bare transformer names to the file's names."""
         return {bare: name for bare, name in self._bare.items() if not self._belongs_to_fp8(bare)}
+
+    @property
+    def bare_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Map bare transformer names to shapes."""
+        return {bare: self.entries[name].shape for bare, name in self.transformer.items()}
 
     @cached_property
     def scales(self) -> dict[str, str]:
@@ -162,7 +167,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def read(model: str | os.PathLike[str]) -> Checkpoint:
-    """Read format, config, names, shapes and dtypes of any of the four formats; no tensor is loaded.
+    """Read format, config, names, shapes and dtypes of any of the five formats; no tensor is loaded.
 
     Raises:
         ValueError: what is there is damaged, of no known format, or asks for what this model does not do.
@@ -204,7 +209,8 @@ def _config(format: Format, path: Path, metadata: Mapping, shapes: Mapping[str, 
     if format is formats.LTX2:
         raise ValueError(f"no `config` in its metadata (found: {', '.join(metadata) or 'none'}); LTX-2 files have it")
     config = formats.from_shapes(shapes)
-    return replace(config, **formats.RELEASED_CODE) if format.causal_release else config
+    settings = formats.TAOMATE_CODE if format is formats.TAOMATE else formats.RELEASED_CODE
+    return replace(config, **settings) if format.causal_release else config
 
 
 def _causal(format: Format, metadata: Mapping, config: ModelConfig) -> RolloutConfig | None:
@@ -216,6 +222,8 @@ def _causal(format: Format, metadata: Mapping, config: ModelConfig) -> RolloutCo
             raise ValueError(f"its `omniforcing` part is damaged: {error!r}") from error
     if not format.causal_release or "config" in metadata:
         return None
+    if format is formats.TAOMATE:  # it sees block 0 and the two blocks before, at positions that never come back
+        return RolloutConfig(RELEASED, PAPER_STEPS, window=2, reanchor=False)
     if sinks := config.num_audio_sink_tokens:
         return RolloutConfig(replace(PAPER, sinks=sinks))
     return RolloutConfig(RELEASED, RELEASED_STEPS)
@@ -256,6 +264,7 @@ def load(
     changes: Mapping[str, object] | None = None,
     weights: str | None = None,
     offload: bool = False,
+    loras: Sequence[str] = (),
 ) -> Transformer:
     """Load a transformer strictly, tensor by tensor, straight into its dtype and device.
 
@@ -263,7 +272,7 @@ def load(
     keyframe embedding that the config asks for and the file does not hold, which counts as zeros (specification 1.12).
 
     Args:
-        model: `teacher`, `student` or the path of a file, an index or a folder in any of the four formats.
+        model: `teacher`, `student` or the path of a file, an index or a folder in any of the five formats.
         device: where it runs.
         dtype: of all its weights; on the CPU, weights that have it in the file stay mapped to the file.
         sinks: give a checkpoint this many new sinks; None keeps the file's.
@@ -271,9 +280,11 @@ def load(
         weights: "fp8" keeps the weights of the blocks' linear layers in e4m3 with one scale per row, and computes in
             `dtype`.
         offload: keep the blocks in main memory and copy each to `device` when its turn comes; inference only.
+        loras: files to add to the weights, in float32 and rounded once: each PATH or PATH:SCALE (`lora.read`).
 
     Raises:
-        ValueError: names or shapes that do not fit, a tensor that is not finite, unknown `weights` or `dtype`.
+        ValueError: names or shapes that do not fit, a LoRA's too, a tensor that is not finite, unknown `weights` or
+            `dtype`.
     """
     if weights not in (None, "fp8"):
         raise ValueError(f"weights is None (in dtype) or 'fp8', found {weights!r}")
@@ -281,7 +292,9 @@ def load(
         raise ValueError(f"dtype is one of {', '.join(map(str, _DTYPES))}, found {dtype}")
     # 1. An empty model: as the config says, with new sinks and fp8 layers where they are asked for.
     checkpoint = fitting(model)
-    for line in _assumed(checkpoint):
+    terms = lora.read(loras, checkpoint.bare_shapes)
+    added = f"{', '.join(loras)} added to {len(terms)} weights; no LoRA says which LTX-2 it was made for"
+    for line in [*_assumed(checkpoint), *([added] if terms else [])]:
         _log.warning("%s: %s", checkpoint.path.name, line)
     config = replace(checkpoint.config, **(changes or {}))
     has_new_sinks = sinks is not None and sinks != config.num_audio_sink_tokens
@@ -296,7 +309,7 @@ def load(
         home = "cpu" if offload and bare.startswith("transformer_blocks.") else device
         if not (has_new_sinks and bare == "audio_sink_tokens"):
             to_fp8 = bare.removesuffix(".weight") in fp8_layers
-            state |= _tensors(checkpoint, reader, bare, home, None if to_fp8 else dtype)
+            state |= _tensors(checkpoint, reader, bare, home, None if to_fp8 else dtype, terms.get(bare, ()))
     if has_new_sinks and sinks:
         state["audio_sink_tokens"] = fresh_sinks(config).to(device, dtype)
     transformer.load_state_dict(_with_keyframes(state, config), strict=True, assign=True)
@@ -311,11 +324,21 @@ def _with_keyframes(state: dict[str, Tensor], config: ModelConfig) -> dict[str, 
 
 
 def _tensors(
-    checkpoint: Checkpoint, reader: Reader, bare: str, home: str | torch.device, dtype: torch.dtype | None
+    checkpoint: Checkpoint,
+    reader: Reader,
+    bare: str,
+    home: str | torch.device,
+    dtype: torch.dtype | None,
+    terms: Sequence[lora.Term] = (),
 ) -> dict[str, Tensor]:
     """Read one tensor in `dtype`, or for None as an fp8 weight with its scale; nothing else stays in memory."""
     name, scale = checkpoint.transformer[bare], checkpoint.scales.get(bare)
-    if checkpoint.entries[name].dtype == "F8_E4M3" and (dtype is None or scale):
+    if terms:
+        weight = _tensors(checkpoint, reader, bare, home, torch.float32)[bare]
+        weight = sum((term.of(home) for term in terms), start=weight)
+        tensors = low_memory.quantise(weight) if dtype is None else (weight.to(dtype),)
+        checked = tensors[dtype is None :]
+    elif checkpoint.entries[name].dtype == "F8_E4M3" and (dtype is None or scale):
         weight = reader.get(name, device=home)
         scales = reader.get(scale, torch.float32, home) if scale else torch.ones(1, device=home)
         tensors = weight, scales.reshape(-1, 1).expand(len(weight), 1).contiguous()
@@ -456,14 +479,17 @@ def inspect(model: str | os.PathLike[str]) -> str:
 
 
 def _assumed(checkpoint: Checkpoint) -> list[str]:
-    """Say what was not read from the checkpoint: settings that no tensor shows, and zeros for keyframes."""
+    """Say what was not read from the checkpoint: settings that no tensor shows, zeros for keyframes, a memory."""
     lines = []
     if checkpoint.config.use_keyframes_abs_pos_embedding and formats.KEYFRAMES not in checkpoint.transformer:
         lines.append(f"{formats.KEYFRAMES}: the config asks for it and the file does not hold it; it counts as zeros")
+    if memory := _others(checkpoint)[formats.MEMORY]:
+        names = "learned_memory_*, *_memory_attn, video_color_film"
+        lines.append(f"left out: {memory} tensors of a learned memory ({names}); without memory they add nothing")
     if checkpoint.format is formats.DIFFUSERS:
         return lines
     if "config" not in checkpoint.metadata:
-        return [*lines, f"settings: the file carries none; these are what an {checkpoint.format.name} is run with"]
+        return [*lines, f"settings: the file carries none; they are those of a {checkpoint.format.name}"]
     absent = [name for name in _DECISIVE if name not in checkpoint.metadata["config"]["transformer"]]
     values = ", ".join(str(getattr(checkpoint.config, name)) for name in absent)
     if absent:

@@ -2,7 +2,8 @@
 
 A stream is decoded by overlap and crop (`overlap`). LTX-2's video decoder is not causal: its convolutions look some
 22 latents, 7 seconds, ahead. `horizon` shortens that wait at a loss of fidelity that `stream_error` measures. Its audio
-decoder is causal, and its vocoder looks a fraction of a second ahead. Frames and samples of one time leave together.
+decoder is causal, and its vocoder looks a fraction of a second ahead. Frames and samples of one time leave together;
+with a `TinyDecoder` frames leave at once, and their samples follow.
 
 Letters: B batch, F video latents, T audio latents, f frames, n samples, t mel frames, m mel bins, c channels.
 """
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import parts
 from omniforcing_lib.ltx2.overlap import Chain, Layer, Overlap, Tail, convolution, repeated, transposed
+from omniforcing_lib.ltx2.tiny import TinyDecoder, load_tiny_decoder
 
 START = AV(0, 0)
 N_FFT, QUIETEST = 1024, 1e-5  # of the mel spectrogram that the audio encoder takes (specification 2)
@@ -80,7 +82,7 @@ class LTX2Codec(nn.Module):
         vocoder: diffusers' `LTX2Vocoder` (24 kHz) or `LTX2VocoderWithBWE` (48 kHz).
         size: height and width of the frames, multiples of 32.
         horizon: video latents that a streamed frame waits for at most; None waits for all, and equals the whole decode.
-        mono: mix both channels of the sound to one; clips are then AV([B, f, H, W, 3], [B, n]).
+        tiny: decodes the picture instead of `video`, which goes on encoding; it waits for nothing.
 
     Attributes:
         grid: tokens of a video latent.
@@ -97,10 +99,10 @@ class LTX2Codec(nn.Module):
         size: tuple[int, int] = (512, 768),
         *,
         horizon: int | None = None,
-        mono: bool = False,
+        tiny: TinyDecoder | None = None,
     ) -> None:
         super().__init__()
-        self.video, self.audio, self.vocoder, self.mono = video, audio, vocoder, mono
+        self.video, self.audio, self.vocoder, self.tiny = video, audio, vocoder, tiny
         config = audio.config
         self.input_clock = Clock(mel_rate=config.sample_rate // config.mel_hop_length, sample_rate=config.sample_rate)
         self.clock = Clock(mel_rate=self.input_clock.mel_rate, sample_rate=vocoder.config.output_sampling_rate)
@@ -111,10 +113,13 @@ class LTX2Codec(nn.Module):
         self.mels = config.mel_bins // audio.mel_compression_ratio
         self.channels = AV(video.config.latent_channels, config.latent_channels * self.mels)
         self._check()
+        if tiny and (tiny.channels, horizon) != (self.channels.video, None):
+            found = f"latents of {tiny.channels} channels and horizon {horizon}"
+            raise ValueError(f"a tiny decoder takes the VAE's {self.channels.video} channels and no horizon; {found}")
         strides = AV(self.clock.video_stride, self.clock.audio_stride)
         chain = video_chain(video.decoder)
         self.overlaps = AV(
-            Overlap(self._frames, chain, strides.video, strides.video - 1, (*self.size, 3), horizon),
+            tiny or Overlap(self._frames, chain, strides.video, strides.video - 1, (*self.size, 3), horizon),
             Overlap(self._mel, audio_chain(audio.decoder), strides.audio, strides.audio - 1, (2, config.mel_bins)),
         )
         self.waves = Overlap(self._samples, vocoder_chain(vocoder), self.clock.hop, shape=(2,))
@@ -146,14 +151,16 @@ class LTX2Codec(nn.Module):
         if frames.shape[2:] != (*self.size, 3):
             raise ValueError(f"frames are {(*self.size, 3)}, found {tuple(frames.shape[2:])}: resize them first")
         self.clock.video_latents_of(frames.shape[1])
-        video = self.video.encode(_like(rearrange(frames, "b f h w c -> b c f h w"), self.video)).latent_dist.mode()
         mel = _like(self.spectrogram(samples), self.audio)
         audio = rearrange(self.audio.encode(mel).latent_dist.mode(), "b c t m -> b t (c m)")
+        return AV(self.encode_frames(frames), (audio - self.audio.latents_mean) / self.audio.latents_std)
+
+    @torch.no_grad()
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Encode the picture alone. Shapes: [B, f, H, W, 3] in [-1, 1] -> [B, F, h, w, c]."""
+        video = self.video.encode(_like(rearrange(frames, "b f h w c -> b c f h w"), self.video)).latent_dist.mode()
         video = rearrange(video, "b c f h w -> b f h w c")
-        return AV(
-            (video - self.video.latents_mean) * self.video.config.scaling_factor / self.video.latents_std,
-            (audio - self.audio.latents_mean) / self.audio.latents_std,
-        )
+        return (video - self.video.latents_mean) * self.video.config.scaling_factor / self.video.latents_std
 
     def spectrogram(self, samples: Tensor) -> Tensor:
         """Give the log-mel spectrogram that the audio encoder takes: 64 Slaney bins, n_fft 1024, hop 160.
@@ -183,7 +190,7 @@ class LTX2Codec(nn.Module):
 
         In a stream frames and samples come `delays` later than their latents; `finish` gives what is left.
 
-        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n, 2] (mono: [B, n]), float32.
+        Shapes: AV([B, F, h, w, c], [B, T, c]) -> video [B, f, H, W, 3], audio [B, n, 2], float32.
 
         Raises:
             ValueError: latents of another grid or width.
@@ -211,16 +218,15 @@ class LTX2Codec(nn.Module):
         ready = AV(frames, self.waves.step(state.wave, mel, last=last))
         if state.waiting is not None:
             ready = ready.map(lambda new, waiting: torch.cat([waiting, new], 1), state.waiting)
-        # 2. Frames leave with their samples, up to the time that both streams have reached.
+        # 2. Frames leave with their samples, up to the time that both streams have reached; tiny ones wait for none.
         ends = ready.map(lambda part, given: given + part.shape[1], state.given)
-        if not last:
+        if not last and not self.tiny:
             shared = min(ends.video, self.clock.frames_of(ends.audio))
             ends = AV(shared, self.clock.samples_of(shared))
         count = ends.map(lambda end, given: max(0, end - given), state.given)
         state.waiting = ready.map(lambda part, n: part[:, n:], count)
         state.given = state.given.map(int.__add__, count)
-        leaving = ready.map(lambda part, n: part[:, :n], count)
-        return AV(leaving.video, leaving.audio.mean(-1)) if self.mono else leaving
+        return ready.map(lambda part, n: part[:, :n], count)
 
     def _frames(self, latents: Tensor) -> Tensor:
         raw = latents * self.video.latents_std / self.video.config.scaling_factor + self.video.latents_mean
@@ -268,10 +274,12 @@ def load_ltx2_codec(
     size: tuple[int, int] = (512, 768),
     *,
     horizon: int | None = None,
-    mono: bool = False,
+    tiny: str | os.PathLike[str] = "",
     **place: torch.device | torch.dtype,
 ) -> LTX2Codec:
     """Load the codec of an LTX-2 single file or diffusers folder, frozen; `place` is that of `Module.to`.
+
+    `tiny` names the file of a tiny decoder, see `load_tiny_decoder`.
 
     The vocoder computes in float32 whatever the dtype: in bfloat16, the wave of a tiny random one with bandwidth
     extension is off by 7 % (rms).
@@ -281,23 +289,22 @@ def load_ltx2_codec(
     """
     video, audio = (parts.load(source, part, **place) for part in ("vae", "audio_vae"))
     vocoder = parts.load(source, "vocoder", **place | {"dtype": torch.float32})
-    return LTX2Codec(video, audio, vocoder, size, horizon=horizon, mono=mono)
+    decoder = load_tiny_decoder(tiny, size, **place) if tiny else None
+    return LTX2Codec(video, audio, vocoder, size, horizon=horizon, tiny=decoder)
 
 
-def stream_error(codec: LTX2Codec, latents: AV[Tensor], horizon: int) -> float:
-    """Measure the fidelity of a shorter wait: PSNR in dB of frames streamed at `horizon` against the whole decode.
+def stream_error(codec: LTX2Codec, latents: AV[Tensor], whole: Tensor | None = None) -> float:
+    """Measure what a shorter wait costs: PSNR in dB of a codec's streamed frames against LTX-2's own whole decode.
 
-    The peak is 2, as frames lie in [-1, 1]; inf where they are equal.
+    The codec has a `horizon` or a tiny decoder. The peak is 2, as frames lie in [-1, 1]; inf where they are equal.
 
-    Shapes: latents as in `LTX2Codec.decode`, one latent a step.
+    Shapes: latents as in `LTX2Codec.decode`, one latent a step; `whole` [B, f, H, W, 3], where it is known.
     """
-    short = LTX2Codec(codec.video, codec.audio, codec.vocoder, codec.size, horizon=horizon)
-    state = short.start()
-    none = latents.audio[:, :0]
+    step, state = codec.overlaps.video.step, codec.start()
     with torch.no_grad():
-        pieces = [short.overlaps.video.step(state.video, part) for part in latents.video.split(1, 1)]
-        pieces.append(short.overlaps.video.step(state.video, latents.video[:, :0], last=True))
-        whole = codec.decode(AV(latents.video, none)).video
+        pieces = [step(state.video, part) for part in latents.video.split(1, 1)]
+        pieces.append(step(state.video, latents.video[:, :0], last=True))
+        whole = codec._frames(latents.video) if whole is None else whole
     error = (torch.cat(pieces, 1) - whole).square().mean()
     return (10 * torch.log10(4 / error)).item()
 

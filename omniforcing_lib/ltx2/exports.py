@@ -1,12 +1,15 @@
-"""Write a transformer's tensors as an LTX-2 single file or as a diffusers folder, atomically."""
+"""Write a transformer's tensors as an LTX-2 single file or as a diffusers folder, atomically; convert a pickle."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from omniforcing_lib import files
@@ -20,6 +23,8 @@ BESIDE = "omniforcing.safetensors"
 INDEX = ".safetensors.index.json"
 SCALE = ".weight_scale"
 _SHARD_BYTES = 5_000_000_000
+_STATES = ("generator_ema", "generator", "model", "state_dict")
+"""Under which of its names a published pickle holds the student's tensors; the first one there counts."""
 
 
 def check_path(path: Path, to: str) -> None:
@@ -81,6 +86,29 @@ def write(
         files.write_tensors(folder / BESIDE, sinks, {**origin, **beside})
         files.write_json(folder / "config.json", settings)
     return path
+
+
+def convert(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Turn a published pickle of tensors into a .safetensors file with the same names and numbers.
+
+    PyTorch's unpickler for tensors alone (`weights_only`) reads it, mapped to the file: nothing in it is executed.
+
+    Raises:
+        ValueError: it is no such pickle, or holds anything but tensors.
+    """
+    path, out = files.given(path), files.given(out)
+    check_path(out, "ltx2")
+    try:
+        held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        first = str(error).split("\n")[0]
+        raise ValueError(f"{path} is no pickle of tensors alone, and nothing of it was executed: {first}") from error
+    named = isinstance(held, dict) and next((name for name in _STATES if isinstance(held.get(name), dict)), None)
+    state = held[named] if named else held
+    wrong = [n for n, t in state.items() if not isinstance(t, Tensor)] if isinstance(state, dict) else [type(state)]
+    if wrong or not state:
+        raise ValueError(f"{path} is to hold names and tensors, also under {', '.join(_STATES)}; found {wrong[:1]}")
+    return files.write_tensors(out, {name: tensor.detach() for name, tensor in state.items()})
 
 
 def _write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ specification 1.2.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, fields
 
@@ -13,6 +14,7 @@ from omniforcing_lib.config import ModelConfig
 
 PREFIX = "model.diffusion_model."
 DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
+_GATE = "transformer_blocks.0.attn1.to_gate_logits.weight"
 KEYFRAMES = "keyframes_abs_pos_embedding"
 """Bare name of the one tensor that a file may promise and not hold: it counts as zeros then (specification 1.12)."""
 RELEASED_CODE = {
@@ -21,6 +23,14 @@ RELEASED_CODE = {
     "av_ca_timestep_scale_multiplier": 1,
 }
 """What OmniForcing's released causal code runs LTX-2's weights with, whatever the file says (specification 1.9)."""
+TAOMATE_CODE = RELEASED_CODE | {"rope_type": "split"}
+"""What TaoMate's causal code runs LTX-2.3's weights with."""
+MEMORY = "learned memory"
+_MEMORY = re.compile(
+    r"model\.(learned_memory_(video|audio)_encoder\.(weight|bias)|transformer_blocks\.\d+\.((video|audio)_memory_attn\."
+    r"(to_[qkv]\.weight|to_out\.(weight|bias))|video_color_film\.net\.[02]\.(weight|bias)))"
+)
+"""TaoMate's branch beside the transformer, 172 tensors in 12 of 48 blocks; without memory it adds nothing at all."""
 
 _TO_DIFFUSERS = {
     "patchify_proj": "proj_in",
@@ -80,6 +90,7 @@ GROUPS = {
     "vocoder": ("vocoder.",),
     "duration head": ("duration_head.",),
     "tokenizer": ("tokenizer_json", "hf_asset__"),
+    "masks": ("model.mask_builder.",),
 }
 """Starts of the names of the other models in a single file."""
 FOLDERS = {
@@ -121,6 +132,7 @@ RELEASES = (
     Format("OmniForcing release, causal, bare names", causal_release=True),
 )
 """What the released code writes: bidirectional with LTX-2's settings, causal with `RELEASED_CODE`."""
+TAOMATE = Format("TaoMate release, causal", "model.", causal_release=True)
 
 
 def detect(names: Iterable[str]) -> Format:
@@ -132,23 +144,26 @@ def detect(names: Iterable[str]) -> Format:
     names = list(names)
     for known in (LTX2, *RELEASES[:2]):
         if any(name.startswith(known.prefix + "transformer_blocks.0.") for name in names):
-            return known
+            # the prefix does not tell them apart: OmniForcing's students are of LTX-2.0, which has no gates
+            return TAOMATE if known is RELEASES[1] and known.prefix + _GATE in names else known
     if any(name.split(".")[0] in _FROM_DIFFUSERS for name in names):
         return DIFFUSERS
     if any(name.startswith("transformer_blocks.0.") for name in names):
         return RELEASES[2]
-    known = ", ".join(f.name for f in (LTX2, STUDENT, DIFFUSERS, *RELEASES))
+    known = ", ".join(f.name for f in (LTX2, STUDENT, DIFFUSERS, *RELEASES, TAOMATE))
     raise ValueError(f"holds no transformer of a known format; known are {known}; it has {', '.join(names[:3]) or '-'}")
 
 
 def group(stored: str) -> str | None:
     """Say which other part of an LTX-2 file a tensor belongs to; None for the transformer's and for unknown ones."""
+    if _MEMORY.fullmatch(stored):
+        return MEMORY
     return next((part for part, prefixes in GROUPS.items() if stored.startswith(prefixes)), None)
 
 
 def version_of(bare: Container[str]) -> str:
     """Tell the generation of LTX-2 from bare tensor names: 2.3 brought gates, 2.5 feed-forward layers without bias."""
-    if "transformer_blocks.0.attn1.to_gate_logits.weight" not in bare:
+    if _GATE not in bare:
         return "2.0"
     return "2.3" if "transformer_blocks.0.ff.net.2.bias" in bare else "2.5"
 

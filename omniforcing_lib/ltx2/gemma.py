@@ -78,7 +78,7 @@ class GemmaText:
         connectors = self.ltx2.glob("connectors/*") if self.ltx2.is_dir() else [self.ltx2]
         suffixes = (".safetensors", ".json", ".model")
         files = [path for path in (*self.gemma.iterdir(), *connectors) if path.suffix in suffixes]
-        return fingerprint(files, f"{self.length} {self.place['dtype']}")
+        return fingerprint(files, f"{self.length} {self.place['dtype']} tokens")
 
     @property
     def loaded(self) -> bool:
@@ -89,6 +89,8 @@ class GemmaText:
         self, prompts: Sequence[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> AV[Tensor]:
         """Encode prompts, from the cache where possible; "" is the negative prompt.
+
+        A warning names a prompt that has more tokens than a context: what is behind them is left out.
 
         Shapes: pair [B, length, width of the stream].
         """
@@ -103,28 +105,38 @@ class GemmaText:
 
     def _context(self, prompt: str) -> AV[Tensor]:
         if self.cache is None:
-            return self._compute(prompt)
+            return self._compute(prompt)[0]
         path = self.cache / f"{hashlib.sha256(f'{self.identity} {prompt}'.encode()).hexdigest()}.safetensors"
         try:
-            reader = Reader(one_file(path).entries)
+            stored = one_file(path)
+            reader = Reader(stored.entries)
+            self._report(prompt, int(stored.metadata["tokens"]))
             return AV(reader.get("video"), reader.get("audio"))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is no cached context ({error}); delete it, and it is made again") from error
         except OSError:  # not there yet, or not readable: then writing fails too, and says why
-            context = self._compute(prompt)
+            context, tokens = self._compute(prompt)
         try:
-            write_tensors(path, context._asdict(), {"prompt": prompt, "encoder": self.identity})
+            told = {"prompt": prompt, "encoder": self.identity, "tokens": str(tokens)}
+            write_tensors(path, context._asdict(), told)
         except OSError as error:
             self.cache = None
             warnings.warn(f"contexts are not kept, name another folder for them: {error}", stacklevel=2)
         return context
 
+    def _report(self, prompt: str, tokens: int) -> None:
+        if tokens > self.length:
+            said = f"{prompt[:40]!r}... has {tokens:,} tokens, the encoder takes {self.length:,}"
+            warnings.warn(f"the prompt {said}: the last {tokens - self.length:,} are left out", stacklevel=5)
+
     @torch.no_grad()
-    def _compute(self, prompt: str) -> AV[Tensor]:
-        """Run Gemma and the connectors on one prompt, as LTX-2's pipeline does."""
+    def _compute(self, prompt: str) -> tuple[AV[Tensor], int]:
+        """Run Gemma and the connectors on one prompt, as LTX-2's pipeline does; give its number of tokens too."""
         if self._modules is None:
             self._modules = self._load()
         tokenizer, gemma, connectors = self._modules
+        count = len(tokenizer(prompt).input_ids)
+        self._report(prompt, count)
         tokens = tokenizer(
             [prompt], padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).to(gemma.device)
@@ -132,7 +144,7 @@ class GemmaText:
         states = gemma(**asked, output_hidden_states=True).hidden_states
         hidden = torch.stack(states, -1).to(next(connectors.parameters()).dtype)
         video, audio, _ = connectors(hidden, tokens.attention_mask, padding_side="left")
-        return AV(video, audio).map(Tensor.cpu)
+        return AV(video, audio).map(Tensor.cpu), count
 
     def _load(self) -> tuple[object, nn.Module, nn.Module]:
         from transformers import AutoModel, AutoTokenizer

@@ -153,6 +153,22 @@ def _private_map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
+def finite(tensor: Tensor) -> bool:
+    """Tell whether all values are finite; those of a tensor on the meta device are nothing yet."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    if tensor.dtype == torch.float8_e4m3fn:
+        return not any((part & 0x7F == 0x7F).any() for part in tensor.view(torch.uint8).flatten().split(1 << 20))
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def raw(entry: Entry) -> bytes:
+    """Read the bytes of a tensor, whatever its dtype."""
+    with entry.path.open("rb") as file:
+        file.seek(entry.start)
+        return file.read(entry.stop - entry.start)
+
+
 def read_json(path: Path) -> dict:
     """Read a JSON table; ValueError where it is damaged, above 100 MB, or names something twice."""
     return _json(path, path.read_bytes())

@@ -6,6 +6,7 @@ specification 1.2.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, fields
 
@@ -47,6 +48,7 @@ _OURS_ALONE = (
     "frequencies_precision",
     "caption_proj_before_connector",
     "num_audio_sink_tokens",
+    "cross_modal_sigma",
 )
 _RENAMED = {
     "positional_embedding_theta": "rope_theta",
@@ -71,17 +73,21 @@ _DIFFUSERS_FIXED = {
     "attention_bias": True,
     "attention_out_bias": True,
 }
-TEXT_ENCODER_2_5 = "the Gemma 4 that LTX-2.5 was trained with"
 GROUPS = {
     "text connectors": (PREFIX + "video_embeddings_connector.", PREFIX + "audio_embeddings_connector."),
     "text projection": ("text_embedding_projection.",),
-    "video VAE": ("vae.",),
+    "video VAE": ("vae.", "encoder.", "decoder.", "per_channel_statistics."),
     "audio VAE": ("audio_vae.",),
     "vocoder": ("vocoder.",),
     "duration head": ("duration_head.",),
     "tokenizer": ("tokenizer_json", "hf_asset__"),
+    "text encoder": (
+        *(f"model.{part}." for part in ("layers", "embed_tokens", "norm", "language_model")),
+        *(f"model.{part}." for part in ("vision_embedder", "embed_vision", "embed_audio")),
+        *("vision_model.", "multi_modal_projector.", "audio_projector."),
+    ),
 }
-"""Starts of the names of the other models in a single file."""
+"""Starts of the names of the other models, in a single file or in split files beside one another."""
 FOLDERS = {
     "text connectors": "connectors",
     "text projection": "connectors",
@@ -137,6 +143,9 @@ def detect(names: Iterable[str]) -> Format:
         return DIFFUSERS
     if any(name.startswith("transformer_blocks.0.") for name in names):
         return RELEASES[2]
+    if parts := {part for name in names if (part := group(name))}:
+        held = ", ".join(sorted(parts))
+        raise ValueError(f"holds no transformer but {held}; give the transformer's file, and this one as a part of it")
     known = ", ".join(f.name for f in (LTX2, STUDENT, DIFFUSERS, *RELEASES))
     raise ValueError(f"holds no transformer of a known format; known are {known}; it has {', '.join(names[:3]) or '-'}")
 
@@ -151,6 +160,12 @@ def version_of(bare: Container[str]) -> str:
     if "transformer_blocks.0.attn1.to_gate_logits.weight" not in bare:
         return "2.0"
     return "2.3" if "transformer_blocks.0.ff.net.2.bias" in bare else "2.5"
+
+
+def version_number(text: str | None) -> tuple[int, ...]:
+    """Read the numbers that begin a `model_version`: "2.3.rc1" is (2, 3), "miniature" or None is ()."""
+    found = re.match(r"\d+(\.\d+)*", text or "")
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def to_diffusers(config: ModelConfig) -> dict[str, object]:

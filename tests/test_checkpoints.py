@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from synthetic import PREFIX, STUBS
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import files, model_bundle
+from omniforcing_lib import files
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
-from omniforcing_lib.ltx2 import checkpoints, formats
+from omniforcing_lib.ltx2 import checkpoints, formats, parts
 from omniforcing_lib.rollout import RolloutConfig
 from series import runner
 
@@ -108,10 +108,10 @@ def test_a_link_is_read_by_its_own_name_and_what_is_beside_it_is_beside_the_link
     gemma.write_text("{}")
     assert checkpoints.read(link).path == link and "ltx-2-19b-dev" in checkpoints.inspect(link)
     assert runner._given([f"teacher={link}"], "smoke") == {"teacher": str(link)}
-    assert model_bundle._beside(link, "gemma*/config.json") == [gemma]
+    assert parts.beside(link, "gemma*/config.json") == [gemma]
     for folder, given in ((link.parent, link.name), (gemma.parent, f"../{link.name}")):
         monkeypatch.chdir(folder)
-        assert model_bundle._beside(checkpoints.read(given).path, "gemma*/config.json") == [gemma]
+        assert parts.beside(checkpoints.read(given).path, "gemma*/config.json") == [gemma]
         assert runner._given([f"teacher={given}"], "smoke") == {"teacher": str(Path(folder, given))}
 
 
@@ -155,7 +155,6 @@ def test_what_a_file_is_and_lacks_is_said(version, path, tmp_path):
     assert (
         not re.search("to (decode|encode prompts), missing", whole) and "to stream, missing: an `omniforcing`" in whole
     )
-    assert ("to encode prompts, not supported: the Gemma 4" in whole) == (version == "2.5")
     alone = checkpoints.inspect(path)
     assert "to decode, missing: video VAE, audio VAE, vocoder" in alone
     assert "to encode prompts, missing: text connectors, text projection" in alone

@@ -21,7 +21,8 @@ LEVELS = AV(torch.tensor([0.6]), torch.tensor([0.3]))
 RUN = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from ltx_core.guidance.perturbations import BatchedPerturbationConfig, Perturbation, PerturbationConfig, PerturbationType
+from ltx_core.guidance.perturbations import BatchedPerturbationConfig, PerturbationConfig
+from ltx_core.guidance.perturbations import Perturbation, PerturbationType
 from ltx_core.loader.single_gpu_model_builder import SingleGPUModelBuilder
 from ltx_core.model.transformer.modality import Modality
 from ltx_core.model.transformer.model_configurator import LTXV_MODEL_COMFY_RENAMING_MAP, LTXModelConfigurator
@@ -103,4 +104,4 @@ def test_lightricks_loader_reads_our_files_and_gives_the_same_output(source, sit
         print(f"{path.name} {name}: {found:.1e}")
         assert found <= 1e-5
     newest = checkpoints.load(path)
-    assert distance(newest(x, LEVELS, text), expected) > 1e-3
+    assert distance(newest(x, LEVELS, text, skip=skip), expected) > 1e-3

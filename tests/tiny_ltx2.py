@@ -217,7 +217,7 @@ def diffusers_folder(path: str | Path, version: str = "2.0") -> Path:
 
 
 def split_files(folder: str | Path) -> dict[str, Path]:
-    """Write a tiny LTX-2.5 as it is published: each part in a file of its own, its VAE in both kinds; give the paths."""
+    """Write a tiny LTX-2.5 as it is published, a file for each part and both kinds of VAE; give the paths."""
     whole = whole_file(Path(folder) / "whole.safetensors", "2.5")
     tensors, config = load_file(whole), configs("2.5")
     whole.unlink()

@@ -48,6 +48,39 @@ def test_a_round_trip_is_bit_identical(path, tmp_path):
     assert checkpoints.read(path).config == checkpoints.read(again).config == TINY
 
 
+ASKED = {
+    "dropout": 0.0,
+    "attention_bias": True,
+    "num_vector_embeds": None,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "use_linear_projection": False,
+    "only_cross_attention": False,
+    "cross_attention_norm": True,
+    "double_self_attention": False,
+    "upcast_attention": False,
+    "standardization_norm": "rms_norm",
+    "norm_elementwise_affine": False,
+    "qk_norm": "rms_norm",
+    "positional_embedding_type": "rope",
+    "use_audio_video_cross_attention": True,
+    "share_ff": False,
+    "av_cross_ada_norm": True,
+    "use_middle_indices_grid": True,
+}
+"""What ltx-core 1.0.0 asks of the `transformer` part of a config (LTXModelConfigurator)."""
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_lightricks_loader_asks_is_written_and_checked(name, path):
+    """A file of ours has the value that it wants; a file with another is refused by the setting's name."""
+    assert checkpoints.read(path).metadata["config"]["transformer"].get(name) == ASKED[name]
+    other = not ASKED[name] if isinstance(ASKED[name], bool) else "other"
+    rewrite(path, lambda tensors, config: config["transformer"].update({name: other}))
+    with pytest.raises(ValueError, match=name):
+        checkpoints.read(path)
+
+
 def test_a_student_keeps_its_layout_and_steps(tmp_path):
     causal = RolloutConfig(BlockLayout(AV(2, 9), AV(3, 25), 5), (1000, 500, 0), 3, False, 0.1)
     model = tiny(TINY.with_sinks(5), dtype=torch.float32)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import synthetic
 import torch
-from tiny_ltx2 import MODEL, gemma_folder, whole_file
+from tiny_ltx2 import MODEL, gemma_folder, split_files, whole_file
 
 from omniforcing_lib import __main__ as cli
 from omniforcing_lib.config import ModelConfig
@@ -89,6 +89,8 @@ def test_the_page_can_be_followed_on_tiny_files(tmp_path, monkeypatch):
     whole_file("models/ltx-2-19b-dev.safetensors")
     gemma_folder("models/gemma-3-12b-it-qat-q4_0-unquantized")
     release(Path("models/omniforcing"))
+    transformer = next(iter(split_files("models").values()))
+    transformer.rename(transformer.with_name("ltx-2.5-22b-distilled-transformer-bf16.safetensors"))
     Path("prompts.txt").write_text("a red ball\na blue ball\n")
     for command in COMMANDS:
         given = [SMALLER.get(word, word) for word in words(command)]
@@ -99,7 +101,7 @@ def test_the_page_can_be_followed_on_tiny_files(tmp_path, monkeypatch):
         if given[0] == "reproduce":
             continue
         assert cli.main(given) == 0, " ".join(given)
-    assert all(Path(name).stat().st_size for name in ("stream.mp4", "teacher.mp4", "student.mp4"))
+    assert all(Path(name).stat().st_size for name in ("stream.mp4", "teacher.mp4", "newest.mp4", "student.mp4"))
     made = {}
     exec(CODE.replace("cuda", "cpu").replace("(16, 24)", "(2, 3)"), made)
     assert made["chunk"].prompt == "rain falls on a tin roof"

@@ -17,7 +17,6 @@ from tiny_ltx2 import SIZE, split_files
 
 from omniforcing_lib import model_bundle, safetensors_io
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.files import write_tensors
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints, formats, parts
 from omniforcing_lib.ltx2.codec import load_ltx2_codec
@@ -59,8 +58,8 @@ def test_the_convolutional_decoder_decodes_as_in_diffusers(split):
 
 @torch.no_grad()
 def test_the_diffusion_decoder_decodes_as_in_diffusers(split, tmp_path):
-    """By the model that diffusers' decode pipeline drives, with the same noise; constant gates of a file count."""
-    _, _, audio, _, diffuses = split
+    """By the model that diffusers' decode pipeline drives, with the same noise; a stream waits for the whole clip."""
+    _, _, audio, convolutional, diffuses = split
     described = tiny_ltx2.DIFFUSION_VAE["decoder"]
     names = ("stage_channels", "stage_depths", "stage_kernels", "stage5_kernel", "t_emb_dim", "head_dim")
     strides, reductions = zip(*described["upsamples"], strict=True)
@@ -72,34 +71,24 @@ def test_the_diffusion_decoder_decodes_as_in_diffusers(split, tmp_path):
     ).eval()
     made = tiny_ltx2.shaken(parts.diffusion_decoder(tiny_ltx2.DIFFUSION_VAE, {}), 9).state_dict()
     reference.decoder.load_state_dict(made)
-    vae, z = tiny_ltx2.modules("2.5")["vae"], latents()
-    codec = load_ltx2_codec([audio, diffuses], SIZE)
-    decoded = codec.decode(z)
-    expected = reference.decode(raw(z, vae), torch.Generator().manual_seed(0), return_dict=False)[0].clamp(-1, 1)
-    assert torch.equal(decoded.video, expected.permute(0, 2, 3, 4, 1)) and expected.std() > 0.01
-    # a stream of it waits for the whole clip, and gives the same
-    state = codec.start()
-    pieces = [codec.decode(z, state), codec.finish(state)]
-    assert pieces[0].video.shape[1] == 0 and torch.equal(pieces[1].video, decoded.video)
-    # the encoder is that of the convolutional file
-    frames = torch.rand(1, 9, *SIZE, 3)
-    assert torch.equal(
-        codec.encode(AV(frames, torch.zeros(1, 800))).video,
-        load_ltx2_codec(split[2:4], SIZE).encode(AV(frames, torch.zeros(1, 800))).video,
-    )
-    # a file may hold constant gates of its last stage: they are multiplied into the layers before them
-    gates, tensors = torch.tensor([0.5, 2.0] * 4), load_file(diffuses)
-    tensors |= {f"decoder.diff_blocks.0.gate_{kind}": gates.clone() for kind in ("msa", "mlp", "ctx")}
-    tensors |= {"decoder.coarse_x.weight": gates.clone(), "decoder.type_emb": gates.clone()}
-    gated = write_tensors(tmp_path / "gated.safetensors", tensors, safetensors_io.one_file(diffuses).metadata)
-    block = reference.decoder.diff_blocks[0]
+    # a file may hold constant gates, which are multiplied into the layers before them, and tensors that nobody reads
+    gates, block = torch.tensor([0.5, 2.0] * 4), reference.decoder.diff_blocks[0]
+    extra = {f"decoder.diff_blocks.0.gate_{kind}": gates.clone() for kind in ("msa", "mlp", "ctx")}
+    extra |= {"decoder.coarse_x.weight": gates.clone(), "decoder.type_emb": gates.clone()}
     for layer in (block.attn.to_out[0], block.mlp.w_down, block.context_proj):
-        layer.weight.mul_(gates[:, None])
-        if layer.bias is not None:
-            layer.bias.mul_(gates)
+        for parameter in layer.parameters():
+            parameter.mul_(gates.reshape(-1, *[1] * (parameter.ndim - 1)))
+    vae, z = tiny_ltx2.modules("2.5")["vae"], latents(3)
+    codec = load_ltx2_codec([audio, changed(diffuses, tmp_path, **extra)], SIZE)
+    decoded, state = codec.decode(z), codec.start()
     expected = reference.decode(raw(z, vae), torch.Generator().manual_seed(0), return_dict=False)[0].clamp(-1, 1)
-    found = load_ltx2_codec([audio, gated], SIZE).decode(z).video
-    assert torch.allclose(found, expected.permute(0, 2, 3, 4, 1), atol=1e-6) and not torch.equal(found, decoded.video)
+    assert torch.allclose(decoded.video, expected.permute(0, 2, 3, 4, 1), atol=1e-6) and expected.std() > 0.01
+    assert codec.decode(z, state).video.shape[1] == 0
+    assert torch.allclose(codec.finish(state).video, decoded.video, atol=1e-6)
+    # the encoder is that of the convolutional file
+    clip = AV(torch.rand(1, 9, *SIZE, 3), torch.zeros(1, 800))
+    other = load_ltx2_codec([audio, convolutional], SIZE)
+    assert torch.equal(codec.encode(clip).video, other.encode(clip).video)
 
 
 @torch.no_grad()

@@ -106,7 +106,7 @@ class ClipConfig(Command):
         (),
     )
     gemma: str = option("folder of Gemma 3 or 4, or LTX-2.5's text encoder (default: gemma* beside the model)", "")
-    kind: str = option("what a teacher is (default: as its name says, else dev)", "", choices=("dev", "distilled"))
+    variant: str = option("what a teacher is (default: as its name says, else dev)", "", choices=("dev", "distilled"))
     contexts: str = option("folder that keeps Gemma's contexts (default: the user's cache)", "")
     grid: tuple[int, int] = option(
         "tokens of a frame of LTX-2, down and across, of 32 x 32 pixels each", (16, 24), high=1000
@@ -120,7 +120,7 @@ class ClipConfig(Command):
         from omniforcing_lib import backends, model_bundle
 
         backends.use(self.attention)
-        near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "contexts", "kind")}
+        near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "contexts", "variant")}
         bundle = model_bundle.of(self.model, device=self.device, dtype=self.dtype, grid=self.grid, **near)
         bundle.choose_attention()
         for prompt in prompts:  # one outside the grammar is refused before any work

@@ -242,7 +242,7 @@ def of(
     grid: tuple[int, int] = (4, 4),
     parts: str | Sequence[str] = (),
     gemma: str = "",
-    kind: str = "",
+    variant: str = "",
     horizon: int | None = None,
     contexts: str = "",
 ) -> ModelBundle:
@@ -258,7 +258,7 @@ def of(
         parts: LTX-2 files or a diffusers folder with VAEs, vocoder and connectors; what they lack is taken from the
             checkpoint itself and from the files beside it (`parts.companions`).
         gemma: folder of Gemma 3 or 4, or LTX-2.5's text encoder.
-        kind: "dev" or "distilled", which no tensor and no metadata tells; by default distilled where the name says so.
+        variant: "dev" or "distilled", which no tensor and no metadata tells; by default as the file's name says.
         horizon: video latents that a streamed frame waits for, see `LTX2Codec`.
         contexts: folder that keeps Gemma's contexts; by default the user's cache, see `gemma.user_cache`.
 
@@ -277,10 +277,9 @@ def of(
     version = checkpoint.version
     named = [files.given(part) for part in ([parts] if isinstance(parts, str) else parts) if part]
     encoder = files.given(gemma) if gemma else _gemma_beside(checkpoint.path, version)
-    distilled = kind == "distilled" or (not kind and "distilled" in name.lower())
-    assumed = (
-        "" if kind or checkpoint.causal else f"; taken for {'distilled' if distilled else 'dev'} by its name (kind)"
-    )
+    distilled = variant == "distilled" or (not variant and "distilled" in name.lower())
+    assumed = f"; taken for {'distilled' if distilled else 'dev'} by its name (variant)"
+    assumed = "" if variant or checkpoint.causal else assumed
     rest = {"distilled": formats.version_number(version) if distilled else ()} | place
     if encoder:
         texts = [encoder] if encoder.is_file() else []

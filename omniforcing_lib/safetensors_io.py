@@ -65,7 +65,7 @@ def one_file(path: Path) -> Shards:
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length > min(_HEADER_LIMIT, size - 8):
             raise ValueError(f"{path} cannot be read as safetensors: {_what_it_is(first, length, size)}")
-        header = _json(path, file.read(length))
+        header = table(path, file.read(length))
     # 2. The header is a JSON table of names; each entry has to fit its own shape.
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
@@ -170,8 +170,8 @@ def raw(entry: Entry) -> bytes:
 
 
 def read_json(path: Path) -> dict:
-    """Read a JSON table; ValueError where it is damaged, above 100 MB, or names something twice."""
-    return _json(path, path.read_bytes())
+    """Read a JSON table from a file, see `table`."""
+    return table(path, path.read_bytes())
 
 
 def _what_it_is(first: bytes, length: int, size: int) -> str:
@@ -183,7 +183,8 @@ def _what_it_is(first: bytes, length: int, size: int) -> str:
     return f"it has {size:,} bytes and claims a header of {length:,}; it is cut off or something else"
 
 
-def _json(path: Path, text: bytes) -> dict:
+def table(path: Path, text: bytes | str) -> dict:
+    """Read a JSON table of `path`; ValueError where it is damaged, above 100 MB, or names something twice."""
     try:
         if len(text) > _HEADER_LIMIT:
             raise ValueError(f"{len(text):,} bytes of JSON")

@@ -56,6 +56,7 @@ def test_the_convolutional_decoder_decodes_as_in_diffusers(split):
     assert codec.clock.sample_rate == 48_000 and next(codec.vocoder.parameters()).dtype == torch.float32
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_diffusion_decoder_decodes_as_in_diffusers(split, tmp_path):
     """By the model that diffusers' decode pipeline drives, with the same noise; a stream waits for the whole clip."""
@@ -275,6 +276,7 @@ def published(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_files_of_the_published_size_load_strictly_whole_and_split(published, monkeypatch):
     """Every name and shape of the 22B on the meta device; its transformer's file holds 4,349 tensors."""
     monkeypatch.setattr(

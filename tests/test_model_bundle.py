@@ -64,7 +64,7 @@ def test_what_a_teacher_is_stands_in_its_name_or_is_asked_for(tmp_path):
         ("ltx-2.5-x", "2.5", "distilled"),
         ("ltx-2.5-distilled", "2.5", "dev"),
     ):
-        bundle = model_bundle.of(str(ltx2_file(tmp_path / f"{name}.safetensors", version)), grid=(1, 1), kind=kind)
+        bundle = model_bundle.of(str(ltx2_file(tmp_path / f"{name}.safetensors", version)), grid=(1, 1), variant=kind)
         found[name] = bundle.sampling(30)
         said = "taken for distilled" if name == "ltx-2.3-distilled" else "taken for dev"
         assert (said in str(bundle)) == (not kind)

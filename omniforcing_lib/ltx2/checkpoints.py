@@ -482,7 +482,7 @@ def _missing(checkpoint: Checkpoint) -> list[str]:
     files, missing = parts.companions(checkpoint.path, checkpoint.version)
     if others := [file.name for file in files if file != checkpoint.path]:
         lines.append(f"beside it: {', '.join(others)}; then missing: {', '.join(sorted(missing)) or 'nothing'}")
-    if trained := checkpoint.metadata.get("gemma_source_checkpoint"):
+    if isinstance(trained := checkpoint.metadata.get("gemma_source_checkpoint"), dict):
         lines.append(f"to encode prompts, a Gemma of version {trained.get('gemma_version')}")
     if not checkpoint.causal:
         lines.append("to stream, missing: an `omniforcing` part, which Stage 2 adds to a causal student")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from omniforcing_lib.files import given, write_tensors
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import formats, parts
-from omniforcing_lib.safetensors_io import Reader, one_file, raw, read_json
+from omniforcing_lib.safetensors_io import Reader, one_file, raw, read_json, table
 
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 SAMPLES, SAMPLE = 64, 4096  # a fingerprint reads 64 stretches of 4096 bytes of a file
@@ -173,7 +173,7 @@ def _described(gemma: Path) -> dict:
         text = one_file(gemma).metadata.get("gemma_config")
         if text is None:
             raise ValueError(f"{gemma} is no text encoder: its metadata has no `gemma_config`")
-        return json.loads(text)
+        return table(gemma, text)
     if not (gemma / "config.json").is_file():
         raise ValueError(f"{gemma} is no folder of a Gemma model: it has no config.json")
     return read_json(gemma / "config.json")
@@ -185,7 +185,7 @@ def _check_version(gemma: Path, described: Mapping, source: parts.Source) -> Non
     if not files:
         return
     metadata, found = parts.opened(files).metadata, described.get("gemma_version")
-    wanted = json.loads(metadata.get("gemma_source_checkpoint", "{}")).get("gemma_version")
+    wanted = table(files[0], metadata.get("gemma_source_checkpoint", "{}")).get("gemma_version")
     newer = formats.version_number(metadata.get("model_version")) >= (2, 4)
     kind, expected = described.get("model_type", ""), "gemma4" if newer else "gemma3"
     if found != wanted if wanted else not kind.startswith(expected):

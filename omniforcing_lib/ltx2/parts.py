@@ -441,7 +441,7 @@ def opened(source: Source) -> safetensors_io.Shards:
                 bare = part == "video VAE" and not name.startswith("vae.")
                 entries[f"vae.{name}" if bare else name] = entry
         metadata = header.metadata | metadata
-        config = json.loads(header.metadata.get("config", "{}")) | config
+        config = safetensors_io.table(path, header.metadata.get("config", "{}")) | config
     return safetensors_io.Shards(entries, metadata | {"config": json.dumps(config)})
 
 

@@ -294,7 +294,7 @@ def of(
     else:
         codec, text = StandInCodec(config, grid, device), StandInText(text_widths(config))
         description = (
-            f"{name}: no Gemma (gemma*) beside it, so a stand-in decodes its latents (frames of {grid[0]} x "
+            f"{name}: no Gemma folder (gemma*) beside it, so a stand-in decodes its latents (frames of {grid[0]} x "
             f"{grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality{assumed}"
         )
     guidance = Guidance() if distilled else guidance_of(config)

@@ -127,6 +127,8 @@ RELEASES = (
     Format("OmniForcing release, causal, bare names", causal_release=True),
 )
 """What the released code writes: bidirectional with LTX-2's settings, causal with `RELEASED_CODE`."""
+BARE = Format("LTX-2 transformer, bare names")
+"""A transformer of 2.3 or later cut out of its file: OmniForcing's students are of 2.0, which has no gates."""
 
 
 def detect(names: Iterable[str]) -> Format:
@@ -142,7 +144,7 @@ def detect(names: Iterable[str]) -> Format:
     if any(name.split(".")[0] in _FROM_DIFFUSERS for name in names):
         return DIFFUSERS
     if any(name.startswith("transformer_blocks.0.") for name in names):
-        return RELEASES[2]
+        return RELEASES[2] if version_of(names) == "2.0" else BARE
     if parts := {part for name in names if (part := group(name))}:
         held = ", ".join(sorted(parts))
         raise ValueError(f"holds no transformer but {held}; give the transformer's file, and this one as a part of it")

@@ -107,7 +107,7 @@ def test_contexts_of_gemma_4_are_those_of_diffusers(split):
     assert not torch.allclose(ours.video[0], ours.video[1], atol=1e-2)
 
 
-def test_split_files_are_found_by_name_or_named(split, tmp_path):
+def test_split_files_are_found_by_name_or_named(split, tmp_path, monkeypatch):
     """The convolutional decoder goes before the one that diffuses; a file of another version is passed by."""
     transformer, gemma, audio, convolutional, diffuses = split
     old = tiny_ltx2.whole_file(transformer.with_name("ltx-2-19b-dev.safetensors"))
@@ -121,6 +121,8 @@ def test_split_files_are_found_by_name_or_named(split, tmp_path):
     said = checkpoints.inspect(transformer)
     assert "beside it: " in said and "then missing: nothing" in said
     assert f"a Gemma of version {tiny_ltx2.GEMMA_VERSION}" in said
+    monkeypatch.chdir(transformer.parent)
+    assert f"beside it: {convolutional.name}" in checkpoints.inspect(transformer.name)
     alone = tmp_path / transformer.name
     alone.write_bytes(transformer.read_bytes())
     assert "to decode, missing: video VAE, audio VAE, vocoder" in checkpoints.inspect(alone)

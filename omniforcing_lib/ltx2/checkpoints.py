@@ -480,7 +480,7 @@ def _missing(checkpoint: Checkpoint) -> list[str]:
         if absent := [group for group in groups if group not in there]:
             lines.append(f"to {use}, missing: {', '.join(absent)}")
     files, missing = parts.companions(checkpoint.path, checkpoint.version)
-    if others := [file.name for file in files if file != checkpoint.path]:
+    if others := [file.name for file in files if file != Path(os.path.abspath(checkpoint.path))]:
         lines.append(f"beside it: {', '.join(others)}; then missing: {', '.join(sorted(missing)) or 'nothing'}")
     if isinstance(trained := checkpoint.metadata.get("gemma_source_checkpoint"), dict):
         lines.append(f"to encode prompts, a Gemma of version {trained.get('gemma_version')}")

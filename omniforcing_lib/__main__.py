@@ -94,19 +94,20 @@ class ClipConfig(Command):
 
     seed: int = option("of the noise of the first clip", 0, low=0, high=LARGEST_SEED)
     seconds: int = option("length of a clip in seconds; of a teacher's, at most 600", 5)
-    steps: int = option("sampling steps of a teacher; a student has its own", 40, high=MOST_STEPS)
+    steps: int = option("sampling steps of a dev teacher; others have their own", 40, high=MOST_STEPS)
     model: str = option(CHECKPOINT, "student")
     device: str = option("cpu, cuda, cuda:1 or auto", "cpu")
     dtype: str = option("of the weights", "float32", choices=("float32", "bfloat16"))
     weights: str = option("keep the blocks' weights in e4m3 (default: in --dtype)", "", choices=("fp8",))
     offload: bool = option("keep the blocks in main memory", False)
     attention: str = option("auto, sdpa, flash or flex", "auto")
-    parts: str = option(
-        "LTX-2 file or diffusers folder with VAEs and vocoder "
+    parts: tuple[str, ...] = option(
+        "LTX-2 files or diffusers folder with VAEs and vocoder "
         "(default: the model's own, or ltx-2*.safetensors beside it)",
-        "",
+        (),
     )
-    gemma: str = option("folder of Gemma 3 (default: gemma* beside the model)", "")
+    gemma: str = option("folder of Gemma 3 or 4, or LTX-2.5's text encoder (default: gemma* beside the model)", "")
+    variant: str = option("what a teacher is (default: as its name says, else dev)", "", choices=("dev", "distilled"))
     contexts: str = option("folder that keeps Gemma's contexts (default: the user's cache)", "")
     lora: tuple[str, ...] = option("LoRA file to add to the weights; may be given again", (), flag="--lora")
     grid: tuple[int, int] = option(
@@ -128,7 +129,7 @@ class ClipConfig(Command):
             raise ValueError(f"--seconds: a teacher makes a clip at once, at most {limit}; a student has no limit")
         lora.read(self.lora, checkpoint.bare_shapes)
         backends.use(self.attention)
-        near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "decoder", "contexts")}
+        near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "decoder", "contexts", "variant")}
         bundle = model_bundle.of(self.model, device=self.device, dtype=self.dtype, grid=self.grid, **near)
         bundle.choose_attention()
         for prompt in prompts:  # one outside the grammar is refused before any work
@@ -152,7 +153,7 @@ class Generate(ClipConfig):
         bundle, load = self.bundle([self.prompt])
         causal, model = checkpoints.read(self.model).causal, checkpoints.load(self.model, **load)
         clip = model, causal, bundle.codec, bundle.text, self.prompt, self.seconds, self.seed
-        pieces = stream.clip_pieces(*clip, steps=self.steps, guidance=bundle.guidance)
+        pieces = stream.clip_pieces(*clip, **bundle.sampling(self.steps))
         print(media.write_pieces(Path(self.out), pieces, bundle.codec.clock))
 
 
@@ -180,9 +181,10 @@ class ExportClips(ClipConfig):
 
         def make(prompt: str, seed: int):
             clip = model(), checkpoint.causal, bundle.codec, bundle.text, prompt, self.seconds, seed
-            return stream.clip_pieces(*clip, steps=self.steps, guidance=bundle.guidance)
+            return stream.clip_pieces(*clip, **how)
 
-        made = {"steps": self.steps, "guidance": str(bundle.guidance)}
+        how = bundle.sampling(self.steps)
+        made = how | {"guidance": str(how["guidance"])}
         made = made if checkpoint.causal is None else {"causal": checkpoint.causal.to_metadata()}
         protocol = {"seconds": self.seconds, "dtype": self.dtype, "weights": self.weights or None}
         protocol |= {"horizon": self.horizon, "model": Path(self.model).name, **made}

@@ -123,7 +123,7 @@ class Attention(nn.Module):
         return k, self._heads(self.to_v(context))
 
     def pass_values(self, x: Tensor) -> Tensor:
-        """Replace attention by the value projection: LTX-2.3's perturbation for STG (specification 1.11)."""
+        """Replace attention by the value projection: the perturbation of STG (specification 1.11)."""
         return self._out(x, self._heads(self.to_v(x)))
 
     def _heads(self, x: Tensor) -> Tensor:

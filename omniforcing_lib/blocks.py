@@ -215,10 +215,12 @@ class Block(nn.Module):
         condition: AV[Condition],
         *,
         cached: AV[LayerCache] | None = None,
-        skip_self: bool = False,
+        skip_self: str = "",
         skip_cross: bool = False,
     ) -> AV[Tensor]:
         """Run self-attention, text attention, cross-modal attention and the MLP.
+
+        `skip_self` is what STG does to self-attention (`flow.Skip`): "values" lets values through, "branch" drops it.
 
         Shapes: video [B, F h w, Dv], audio [B, (S +) T, Da] to the same.
         """
@@ -226,8 +228,9 @@ class Block(nn.Module):
         caches: AV[LayerCache | None] = cached or AV(None, None)
         modulation = streams.map(self._modulation, condition, caches)
         # Each step is done for both streams before the next; steps 1 to 4 and 6 to 7 keep to one stream.
-        attend = self._perturbed if skip_self else self._attend
-        x = x.map(attend, streams, condition, modulation, caches)
+        if skip_self != "branch":
+            attend = self._pass_values if skip_self else self._attend
+            x = x.map(attend, streams, condition, modulation, caches)
         x = x.map(self._read_text, streams, condition, modulation, caches)
         if not skip_cross:
             x = self._exchange(x, streams, condition, modulation, caches)
@@ -261,10 +264,8 @@ class Block(nn.Module):
         )
         return gated(x, gate, update)
 
-    def _perturbed(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
-        """Drop the self-attention branch (LTX-2.0) or pass its values through (2.3): STG (specification 1.11)."""
-        if s.attention.to_gate_logits is None:
-            return x
+    def _pass_values(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
+        """Put each token's own values in the place of self-attention: STG (specification 1.11)."""
         shift, gain, gate, *_ = m.own
         return gated(x, gate, s.attention.pass_values(modulate(self._norm(x), gain, shift)))
 

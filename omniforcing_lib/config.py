@@ -17,8 +17,23 @@ _FIXED = {
     "share_ff": False,
     "av_cross_ada_norm": True,
 }
+_CHECKED = {
+    "num_embeds_ada_norm": 1000,
+    "num_vector_embeds": None,
+    "positional_embedding_type": "rope",
+    "use_audio_video_cross_attention": True,
+    "cross_attention_norm": True,
+    "use_linear_projection": False,
+    "only_cross_attention": False,
+    "double_self_attention": False,
+    "upcast_attention": False,
+}
+"""What Lightricks' loader asks of every file, and what no fingerprint counts: it was not written from the start."""
 _ROPE_TYPES = ("split", "interleaved")
 _PRECISIONS = ("float64", "float32")
+CROSS_MODAL_SIGMAS = ("gate", "all", "none")
+"""What of the cross-modal modulation goes by the other stream's sigma. The gate alone, in Lightricks' code since May
+2026; all of it, in ltx-core 1.0.0 and in diffusers' pipelines; nothing, in OmniForcing's and TaoMate's code."""
 _MOST, _MOST_LAYERS = 2**20, 512  # far beyond any LTX; a file that claims more would only fill the memory
 _TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[int, ...]": tuple}
 
@@ -60,6 +75,7 @@ class ModelConfig:
     audio_ff_bias: bool = True
     use_keyframes_abs_pos_embedding: bool = False
     num_audio_sink_tokens: int = 0
+    cross_modal_sigma: str = "gate"
 
     def __post_init__(self) -> None:
         for name, count in (("positional_embedding_max_pos", 3), ("audio_positional_embedding_max_pos", 1)):
@@ -68,7 +84,12 @@ class ModelConfig:
                 raise ValueError(f"{name} is a list of {count}, found {value!r}")
             object.__setattr__(self, name, tuple(value))
         self._check_types()
-        for name, known in (("rope_type", _ROPE_TYPES), ("frequencies_precision", _PRECISIONS)):
+        named = {
+            "rope_type": _ROPE_TYPES,
+            "frequencies_precision": _PRECISIONS,
+            "cross_modal_sigma": CROSS_MODAL_SIGMAS,
+        }
+        for name, known in named.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; found {getattr(self, name)!r}")
         if not self.use_middle_indices_grid:
@@ -115,7 +136,7 @@ class ModelConfig:
     @classmethod
     def from_metadata(cls, transformer: Mapping[str, Any]) -> ModelConfig:
         """Read the `transformer` part of an LTX-2 `config`; refuse what this model would silently do differently."""
-        for name, expected in _FIXED.items():
+        for name, expected in (_FIXED | _CHECKED).items():
             value = transformer.get(name, expected)
             if value != expected:
                 raise ValueError(f"config.transformer.{name} is {value!r}; only {expected!r} is supported")
@@ -124,7 +145,13 @@ class ModelConfig:
 
     def to_metadata(self) -> dict[str, object]:
         """Give the `transformer` part of an LTX-2 `config`."""
-        return {**_FIXED, **json.loads(json.dumps(asdict(self)))}
+        return {**_FIXED, **_CHECKED, **json.loads(json.dumps(asdict(self)))}
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Give what a fingerprint counts: what the first ones did, and a later field where it is not at its default."""
+        default = "cross_modal_sigma", "gate"
+        return {k: v for k, v in self.to_metadata().items() if k not in _CHECKED and (k, v) != default}
 
     def with_sinks(self, count: int) -> ModelConfig:
         """Give the same model with `count` audio sink tokens."""

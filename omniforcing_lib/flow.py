@@ -22,6 +22,8 @@ from omniforcing_lib.layout import AV
 RELEASED_STEPS = (1000, 909, 725, 421, 0)
 PAPER_STEPS = (1000, 757, 522, 0)
 FAST_STEPS = (1000, 750, 500, 0)
+DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+"""Noise levels that LTX-2's distilled files are sampled at, without guidance (specification 1.10)."""
 ZEROS, ONES = AV(0.0, 0.0), AV(1.0, 1.0)
 
 
@@ -31,10 +33,13 @@ class Skip(NamedTuple):
     Attributes:
         self_attention: blocks whose video and audio self-attention is perturbed (STG).
         cross_modal: leave both cross-modal attentions out, in all blocks (modality guidance).
+        branch: drop a perturbed self-attention altogether, as LTX-2.0's first code did, and not only its mixing of
+            tokens: Lightricks' code has since put each token's own values in its place.
     """
 
     self_attention: frozenset[int] = frozenset()
     cross_modal: bool = False
+    branch: bool = False
 
 
 Model = Callable[..., AV[Tensor]]
@@ -46,6 +51,8 @@ Denoiser = Callable[[AV[Tensor], Tensor | AV[Tensor]], AV[Tensor]]
 
 def ltx2_sigmas(steps: int, tokens: int = 4096) -> Tensor:
     """Compute the shifted and stretched schedule of LTX-2, from 1 to 0 (specification 1.10).
+
+    `tokens` is 4096 in Lightricks' pipelines, whatever the clip; diffusers gives the video tokens of the clip.
 
     Shapes: float64 [steps + 1] on the CPU; the last non-zero entry is 0.1.
     """
@@ -133,6 +140,7 @@ class Guidance:
         modality: joint streams against separate streams; off at 1.
         rescale: share of the result that takes the standard deviation of the unguided prediction; off at 0.
         stg_blocks: transformer blocks that STG perturbs.
+        stg_drops_branch: see `Skip.branch`.
     """
 
     cfg: AV[float] = ONES
@@ -140,6 +148,7 @@ class Guidance:
     modality: AV[float] = ONES
     rescale: AV[float] = ZEROS
     stg_blocks: frozenset[int] = frozenset()
+    stg_drops_branch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("cfg", "stg", "modality", "rescale"):
@@ -221,14 +230,20 @@ def guided_denoiser(
         # the model takes one noise level for each sample
         levels = both(sigma).map(lambda s, part: s.expand(len(part)) if s.ndim == 0 else s, x)
         cond, *uncond = predict(x, levels, prompts)
-        perturbed = predict(x, levels, [text], skip=Skip(guidance.stg_blocks)) if stg else [None]
+        perturbed = (
+            predict(x, levels, [text], skip=Skip(guidance.stg_blocks, branch=guidance.stg_drops_branch))
+            if stg
+            else [None]
+        )
         unimodal = predict(x, levels, [text], skip=Skip(cross_modal=True)) if modality else [None]
         return guide(guidance, cond, *(uncond or [None]), *perturbed, *unimodal)
 
     return denoise
 
 
-def _path(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor) -> Iterator[AV[Tensor]]:
+def _path(
+    denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, fresh: Callable[[], AV[Tensor]] | None = None
+) -> Iterator[AV[Tensor]]:
     """Yield the state at each noise level, the first of them `noise` itself."""
     steps = list(pairwise(sigmas.tolist()))
     if not steps or any(now <= after for now, after in steps) or steps[-1][1] < 0:
@@ -238,21 +253,48 @@ def _path(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor) -> Iterator[AV[T
     for now, after in steps:
         # filled on the device: a copy from the host could not be recorded in a CUDA graph
         x0 = denoise(x, x.video.new_full((), now))
-        x = x0.map(lambda end, start, left=after / now: end + left * (start - end) if left else end, x)
+        down = after * after / now if fresh else after
+        x = x0.map(lambda end, start, left=down / now: end + left * (start - end) if left else end, x)
+        if fresh and after:
+            keep = (1 - after) / (1 - down)
+            more = math.sqrt(max(0.0, after**2 - (down * keep) ** 2))
+            x = x.map(lambda part, eps, keep=keep, more=more: keep * part + more * eps, fresh())
         yield x
 
 
 def euler(
-    denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, callback: Callable[[int, AV[Tensor]], object] | None = None
+    denoise: Denoiser,
+    noise: AV[Tensor],
+    sigmas: Tensor,
+    callback: Callable[[int, AV[Tensor]], object] | None = None,
+    *,
+    fresh: Callable[[], AV[Tensor]] | None = None,
 ) -> AV[Tensor]:
     """Integrate the flow by Euler steps on (x - x0) / sigma; a step to 0 returns x0 exactly (specification 1.11).
 
+    With `fresh`, normal noise of x's shapes at each call, the steps are ancestral as LTX-2.5's distilled file wants
+    them: each goes down further than to the next level, and back up to it by noise (specification 1.10).
+
     Shapes: noise [B, F, ...] per stream; sigmas [N + 1], falling; `callback(i, x)` sees each state, i = 0 .. N.
     """
-    for i, x in enumerate(_path(denoise, noise, sigmas)):
+    for i, x in enumerate(_path(denoise, noise, sigmas, fresh)):
         if callback is not None:
             callback(i, x)
     return x
+
+
+def ancestral_noise(seeds: Sequence[int], like: AV[Tensor]) -> Callable[[], AV[Tensor]]:
+    """Give the draws of an ancestral sampler: one generator a sample, seeded with its seed + 10000, video first.
+
+    Drawn on the CPU, the same on every device. Shapes: like [B, F, ...] of each stream, B seeds.
+    """
+    generators = [torch.Generator().manual_seed(seed + 10_000) for seed in seeds]
+
+    def draw() -> AV[Tensor]:
+        drawn = [[torch.randn(part.shape[1:], generator=g) for part in like] for g in generators]
+        return AV(*zip(*drawn, strict=True)).map(lambda parts, x: torch.stack(parts).to(x.device), like)
+
+    return draw
 
 
 def trajectory(denoise: Denoiser, noise: AV[Tensor], sigmas: Tensor, keep: Sequence[int]) -> AV[Tensor]:

@@ -11,7 +11,6 @@ Shapes: B batch, F video and T audio latents, h w token grid, C latent channels,
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,15 +23,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from omniforcing_lib import backends, files, safetensors_io
+from omniforcing_lib import backends, files
 from omniforcing_lib.bounce import clips, codecs, world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.flow import LTX2_GUIDANCE, MINIATURE_GUIDANCE, Guidance, block_noise
+from omniforcing_lib.flow import DISTILLED_SIGMAS, LTX2_GUIDANCE, MINIATURE_GUIDANCE, Guidance, block_noise
 from omniforcing_lib.interfaces import Codec, DecodeState, TextEncoder
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import checkpoints, formats
+from omniforcing_lib.ltx2 import parts as ltx2_parts
 from omniforcing_lib.ltx2.codec import LTX2Codec, load_ltx2_codec
 from omniforcing_lib.ltx2.gemma import GemmaText, user_cache
 from omniforcing_lib.rollout import RolloutConfig
@@ -139,6 +139,7 @@ class ModelBundle:
         description: what was found, in one line.
         device: where models run.
         dtype: of their weights.
+        distilled: version of LTX-2 of a distilled teacher, which is sampled without guidance at its own noise levels.
     """
 
     source: str
@@ -150,9 +151,16 @@ class ModelBundle:
     description: str
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    distilled: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return self.description
+
+    def sampling(self, steps: int) -> dict[str, object]:
+        """Say how `stream.teacher_clips` samples it: in `steps` under its guidance, or as a distilled file wants."""
+        if not self.distilled:
+            return {"steps": steps, "guidance": self.guidance}
+        return {"steps": DISTILLED_SIGMAS, "guidance": Guidance(), "ancestral": self.distilled >= (2, 5)}
 
     @property
     def decodes_at_once(self) -> bool:
@@ -232,8 +240,9 @@ def of(
     device: str = "cpu",
     dtype: str = "float32",
     grid: tuple[int, int] = (4, 4),
-    parts: str = "",
+    parts: str | Sequence[str] = (),
     gemma: str = "",
+    variant: str = "",
     horizon: int | None = None,
     decoder: Sequence[str] = (),
     contexts: str = "",
@@ -247,16 +256,17 @@ def of(
         device: where models run, see `backends.device`.
         dtype: of their weights, by name.
         grid: tokens of a frame, 32 x 32 pixels each in LTX-2; the miniature has its own.
-        parts: LTX-2 file or diffusers folder with VAEs, vocoder and connectors; by default the checkpoint itself, or
-            `ltx-2*.safetensors` beside it.
-        gemma: folder of Gemma 3.
+        parts: LTX-2 files or a diffusers folder with VAEs, vocoder and connectors; what they lack is taken from the
+            checkpoint itself and from the files beside it (`parts.companions`).
+        gemma: folder of Gemma 3 or 4, or LTX-2.5's text encoder.
+        variant: "dev" or "distilled", which no tensor and no metadata tells; by default as the file's name says.
         horizon: video latents that a streamed frame waits for, see `LTX2Codec`.
         decoder: the word tiny and a TAEHV file whose decoder makes the frames; by default LTX-2's own does.
         contexts: folder that keeps Gemma's contexts; by default the user's cache, see `gemma.user_cache`.
 
     Raises:
         ValueError: a named part or the device is not there, or is not what it should be; a tiny decoder where LTX-2's
-            own codec is not there or not asked for; a Gemma for LTX-2.5, whose text encoder is not supported.
+            own codec is not there or not asked for.
     """
     device = str(backends.device(device))
     checkpoint, place = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
@@ -272,40 +282,41 @@ def of(
         prompts = tuple(world.prompts())
         codec, text = codecs.shipped_codec(device), TinyText()
         return ModelBundle(source, codec, text, prompts, MINIATURE_GUIDANCE, True, description, **place)
-    encoder = gemma or next((str(path.parent) for path in _beside(checkpoint.path, "gemma*/config.json")), "")
+    version = checkpoint.version
+    named = [files.given(part) for part in ([parts] if isinstance(parts, str) else parts) if part]
+    encoder = files.given(gemma) if gemma else _gemma_beside(checkpoint.path, version)
     if tiny and not encoder:
         raise ValueError(f"{name}: {tiny} decodes the picture alone; name Gemma's folder and LTX-2's parts")
-    if encoder and formats.version_of(checkpoint.transformer) == "2.5":
-        raise ValueError(f"{name}: {formats.TEXT_ENCODER_2_5} is not supported, only Gemma 3 is: found {encoder}")
+    distilled = variant == "distilled" or (not variant and "distilled" in name.lower())
+    assumed = f"; taken for {'distilled' if distilled else 'dev'} by its name (variant)"
+    assumed = "" if variant or checkpoint.causal else assumed
+    rest = {"distilled": formats.version_number(version) if distilled else ()} | place
     if encoder:
-        where = files.given(parts) if parts else _parts_of(checkpoint.path)
-        text = GemmaText(files.given(encoder), where, files.given(contexts) if contexts else user_cache(), **place)
+        texts = [encoder] if encoder.is_file() else []
+        where, missing = ltx2_parts.companions(checkpoint.path, version, [*named, *texts])
+        if missing:
+            lacks = f"{checkpoint.path} lacks {', '.join(sorted(missing))}"
+            raise ValueError(f"{lacks}, and so do {', '.join(p.name for p in where) or 'files'} beside it; name parts")
+        text = GemmaText(encoder, where, files.given(contexts) if contexts else user_cache(), **place)
         codec = load_ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon=horizon, tiny=tiny, **place)
-        decoders = " and ".join(Path(file).name for file in (tiny, where) if file)
-        description = f"{name}: decoded by {decoders}, prompted by {Path(encoder).name}; no ground truth is known"
+        by = ", ".join(Path(file).name for file in (tiny, *where) if file)
+        description = f"{name}: decoded by {by}, prompted by {encoder.name}; no ground truth is known{assumed}"
     else:
         codec, text = StandInCodec(config, grid, device), StandInText(text_widths(config))
         description = (
             f"{name}: no Gemma folder (gemma*) beside it, so a stand-in decodes its latents (frames of {grid[0]} x "
-            f"{grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality"
+            f"{grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality{assumed}"
         )
-    return ModelBundle(source, codec, text, SENTENCES, guidance_of(config), False, description, **place)
+    guidance = Guidance() if distilled else guidance_of(config)
+    return ModelBundle(source, codec, text, SENTENCES, guidance, False, description, **rest)
 
 
-def _beside(path: Path, pattern: str) -> list[Path]:
-    """Find files beside a checkpoint, or beside the folder that it is in; a link's are beside the link."""
-    folder = Path(os.path.abspath(path)).parent
-    return [match for place in (folder, folder.parent) for match in sorted(place.glob(pattern))]
-
-
-def _parts_of(path: Path) -> Path:
-    """Find the file that holds VAEs, vocoder and connectors: the checkpoint itself, or an LTX-2 file beside it."""
-    for file in (path, *_beside(path, "ltx-2*.safetensors")):
-        if file.suffix == ".safetensors" and any(
-            n.startswith("vocoder.") for n in safetensors_io.one_file(file).entries
-        ):
-            return file
-    raise ValueError(f"{path} holds no VAEs and no vocoder, and no ltx-2*.safetensors beside it does; name one (parts)")
+def _gemma_beside(path: Path, version: str) -> Path | None:
+    """Find a text encoder beside a checkpoint: the file of LTX-2.5, or a folder of Gemma."""
+    found = ltx2_parts.beside(path, "gemma*/config.json")
+    if formats.version_number(version) >= (2, 4):
+        found = [*ltx2_parts.beside(path, "gemma*.safetensors", "text_encoders/gemma*.safetensors"), *found]
+    return next((file.parent if file.name == "config.json" else file for file in found), None)
 
 
 def text_widths(config: ModelConfig) -> AV[int]:

@@ -65,7 +65,7 @@ def one_file(path: Path) -> Shards:
         length = int.from_bytes(first, "little")
         if len(first) < 8 or length > min(_HEADER_LIMIT, size - 8):
             raise ValueError(f"{path} cannot be read as safetensors: {_what_it_is(first, length, size)}")
-        header = _json(path, file.read(length))
+        header = table(path, file.read(length))
     # 2. The header is a JSON table of names; each entry has to fit its own shape.
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
@@ -153,9 +153,25 @@ def _private_map(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
+def finite(tensor: Tensor) -> bool:
+    """Tell whether all values are finite; those of a tensor on the meta device are nothing yet."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    if tensor.dtype == torch.float8_e4m3fn:
+        return not any((part & 0x7F == 0x7F).any() for part in tensor.view(torch.uint8).flatten().split(1 << 20))
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def raw(entry: Entry) -> bytes:
+    """Read the bytes of a tensor, whatever its dtype."""
+    with entry.path.open("rb") as file:
+        file.seek(entry.start)
+        return file.read(entry.stop - entry.start)
+
+
 def read_json(path: Path) -> dict:
-    """Read a JSON table; ValueError where it is damaged, above 100 MB, or names something twice."""
-    return _json(path, path.read_bytes())
+    """Read a JSON table from a file, see `table`."""
+    return table(path, path.read_bytes())
 
 
 def _what_it_is(first: bytes, length: int, size: int) -> str:
@@ -167,7 +183,8 @@ def _what_it_is(first: bytes, length: int, size: int) -> str:
     return f"it has {size:,} bytes and claims a header of {length:,}; it is cut off or something else"
 
 
-def _json(path: Path, text: bytes) -> dict:
+def table(path: Path, text: bytes | str) -> dict:
+    """Read a JSON table of `path`; ValueError where it is damaged, above 100 MB, or names something twice."""
     try:
         if len(text) > _HEADER_LIMIT:
             raise ValueError(f"{len(text):,} bytes of JSON")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +25,15 @@ from tqdm.auto import tqdm
 from omniforcing_lib import masks, safetensors_io
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.files import write_tensors
-from omniforcing_lib.flow import MINIATURE_GUIDANCE, Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
+from omniforcing_lib.flow import (
+    MINIATURE_GUIDANCE,
+    Guidance,
+    ancestral_noise,
+    block_noise,
+    euler,
+    guided_denoiser,
+    ltx2_sigmas,
+)
 from omniforcing_lib.interfaces import Codec, TextEncoder
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import Noise, RolloutConfig, new_cache, next_block, recache_window, seeded_noise
@@ -305,18 +313,24 @@ def teacher_clips(
     seeds: list[int],
     seconds: int,
     *,
-    steps: int = 40,
+    steps: int | Sequence[float] = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
+    ancestral: bool = False,
 ) -> list[AV[np.ndarray]]:
-    """Sample clips with the guided bidirectional teacher, one for each prompt and seed, as one batch."""
+    """Sample clips with the guided bidirectional teacher, one for each prompt and seed, as one batch.
+
+    `steps` counts those of LTX-2's schedule, or lists the noise levels; `ancestral` draws noise anew at each of them.
+    """
     weight, latents = model.proj_out.weight, codec.clock.latents(seconds)
     shapes = AV((latents.video, *codec.grid, model.config.in_channels), (latents.audio, model.config.audio_in_channels))
     context = text.encode([*prompts, ""], weight.device, weight.dtype)
     negative = context.map(lambda t: t[-1:])
     noise = block_noise(seeds, 0, shapes).map(lambda x: x.to(weight.device))
     denoise = guided_denoiser(model, context.map(lambda t: t[:-1]), negative, guidance)
-    with tqdm(total=steps, desc=f"sampling {len(prompts)} clips", unit="step", delay=2, leave=False) as bar:
-        ends = euler(denoise, noise, ltx2_sigmas(steps), lambda i, _: bar.update(i - bar.n))
+    sigmas = ltx2_sigmas(steps) if isinstance(steps, int) else torch.tensor(steps, dtype=torch.float64)
+    fresh = ancestral_noise(seeds, noise) if ancestral else None
+    with tqdm(total=len(sigmas) - 1, desc=f"sampling {len(prompts)} clips", unit="step", delay=2, leave=False) as bar:
+        ends = euler(denoise, noise, sigmas, lambda i, _: bar.update(i - bar.n), fresh=fresh)
     return to_clips(codec.decode(ends))
 
 
@@ -329,8 +343,9 @@ def clip_pieces(
     seconds: int,
     seed: int,
     *,
-    steps: int = 40,
+    steps: int | Sequence[float] = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
+    ancestral: bool = False,
 ) -> Iterator[AV[np.ndarray]]:
     """Make one clip piece by piece, a block ahead, where the model is `causal`; in one piece where that is None.
 
@@ -339,7 +354,8 @@ def clip_pieces(
     if seconds < 1:
         raise ValueError(f"a clip lasts 1 second or more, found {seconds}")
     if causal is None:
-        yield from teacher_clips(model, codec, text, [prompt], [seed], seconds, steps=steps, guidance=guidance)
+        how = {"steps": steps, "guidance": guidance, "ancestral": ancestral}
+        yield from teacher_clips(model, codec, text, [prompt], [seed], seconds, **how)
         return
     with Streamer(model, causal, codec, text, prompt, seed, ahead=True) as stream:
         yield from stream.clip(seconds)
@@ -354,12 +370,14 @@ def make_clip(
     seconds: int,
     seed: int,
     *,
-    steps: int = 40,
+    steps: int | Sequence[float] = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
+    ancestral: bool = False,
 ) -> AV[np.ndarray]:
     """Make one clip whole: streamed by a causal student, sampled by a teacher in `steps` under `guidance`.
 
     Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples per second.
     """
-    pieces = clip_pieces(model, causal, codec, text, prompt, seconds, seed, steps=steps, guidance=guidance)
+    how = {"steps": steps, "guidance": guidance, "ancestral": ancestral}
+    pieces = clip_pieces(model, causal, codec, text, prompt, seconds, seed, **how)
     return AV(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))

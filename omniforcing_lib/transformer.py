@@ -24,7 +24,7 @@ from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Skip
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.masks import AttentionMask, Masks
+from omniforcing_lib.masks import Masks
 from omniforcing_lib.rope import Ropes, tables
 
 Sigma = AV[Tensor] | AV[float] | AV[tuple[float, ...]]
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
             latents = x.map(lambda part: range(part.shape[1]))
         # 2. What every layer needs of sigma and of the text. A pass that stores nothing holds nothing of these either.
         key = sigma_key if all(block.writes for block in blocks) else None
-        embed = partial(self._timesteps, sigma, sinks, masks)
+        embed = partial(self._timesteps, sigma, sinks, masks, blocks)
         timestep = cache.timesteps.get(key, embed) if cache else embed()
         cached_text = cache and cache.knows_text(key)
         contexts: AV[Tensor | None] = AV(None, None) if cached_text else text.map(self._project_text, self._modulators)
@@ -153,7 +153,11 @@ class Transformer(nn.Module):
         hidden = AV(video, audio)
         for index, layer in enumerate(self.transformer_blocks):
             run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if self.recompute else layer
-            skipped: dict[str, Any] = {"skip_self": index in skip.self_attention, "skip_cross": skip.cross_modal}
+            how = "branch" if skip.branch else "values"
+            skipped: dict[str, Any] = {
+                "skip_self": how * (index in skip.self_attention),
+                "skip_cross": skip.cross_modal,
+            }
             hidden = run(hidden, condition, cached=cache and cache.layers[index], **skipped)
         # 6. Tokens become velocities; the sinks are dropped.
         video, audio = hidden.video, hidden.audio[:, sinks:]
@@ -177,7 +181,9 @@ class Transformer(nn.Module):
             raise ValueError(f"the model has {expected} audio sink tokens, the layout {given}; use the same number")
         return given if masks or blocks[0].k == 0 else 0
 
-    def _timesteps(self, sigma: Sigma, sinks: int, masks: Masks | None) -> AV[TimestepEmbedding]:
+    def _timesteps(
+        self, sigma: Sigma, sinks: int, masks: Masks | None, blocks: tuple[OpenBlock, ...]
+    ) -> AV[TimestepEmbedding]:
         """Embed sigma for every use that layers make of it."""
         # One noise level for each sample or latent; the sinks take that of the first audio latent.
         sigma = sigma.map(partial(_per_sample, device=self.proj_out.weight.device))
@@ -185,19 +191,29 @@ class Transformer(nn.Module):
         if sinks and steps.audio.shape[1] > 1:
             first = steps.audio[:, :1].expand(-1, sinks)
             steps = AV(steps.video, torch.cat([first, steps.audio], dim=1))
-        # LTX-2.3: the text, and one stream for the other, go by one sigma for each sample; under masks, for each block.
-        sizes = steps.map(_block_sizes, AV(masks and masks.a2v, masks and masks.v2a))
+        # The text, and one stream for the other, go by one sigma for each sample; by blocks, for each block.
+        if masks:
+            spans = AV(masks.a2v, masks.v2a).map(lambda sees: [len(rows) for rows, _ in sees.by_block])
+        else:
+            spans = AV(*([len(block.latents[i]) for block in blocks] or [1] for i in (0, 1)))
+            spans.audio[0] += sinks if blocks else 0
+        sizes = steps.map(_block_sizes, spans)
         by_block = steps.map(_of_blocks, sizes)
-        across = AV(by_block.audio, by_block.video).map(_spread, sizes) if self.config.cross_attention_adaln else steps
+        others = AV(by_block.audio, by_block.video).map(_spread, sizes)
+        whose = self.config.cross_modal_sigma
+        across = AV(others if whose == "all" else steps, steps if whose == "none" else others)
         ratio = self.config.av_ca_timestep_scale_multiplier / self.config.timestep_scale_multiplier
 
-        def embed(modules: dict[str, Any], steps: Tensor, by_block: Tensor, across: Tensor) -> TimestepEmbedding:
+        def embed(
+            modules: dict[str, Any], steps: Tensor, by_block: Tensor, cross: Tensor, gate: Tensor
+        ) -> TimestepEmbedding:
             own, embedded = modules["own"](steps)
-            cross, gate = modules["cross"](across)[0], modules["gate"](across * ratio)[0]
-            prompt = modules["prompt"](by_block)[0] if modules["prompt"] else None
+            cross, gate = modules["cross"](cross)[0], modules["gate"](gate * ratio)[0]
+            levels = by_block if masks else by_block.amax(1, keepdim=True)
+            prompt = modules["prompt"](levels)[0] if modules["prompt"] else None
             return TimestepEmbedding(own, cross, gate, embedded, prompt)
 
-        return self._modulators.map(embed, steps, by_block, across)
+        return self._modulators.map(embed, steps, by_block, *across)
 
     @property
     def _modulators(self) -> AV[dict[str, Any]]:
@@ -215,12 +231,10 @@ class Transformer(nn.Module):
         return out(modulate(layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), 1 + scale, shift))
 
 
-def _block_sizes(steps: Tensor, sees: AttentionMask | None) -> tuple[int, ...]:
-    """Count the groups of sigma in each block; all are of one without masks. Shapes: steps [B, G]."""
+def _block_sizes(steps: Tensor, spans: list[int]) -> tuple[int, ...]:
+    """Count the groups of sigma in each block, from any measure of the blocks' lengths. Shapes: steps [B, G]."""
     groups = steps.shape[1]
-    if sees is None or groups == 1:
-        return (groups,)
-    return tuple(len(rows) * groups // sees.rows for rows, _ in sees.by_block)
+    return (1,) if groups == 1 else tuple(n * groups // sum(spans) for n in spans)
 
 
 def _of_blocks(steps: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from synthetic import PREFIX, STUBS
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import files, model_bundle
+from omniforcing_lib import files
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
-from omniforcing_lib.ltx2 import checkpoints, formats
+from omniforcing_lib.ltx2 import checkpoints, formats, parts
 from omniforcing_lib.rollout import RolloutConfig
 from series import runner
 
@@ -46,6 +46,39 @@ def test_a_round_trip_is_bit_identical(path, tmp_path):
     first, second = load_file(path), load_file(again)
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     assert checkpoints.read(path).config == checkpoints.read(again).config == TINY
+
+
+ASKED = {
+    "dropout": 0.0,
+    "attention_bias": True,
+    "num_vector_embeds": None,
+    "activation_fn": "gelu-approximate",
+    "num_embeds_ada_norm": 1000,
+    "use_linear_projection": False,
+    "only_cross_attention": False,
+    "cross_attention_norm": True,
+    "double_self_attention": False,
+    "upcast_attention": False,
+    "standardization_norm": "rms_norm",
+    "norm_elementwise_affine": False,
+    "qk_norm": "rms_norm",
+    "positional_embedding_type": "rope",
+    "use_audio_video_cross_attention": True,
+    "share_ff": False,
+    "av_cross_ada_norm": True,
+    "use_middle_indices_grid": True,
+}
+"""What ltx-core 1.0.0 asks of the `transformer` part of a config (LTXModelConfigurator)."""
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_lightricks_loader_asks_is_written_and_checked(name, path):
+    """A file of ours has the value that it wants; a file with another is refused by the setting's name."""
+    assert checkpoints.read(path).metadata["config"]["transformer"].get(name) == ASKED[name]
+    other = not ASKED[name] if isinstance(ASKED[name], bool) else "other"
+    rewrite(path, lambda tensors, config: config["transformer"].update({name: other}))
+    with pytest.raises(ValueError, match=name):
+        checkpoints.read(path)
 
 
 def test_a_student_keeps_its_layout_and_steps(tmp_path):
@@ -108,10 +141,10 @@ def test_a_link_is_read_by_its_own_name_and_what_is_beside_it_is_beside_the_link
     gemma.write_text("{}")
     assert checkpoints.read(link).path == link and "ltx-2-19b-dev" in checkpoints.inspect(link)
     assert runner._given([f"teacher={link}"], "smoke") == {"teacher": str(link)}
-    assert model_bundle._beside(link, "gemma*/config.json") == [gemma]
+    assert parts.beside(link, "gemma*/config.json") == [gemma]
     for folder, given in ((link.parent, link.name), (gemma.parent, f"../{link.name}")):
         monkeypatch.chdir(folder)
-        assert model_bundle._beside(checkpoints.read(given).path, "gemma*/config.json") == [gemma]
+        assert parts.beside(checkpoints.read(given).path, "gemma*/config.json") == [gemma]
         assert runner._given([f"teacher={given}"], "smoke") == {"teacher": str(Path(folder, given))}
 
 
@@ -155,7 +188,6 @@ def test_what_a_file_is_and_lacks_is_said(version, path, tmp_path):
     assert (
         not re.search("to (decode|encode prompts), missing", whole) and "to stream, missing: an `omniforcing`" in whole
     )
-    assert ("to encode prompts, not supported: the Gemma 4" in whole) == (version == "2.5")
     alone = checkpoints.inspect(path)
     assert "to decode, missing: video VAE, audio VAE, vocoder" in alone
     assert "to encode prompts, missing: text connectors, text projection" in alone

@@ -152,6 +152,32 @@ def test_a_missing_pass_is_named(field, name):
         flow.guide(guidance, pair(0))
 
 
+@pytest.mark.parametrize(
+    "sigmas", [flow.DISTILLED_SIGMAS, tuple(flow.ltx2_sigmas(6).tolist())], ids=["distilled", "dev"]
+)
+@pytest.mark.parametrize("i, seed", [(0, 5), (1, 9)])
+def test_ancestral_steps_are_those_of_diffusers_scheduler(sigmas, i, seed):
+    """Levels, arithmetic and noise: generator of seed + 10000, at each step video first; one sample as in a batch."""
+    from diffusers import LTXEulerAncestralRFScheduler
+
+    def denoise(x, sigma=None):
+        return x.map(lambda part: 0.3 * part.sin() + 0.5)
+
+    noise, levels = pair(3, dtype=torch.float32), torch.tensor(sigmas)
+    ours = flow.euler(denoise, noise, levels, fresh=flow.ancestral_noise([5, 9], noise)).map(lambda t: t[i : i + 1])
+    schedulers = AV(LTXEulerAncestralRFScheduler(), LTXEulerAncestralRFScheduler())
+    schedulers.map(lambda scheduler: scheduler.set_timesteps(sigmas=list(sigmas)))
+    generator, x = torch.Generator().manual_seed(seed + 10_000), noise.map(lambda t: t[i : i + 1])
+    for step, level in enumerate(sigmas[:-1]):
+        velocity = x.map(lambda part, end, level=level: (part - end) / level, denoise(x))
+        x = x.map(
+            lambda part, s, v, t=step: s.step(v, s.timesteps[t], part, generator).prev_sample, schedulers, velocity
+        )
+    for a, b in zip(ours, x, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    assert not torch.allclose(flow.euler(denoise, noise, levels).video[i], ours.video[0], atol=1e-2)
+
+
 def test_stg_without_blocks_and_cfg_without_a_negative_prompt_are_refused():
     with pytest.raises(ValueError, match="stg_blocks"):
         Guidance(stg=AV(1.0, 1.0))

@@ -248,6 +248,20 @@ def test_a_release_is_run_as_it_was_trained(prefix, tmp_path, caplog):
     assert "settings: the file carries none" in caplog.text
 
 
+@pytest.mark.parametrize("version", ["2.3", "2.5"])
+def test_a_bare_transformer_is_not_taken_for_a_release(version, tmp_path, caplog):
+    """Bare names, no word about the model, but gates: LTX-2's settings, and it is said that they were assumed."""
+    path, prefix = synthetic.ltx2_file(tmp_path / "ltx-2.safetensors", version), formats.PREFIX
+    tensors = {n.removeprefix(prefix): t for n, t in load_file(path).items() if n.startswith(prefix)}
+    save_file({n: t for n, t in tensors.items() if "_connector." not in n}, tmp_path / "bare.safetensors")
+    found = checkpoints.read(tmp_path / "bare.safetensors")
+    assert found.format is formats.BARE and found.causal is None
+    expected, unseen = checkpoints.read(path).config, ModelConfig().caption_channels
+    assert found.config == replace(expected, caption_channels=unseen)
+    assert all(map(torch.equal, velocity(checkpoints.load(path)), velocity(checkpoints.load(found.path))))
+    assert "settings: the file carries none" in caplog.text
+
+
 def test_a_release_streams(tmp_path):
     """Straight from the file: a second and a frame in the first chunk of the released layout, then a second each."""
     student, causal = checkpoints.load(released(tmp_path, "model.")), checkpoints.read(tmp_path).causal

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import synthetic
 import torch
-from tiny_ltx2 import MODEL, NEWER, gemma_folder, tiny_decoder_file, whole_file
+from tiny_ltx2 import MODEL, NEWER, gemma_folder, split_files, tiny_decoder_file, whole_file
 
 from omniforcing_lib import __main__ as cli
 from omniforcing_lib import media
@@ -133,6 +133,8 @@ def test_the_page_can_be_followed_on_tiny_files(tmp_path, monkeypatch):
     write_tensors("models/lora.safetensors", lora)
     gemma_folder("models/gemma-3-12b-it-qat-q4_0-unquantized")
     release(Path("models/omniforcing"))
+    transformer = next(iter(split_files("models").values()))
+    transformer.rename(transformer.with_name("ltx-2.5-22b-distilled-transformer-bf16.safetensors"))
     Path("prompts.txt").write_text("a red ball\na blue ball\n")
     for command in COMMANDS:
         given = [SMALLER.get(word, word) for word in words(command)]
@@ -144,7 +146,7 @@ def test_the_page_can_be_followed_on_tiny_files(tmp_path, monkeypatch):
             continue
         assert cli.main(given) == 0, " ".join(given)
     names = ("stream", "teacher", "student", "ltx2", "ltx23", "omniforcing", "taomate", "lora", "live", "clips/P-0001")
-    assert all(Path(f"{name}.mp4").stat().st_size for name in names)
+    assert all(Path(f"{name}.mp4").stat().st_size for name in (*names, "newest"))
     made = {}
     exec(CODE.replace("cuda", "cpu").replace("(16, 24)", "(2, 3)"), made)
     assert made["chunk"].prompt == "rain falls on a tin roof"

@@ -10,8 +10,8 @@ from synthetic import CONFIGS, ltx2_file
 
 from omniforcing_lib import model_bundle
 from omniforcing_lib.config import MINIATURE, ModelConfig
+from omniforcing_lib.flow import DISTILLED_SIGMAS, Guidance
 from omniforcing_lib.layout import AV, PAPER
-from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.ltx2.codec import LTX2Codec
 from omniforcing_lib.rollout import RolloutConfig, new_cache
 from omniforcing_lib.stream import Streamer
@@ -46,14 +46,33 @@ def test_an_ltx2_file_alone_gets_stand_ins_and_says_so(beside):
     assert torch.equal(beside.encode(beside.names[:1]).audio, context.context.audio[:1])
 
 
-def test_a_gemma_for_2_5_is_refused(tmp_path):
+def test_a_gemma_of_another_version_is_refused(tmp_path):
     """Gemma 3 has the width that LTX-2.5's connectors take, and would give contexts that mean nothing to it."""
     path, gemma = ltx2_file(tmp_path / "ltx-2.5.safetensors", "2.5", config=CONFIGS["2.5"]), tmp_path / "gemma-3"
     gemma.mkdir()
-    (gemma / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"the Gemma 4 that LTX-2\.5 was trained with is not supported.*gemma-3"):
+    (gemma / "config.json").write_text('{"model_type": "gemma3"}')
+    with pytest.raises(ValueError, match=r"gemma-3: this is gemma3, and ltx-2\.5\.safetensors was trained with gemma4"):
         model_bundle.of(str(path))
-    assert "to encode prompts, not supported: the Gemma 4" in checkpoints.inspect(path)
+
+
+def test_what_a_teacher_is_stands_in_its_name_or_is_asked_for(tmp_path):
+    """A distilled one is sampled without guidance at its own levels, from 2.5 on with noise at each step."""
+    found = {}
+    for name, version, kind in (
+        ("ltx-2.3-dev", "2.3", ""),
+        ("ltx-2.3-distilled", "2.3", ""),
+        ("ltx-2.5-x", "2.5", "distilled"),
+        ("ltx-2.5-distilled", "2.5", "dev"),
+    ):
+        bundle = model_bundle.of(str(ltx2_file(tmp_path / f"{name}.safetensors", version)), grid=(1, 1), variant=kind)
+        found[name] = bundle.sampling(30)
+        said = "taken for distilled" if name == "ltx-2.3-distilled" else "taken for dev"
+        assert (said in str(bundle)) == (not kind)
+    guidance = model_bundle.guidance_of(CONFIGS["2.3"])
+    levels = {"steps": DISTILLED_SIGMAS, "guidance": Guidance()}
+    assert found["ltx-2.3-dev"] == found["ltx-2.5-distilled"] == {"steps": 30, "guidance": guidance}
+    assert found["ltx-2.3-distilled"] == levels | {"ancestral": False}
+    assert found["ltx-2.5-x"] == levels | {"ancestral": True}
 
 
 def test_what_a_bundle_can_do_is_asked_of_its_properties(beside):
@@ -113,7 +132,7 @@ def test_the_bytes_of_a_cache_are_those_of_the_cache():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["2.0", "2.3"])
+@pytest.mark.parametrize("version", ["2.0", "2.3", "2.5"])
 def test_the_notebooks_run_on_an_ltx2_file(tmp_path, version):
     """All of them, on a file of 0.9 M parameters: nothing in them is specific to the miniature."""
     config = replace(CONFIGS[version], **OTHERS, caption_channels=40)

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from omniforcing_lib import files
+from omniforcing_lib.ltx2 import checkpoints
 from series import claims, origins, report
 
 HERE = dict(line.split()[::-1] for line in (origins.ROOT / "data" / "SHA256SUMS").read_text().splitlines())
@@ -29,6 +31,36 @@ def clone(tmp_path):
 
 def change(path: Path, **entries):
     files.write_json(path, json.loads(path.read_text()) | entries)
+
+
+def test_renewed_files_have_the_same_weights_and_are_found_by_their_new_hash(tmp_path):
+    """Metadata that lacks a key is written anew once; every record of the old hash has the new one, others stay."""
+    names = [f"{name}.safetensors" for name in ("teacher", "stage2", "student")]
+    for name in names:
+        with safe_open(origins.ROOT / "data" / name, "pt") as file:
+            metadata, config = file.metadata(), json.loads(file.metadata()["config"])
+        config["transformer"].pop("num_embeds_ada_norm", None)
+        save_file(load_file(origins.ROOT / "data" / name), tmp_path / name, metadata | {"config": json.dumps(config)})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / name).rename(tmp_path / "data" / name)
+    old = {name: files.sha256(tmp_path / "data" / name) for name in names}
+    files.write_text(tmp_path / "data" / "SHA256SUMS", "".join(f"{digest}  {name}\n" for name, digest in old.items()))
+    files.write_json(tmp_path / "reports" / "deep" / "a.json", {"files": old | {"codec.safetensors": "aaa"}})
+    before = {name: checkpoints.read(tmp_path / "data" / name) for name in names}
+    prints = {name: found.fingerprint for name, found in before.items()}
+    weights = {name: load_file(tmp_path / "data" / name) for name in names}
+    assert origins.renew(tmp_path) == names and origins.renew(tmp_path) == []
+    sums = dict(line.split()[::-1] for line in (tmp_path / "data" / "SHA256SUMS").read_text().splitlines())
+    assert sums == {name: files.sha256(tmp_path / "data" / name) for name in names} and sums != old
+    assert json.loads((tmp_path / "reports" / "deep" / "a.json").read_text())["files"] == sums | {
+        "codec.safetensors": "aaa"
+    }
+    for name in names:
+        found, after = checkpoints.read(tmp_path / "data" / name), load_file(tmp_path / "data" / name)
+        assert after.keys() == weights[name].keys() and all(torch.equal(after[k], t) for k, t in weights[name].items())
+        assert found.metadata["notes"] == before[name].metadata["notes"] and found.causal == before[name].causal
+        assert found.metadata["config"]["transformer"]["num_embeds_ada_norm"] == 1000
+        assert found.fingerprint == prints[name]
 
 
 def test_what_fits_the_repository_is_told_by_its_commit_alone(clone):

@@ -5,8 +5,6 @@ The reference is diffusers: its transformer, its scheduler and the guidance of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 
@@ -16,7 +14,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTX2VideoTransformer3DModel
 from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift, rescale_noise_cfg
-from tiny_ltx2 import SIZE, gemma_folder, whole_file
+from tiny_ltx2 import SIZE, gemma_folder, split_files, whole_file
 
 from omniforcing_lib import media
 from omniforcing_lib.flow import Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
@@ -31,13 +29,18 @@ GUIDANCE = Guidance(AV(3.0, 7.0), AV(1.0, 1.0), AV(3.0, 3.0), AV(0.7, 0.7), froz
 PROMPT, STEPS = "a red ball, bell", 8
 
 
-@pytest.fixture(scope="module", params=["2.0", "2.3"])
+@pytest.fixture(scope="module", params=["2.0", "2.3", "2.5"])
 def real(request, tmp_path_factory):
-    """A whole file with what it takes to run it."""
+    """A whole file, or from 2.5 on split files, with what it takes to run them."""
     folder = tmp_path_factory.mktemp("ltx2")
-    path = whole_file(folder / "ltx2.safetensors", request.param)
-    text = GemmaText(gemma_folder(folder / "gemma"), path, folder / "cache", length=16, dtype=torch.float32)
-    return path, load_ltx2_codec(path, SIZE), text
+    if request.param == "2.5":
+        path, gemma, *vaes = split_files(folder).values()
+        source = [path, gemma, *vaes]
+    else:
+        path = source = whole_file(folder / "ltx2.safetensors", request.param)
+        gemma = gemma_folder(folder / "gemma")
+    text = GemmaText(gemma, source, folder / "cache", length=16, dtype=torch.float32)
+    return path, load_ltx2_codec(source, SIZE), text
 
 
 def diffusers_scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -46,10 +49,12 @@ def diffusers_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, **shift)
 
 
-def diffusers_sigmas(steps: int) -> torch.Tensor:
+def diffusers_sigmas(steps: int, tokens: int = 4096) -> torch.Tensor:
     scheduler = diffusers_scheduler()
     config = scheduler.config
-    mu = calculate_shift(4096, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+    mu = calculate_shift(
+        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
     return scheduler.sigmas
 
@@ -77,33 +82,21 @@ def diffusers_velocity(model: LTX2VideoTransformer3DModel, x: AV, sigma: float, 
         width=width,
         fps=24.0,
         audio_num_frames=x.audio.shape[1],
-        use_cross_timestep=model.config.perturbed_attn,
+        use_cross_timestep=True,
+        video_keyframes_mask=(torch.arange(frames * height * width) < height * width)[None, :, None].expand(
+            batch, -1, 1
+        ),
         return_dict=False,
         **skip,
     )
     return AV(video.reshape(x.video.shape), audio)
 
 
-@contextmanager
-def self_attention_dropped(model: LTX2VideoTransformer3DModel, block: int) -> Iterator[None]:
-    """Leave self-attention out of a block: STG of LTX-2.0, which diffusers' model of that version does not have."""
-    layers = (getattr(model.transformer_blocks[block], name) for name in ("attn1", "audio_attn1"))
-    hooks = [layer.register_forward_hook(lambda module, args, out: torch.zeros_like(out)) for layer in layers]
-    yield
-    for hook in hooks:
-        hook.remove()
-
-
-def diffusers_sample(model: LTX2VideoTransformer3DModel, noise: AV, text: AV, negative: AV) -> AV:
+def diffusers_sample(model: LTX2VideoTransformer3DModel, noise: AV, text: AV, negative: AV, tokens: int) -> AV:
     """Sample with diffusers' transformer and the guidance of its pipeline: deltas in x0, rescaled, Euler."""
     run, x = partial(diffusers_velocity, model), noise
-    for sigma, after in pairwise(diffusers_sigmas(STEPS).tolist()):
-        made = [run(x, sigma, text), run(x, sigma, negative)]
-        if model.config.perturbed_attn:
-            made.append(run(x, sigma, text, spatio_temporal_guidance_blocks=[1]))
-        else:
-            with self_attention_dropped(model, 1):
-                made.append(run(x, sigma, text))
+    for sigma, after in pairwise(diffusers_sigmas(STEPS, tokens).tolist()):
+        made = [run(x, sigma, text), run(x, sigma, negative), run(x, sigma, text, spatio_temporal_guidance_blocks=[1])]
         made.append(run(x, sigma, text, isolate_modalities=True))
         cond, *others = [x.map(lambda part, v, s=sigma: part - v * s, velocity) for velocity in made]
         weights = AV((2.0, 1.0, 2.0), (6.0, 1.0, 2.0))
@@ -118,19 +111,21 @@ def diffusers_sample(model: LTX2VideoTransformer3DModel, noise: AV, text: AV, ne
 
 
 @torch.no_grad()
-def test_guided_sampling_is_that_of_diffusers(real):
+@pytest.mark.parametrize("tokens", [4096, 16], ids=["Lightricks' count of tokens", "the clip's, as in diffusers"])
+def test_guided_sampling_is_that_of_diffusers(real, tokens):
     """Eight steps, four passes each: our transformer and sampler against diffusers' transformer, to 1e-4."""
     path, codec, encoder = real
     model = checkpoints.load(path)
     described = formats.to_diffusers(model.config)
-    described.pop("_class_name")
+    del described["_class_name"]
+    described["perturbed_attn"] = True  # diffusers switches this off for 2.0; Lightricks' code passes values in all
     reference = LTX2VideoTransformer3DModel(**described).eval()
     names = {formats.DIFFUSERS.stored(name): tensor for name, tensor in model.state_dict().items()}
     reference.load_state_dict(names, strict=True)
     text, negative = (encoder.encode([prompt]) for prompt in (PROMPT, ""))
     noise = block_noise([3], 0, AV((4, *codec.grid, 16), (26, 32)))
-    ours = euler(guided_denoiser(model, text, negative, GUIDANCE), noise, ltx2_sigmas(STEPS))
-    theirs = diffusers_sample(reference, noise, text, negative)
+    ours = euler(guided_denoiser(model, text, negative, GUIDANCE), noise, ltx2_sigmas(STEPS, tokens))
+    theirs = diffusers_sample(reference, noise, text, negative, tokens)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp_min(1)
         assert b.std() > 0.1

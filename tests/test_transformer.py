@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from omniforcing_lib import masks, rope
 from omniforcing_lib.cache import KVCache
-from omniforcing_lib.config import MINIATURE, ModelConfig
+from omniforcing_lib.config import CROSS_MODAL_SIGMAS, MINIATURE, ModelConfig
 from omniforcing_lib.flow import Skip
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout, Clock
 from omniforcing_lib.transformer import Transformer
@@ -102,7 +102,7 @@ def test_no_future_reaches_the_past(layout, more, rendering, stream, data):
     video_latents = layout.first.video + more
     changed = data.draw(st.integers(0, layout.count(video_latents) - 1))
     config, dtype = (
-        data.draw(st.sampled_from([TINY, NEWER])),
+        data.draw(st.sampled_from([TINY, NEWER, NEWEST])),
         data.draw(st.sampled_from([torch.float32, torch.float64])),
     )
     model = tiny(config.with_sinks(layout.sinks), dtype=dtype)
@@ -353,7 +353,8 @@ def test_bidirectional_equals_diffusers(rope_type, multiplier, frames, version, 
 
     new = bool(FEATURES[version])
     sizes = {"attention_head_dim": 16, "cross_attention_dim": 32, "av_ca_timestep_scale_multiplier": multiplier}
-    config = replace(TINY, rope_type=rope_type, **sizes, **FEATURES[version])
+    theirs = {"cross_modal_sigma": "all" if new else "none"}  # what `use_cross_timestep` means
+    config = replace(TINY, rope_type=rope_type, **sizes, **FEATURES[version], **theirs)
     captions = (32, 16) if new else (6, 6)
     ours = tiny(config, dtype=torch.float32)
     reference = LTX2VideoTransformer3DModel(
@@ -407,6 +408,50 @@ def test_bidirectional_equals_diffusers(rope_type, multiplier, frames, version, 
     )
     expected = AV(theirs.sample.reshape(x.video.shape), theirs.audio_sample)
     assert distance(mine, expected) <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [TINY, NEWER, NEWEST], ids=FEATURES | {"2.5": {}})
+def test_the_gate_alone_goes_by_the_other_stream(config):
+    """Lightricks' rule since May 2026: scale and shift as where nothing does, the gate as where all does.
+
+    Without masks the other stream's level is one for each sample, under masks one for each block. Where both streams
+    have the same levels, all three rules are one.
+    """
+    x, sigma, text = inputs(PAPER, 7, batch=2)
+    kind = masks.build(PAPER, 7, 4)
+    model = tiny(config.with_sinks(16))
+
+    def by(rule: str, sigma: AV, masks=None):
+        model.config = replace(model.config, cross_modal_sigma=rule)
+        return model._timesteps(sigma, 16 if masks else 0, masks, ()), model(x, sigma, text, masks=masks)
+
+    apart = AV(sigma.video, sigma.audio.flip(0))
+    for levels, seen in ((AV(torch.tensor([0.2, 0.7]), torch.tensor([0.9, 0.4])), None), (apart, kind)):
+        found = {rule: by(rule, levels, seen) for rule in CROSS_MODAL_SIGMAS}
+        for stream in (0, 1):
+            gate, every, none = (found[rule][0][stream] for rule in ("gate", "all", "none"))
+            assert torch.equal(gate.cross, none.cross) and torch.equal(gate.gate, every.gate)
+        outs = [found[rule][1] for rule in CROSS_MODAL_SIGMAS]
+        assert min(distance(outs[0], other) for other in outs[1:]) > 1e-3
+    same = [by(rule, sigma, kind)[1] for rule in CROSS_MODAL_SIGMAS]
+    assert max(distance(same[0], other) for other in same[1:]) <= 1e-12
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [TINY, NEWER], ids=FEATURES)
+def test_stg_passes_values_and_by_a_setting_drops_the_branch(config):
+    """Values: attention that sees its own token alone; a dropped branch: attention whose output is nothing."""
+    model, (x, _, text), level = tiny(config), inputs(PAPER, 4), AV(*torch.tensor([[0.6], [0.6]]))
+    values, dropped = (model(x, level, text, skip=Skip(frozenset({1}), branch=branch)) for branch in (False, True))
+    assert min(distance(values, dropped), distance(model(x, level, text), values)) > 1e-3
+    block = model.transformer_blocks[1]
+    for attention in (block.attn1, block.audio_attn1):
+        for layer in (attention.to_v, attention.to_out[0]):
+            layer.weight.zero_(), layer.bias.zero_()
+    assert torch.equal(
+        torch.cat([x.flatten() for x in dropped]), torch.cat([x.flatten() for x in model(x, level, text)])
+    )
 
 
 def test_the_full_model_is_the_19b():

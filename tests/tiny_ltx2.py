@@ -1,4 +1,4 @@
-"""A whole LTX-2 file at tiny dims in its true format: transformer, connectors, VAEs and vocoder, and a Gemma beside it.
+"""A whole LTX-2 at tiny dims in its true format: transformer, connectors, VAEs and vocoder, and a Gemma beside it.
 
 Everything is random and everything matters: no weight is zero, statistics are not 0 and 1.
 """
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from synthetic import PREFIX, metadata_of, weights
 from torch import nn
 
@@ -35,6 +36,8 @@ MODEL = replace(
     caption_channels=32,
 )
 NEWER = replace(MODEL, apply_gated_attention=True, cross_attention_adaln=True, caption_proj_before_connector=True)
+NEWEST = replace(NEWER, ff_bias=False, use_keyframes_abs_pos_embedding=True)
+MODELS = {"2.0": MODEL, "2.3": NEWER, "2.5": NEWEST}
 RES = {"num_layers": 1}
 VAE = {
     "latent_channels": 16,
@@ -78,6 +81,24 @@ NEWER_VAE = VAE | {
     ],
     "decoder_spatial_padding_mode": "zeros",
 }
+DIFFUSION_VAE = {
+    "_class_name": "CausalDiffusionVAE",
+    "model_output_type": "x0",
+    "encoder": {"blocks": VAE["encoder_blocks"], "out_channels": 16},
+    "decoder": {
+        "stage_channels": [64, 32, 16, 16, 8],
+        "stage_depths": [1, 1, 1, 1, 2],
+        "stage_kernels": [[3, 1, 1], [3, 3, 3], [3, 3, 3], [3, 3, 3]],
+        "upsamples": [[[1, 2, 2], 2], [[2, 1, 1], 2], [[2, 2, 2], 1], [[2, 2, 2], 2]],
+        "stage5_kernel": [3, 3, 3],
+        "head_dim": 8,
+        "t_emb_dim": 16,
+        "patch_size": 4,
+        "timestep_scale_multiplier": 1000.0,
+        "default_num_inference_steps": 1,
+    },
+}
+GEMMA_VERSION = "gemma4-tiny-v1"
 AUDIO_VAE = {
     "model": {"params": {"sampling_rate": 16000, "ddconfig": {"ch": 32, "ch_mult": [1, 1, 1], "z_channels": 2}}},
     "preprocessing": {"stft": {"hop_length": 160}, "mel": {"n_mel_channels": 64}},
@@ -113,6 +134,7 @@ LOUDNESS = {
     "LTX2VocoderWithBWE": 0.03,
 }
 """Of the last layers: nothing is to be clipped, where all would look equal."""
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 WORDS = ("a", "red", "blue", "ball", "bell", "wood", "worst", "quality", "blurry", ",")
 
 
@@ -168,12 +190,12 @@ def configs(version: str = "2.0") -> dict[str, object]:
     """Give the JSON `config` of a tiny LTX-2 file."""
     if version == "2.0":
         return metadata_of(MODEL) | {"vae": VAE, "audio_vae": AUDIO_VAE, "vocoder": VOCODER}
-    return metadata_of(NEWER) | {"vae": NEWER_VAE, "audio_vae": AUDIO_VAE, "vocoder": NEWER_VOCODER}
+    return metadata_of(MODELS[version]) | {"vae": NEWER_VAE, "audio_vae": AUDIO_VAE, "vocoder": NEWER_VOCODER}
 
 
 def whole_file(path: str | Path, version: str = "2.0", *, model: ModelConfig | None = None) -> Path:
     """Write a whole tiny LTX-2 single file, fp32; give its path."""
-    model = model or (MODEL if version == "2.0" else NEWER)
+    model = model or MODELS[version]
     names = {
         "vae": parts.video_names(configs(version)["vae"]),
         "audio_vae": parts.AUDIO_VAE,
@@ -201,20 +223,100 @@ def diffusers_folder(path: str | Path, version: str = "2.0") -> Path:
     return Path(path)
 
 
-def gemma_folder(path: str | Path) -> Path:
-    """Save a tiny random Gemma 3 text model with a word-level tokenizer, as transformers saves them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
+def split_files(folder: str | Path) -> dict[str, Path]:
+    """Write a tiny LTX-2.5 as it is published, a file for each part and both kinds of VAE; give the paths."""
+    whole = whole_file(Path(folder) / "whole.safetensors", "2.5")
+    tensors, config = load_file(whole), configs("2.5")
+    whole.unlink()
+    decoder = shaken(parts.diffusion_decoder(DIFFUSION_VAE, {}), 9).state_dict()
+    names = parts.Names([("", "")], parts.DIFFUSION_PARTS)
+    diffuses = {f"decoder.{names.to_ltx2(name)}": t for name, t in decoder.items() if ".attn.to_" not in name}
+    for name in [name for name in decoder if ".attn.to_q." in name]:
+        thirds = [decoder[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
+        diffuses["decoder." + name.replace("to_q", "qkv")] = torch.cat(thirds)
+    diffuses |= {f"decoder.{names.to_ltx2(n)}": t for n, t in decoder.items() if ".attn.to_out." in n}
+    video = {name.removeprefix("vae."): t for name, t in tensors.items() if name.startswith("vae.")}
+    described = {
+        "diffusion_models/ltx-2.5-tiny-dev-transformer": ({"transformer": config["transformer"] | CONNECTOR}, PREFIX),
+        "text_encoders/gemma4-tiny-with-proj-ltx-2.5": ({}, parts.PROJECTIONS),
+        "vae/ltx-2.5-audio-vae": (
+            {name: config[name] for name in ("audio_vae", "vocoder")},
+            ("audio_vae.", "vocoder."),
+        ),
+        "vae/ltx-2.5-video-vae-conv": ({"vae": config["vae"]}, video),
+        "vae/ltx-2.5-video-vae": (
+            {"vae": DIFFUSION_VAE},
+            {name: t for name, t in video.items() if not name.startswith("decoder.")} | diffuses,
+        ),
+    }
+    source = {"ltx_version": "2.5.0", "gemma_version": GEMMA_VERSION}
+    made = {}
+    for name, (part, held) in described.items():
+        held = held if isinstance(held, dict) else {n: t for n, t in tensors.items() if n.startswith(held)}
+        metadata = {"model_version": "2.5.0", "config": json.dumps(part)}
+        if "transformer" in part:
+            metadata["gemma_source_checkpoint"] = json.dumps(source)
+        if "gemma" in name:
+            words, model = tokenizer(first=False), gemma_4()
+            held |= {f"model.{n}": t for n, t in model.state_dict().items()}
+            held["tokenizer_json"] = torch.tensor(list(words.to_str().encode()), dtype=torch.uint8)
+            text = {
+                "model_type": "gemma4_unified",
+                "gemma_version": GEMMA_VERSION,
+                "text_config": model.config.to_dict(),
+            }
+            metadata["gemma_config"] = json.dumps(text)
+        made[name] = write_tensors(Path(folder) / f"{name}.safetensors", held, metadata)
+    return made
 
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    tokens = {word: i for i, word in enumerate([*special, *WORDS])}
+
+def gemma_4() -> nn.Module:
+    """Build the language model of a tiny random Gemma 4."""
+    from transformers import Gemma4UnifiedTextConfig, Gemma4UnifiedTextModel
+
+    return shaken(
+        Gemma4UnifiedTextModel(
+            Gemma4UnifiedTextConfig(
+                vocab_size=len(WORDS) + 4,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=16,
+                global_head_dim=32,
+                num_global_key_value_heads=1,
+                attention_k_eq_v=True,
+                sliding_window=8,
+                pad_token_id=0,
+                eos_token_id=1,
+                bos_token_id=2,
+            )
+        ),
+        7,
+    )
+
+
+def tokenizer(*, first: bool = True):
+    """Build a word-level tokenizer, which begins each text with <bos>, or does not, as Gemma 4's."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    tokens = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     words = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    named = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=words, **named).save_pretrained(path)
+    if first:
+        words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return words
+
+
+def gemma_folder(path: str | Path) -> Path:
+    """Save a tiny random Gemma 3 text model with a word-level tokenizer, as transformers saves them."""
+    from transformers import Gemma3TextConfig, Gemma3TextModel, PreTrainedTokenizerFast
+
+    named = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), SPECIAL, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer(), **named).save_pretrained(path)
     config = Gemma3TextConfig(
-        vocab_size=len(tokens),
+        vocab_size=len(SPECIAL) + len(WORDS),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=LAYERS,

@@ -10,10 +10,12 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from omniforcing_lib import files
+from omniforcing_lib.ltx2 import checkpoints
 from studies.store import ROOT, SHIPPED, git_state
 from studies.store import origin as of
 
-__all__ = ["ROOT", "SCORES", "SHIPPED", "differences", "git_state", "of", "rows", "source_sha256"]
+__all__ = ["ROOT", "SCORES", "SHIPPED", "differences", "git_state", "of", "renew", "rows", "source_sha256"]
 SCORES = ("scores", "long")
 """Records of the protocol in `reports/scores`; what lies beside them was written by the same runs."""
 
@@ -40,6 +42,24 @@ def differences(record: Mapping, root: Path = ROOT) -> list[str]:
     if text and text != source_sha256(root / "notebooks" / f"{record['notebook']}.ipynb"):
         told.append("an older text of the notebook")
     return told
+
+
+def renew(root: Path = ROOT) -> list[str]:
+    """Write the shipped transformers again with the metadata that is written today, weights unchanged to the bit.
+
+    `data/SHA256SUMS` and the records below `reports/` get the new hash where they have the old one: they were measured
+    on these weights. A file whose metadata is what is written today stays as it is. Gives the names of those changed.
+    """
+    changed = []
+    for path in (root / "data" / f"{name}.safetensors" for name in checkpoints.SHIPPED):
+        said, old = checkpoints.read(path), files.sha256(path)
+        if said.metadata["config"]["transformer"] != said.config.to_metadata():
+            new = files.sha256(checkpoints.export(path, path))
+            for record in (root / "data" / "SHA256SUMS", *(root / "reports").rglob("*.json")):
+                if old in (text := record.read_text(encoding="utf-8")):
+                    files.write_text(record, text.replace(old, new))
+            changed.append(path.name)
+    return changed
 
 
 def rows(names: Iterable[str], profile: str, root: Path = ROOT) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ from omniforcing_lib import files, safetensors_io
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import PAPER_STEPS, RELEASED_STEPS
 from omniforcing_lib.layout import PAPER, RELEASED
-from omniforcing_lib.ltx2 import exports, formats, lora, low_memory
+from omniforcing_lib.ltx2 import exports, formats, lora, low_memory, parts
 from omniforcing_lib.ltx2.exports import BESIDE, INDEX, SCALE
 from omniforcing_lib.ltx2.formats import Format
 from omniforcing_lib.rollout import RolloutConfig
@@ -37,7 +37,7 @@ SHIPPED = ("teacher", "stage2", "student")
 """Names of the checkpoints in `files.DATA`, which stand for their paths."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DECISIVE = ("rope_type", "frequencies_precision", "timestep_scale_multiplier", "av_ca_timestep_scale_multiplier")
-_NEEDED = {"decode": ("video VAE", "audio VAE", "vocoder"), "encode prompts": ("text connectors", "text projection")}
+_USES = {"decode": ("video VAE", "audio VAE", "vocoder"), "encode prompts": ("text connectors", "text projection")}
 _SAMPLE = 4096  # bytes of every tensor that a fingerprint reads
 
 
@@ -76,6 +76,12 @@ class Checkpoint:
     entries: dict[str, Entry]
 
     @property
+    def version(self) -> str:
+        """The generation of LTX-2 by the metadata, or by the tensors where that is no number."""
+        said = self.metadata.get("model_version", "")
+        return said if formats.version_number(said) else formats.version_of(self.transformer)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Map the file's names to shapes."""
         return {name: entry.shape for name, entry in self.entries.items()}
@@ -109,7 +115,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Hash settings and the beginning of every tensor: 38 GB take a moment, and the file's name does not count."""
-        settings = [self.config.to_metadata(), self.causal and self.causal.to_metadata()]
+        settings = [self.config.identity, self.causal and self.causal.to_metadata()]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for bare, name in sorted((self.transformer | {f"{k} scale": v for k, v in self.scales.items()}).items()):
             entry = self.entries[name]
@@ -352,17 +358,9 @@ def _tensors(
         reader.drop(name)
     else:
         checked = tensors = (reader.get(name, dtype, home),)
-    if not all(map(_finite, checked)):
+    if not all(map(safetensors_io.finite, checked)):
         raise ValueError(f"{checkpoint.path}: {name} holds values that are not finite")
     return dict(zip((bare, bare + "_scale"), tensors, strict=False))
-
-
-def _finite(tensor: Tensor) -> bool:
-    if tensor.is_meta:
-        return True
-    if tensor.dtype == low_memory.FP8:
-        return not any((part & 0x7F == 0x7F).any() for part in tensor.view(torch.uint8).flatten().split(1 << 20))
-    return torch.stack(tensor.aminmax()).isfinite().all()
 
 
 def save(
@@ -413,7 +411,7 @@ def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: st
     reader = Reader(checkpoint.entries)
     names = checkpoint.transformer | {f"{bare}_scale": name for bare, name in checkpoint.scales.items()}
     state = {bare: reader.get(name) for bare, name in names.items()}
-    if wrong := [bare for bare, tensor in state.items() if not _finite(tensor)]:
+    if wrong := [bare for bare, tensor in state.items() if not safetensors_io.finite(tensor)]:
         raise ValueError(f"{checkpoint.path}: {names[wrong[0]]} holds values that are not finite")
     metadata = checkpoint.metadata
     origin = _origin(metadata.get("model_version", checkpoint.format.name), metadata.get("notes", {}))
@@ -498,17 +496,20 @@ def _assumed(checkpoint: Checkpoint) -> list[str]:
 
 
 def _missing(checkpoint: Checkpoint) -> list[str]:
-    """Say for each use what it needs that is not in the checkpoint."""
+    """Say for each use what it needs that is not in the checkpoint, and which files beside it hold that."""
     there = set(_others(checkpoint))
     if checkpoint.format is formats.DIFFUSERS:
         pipeline = checkpoint.path.parent.parent
         there |= {group for group, folder in formats.FOLDERS.items() if (pipeline / folder / "config.json").is_file()}
     lines = []
-    for use, groups in _NEEDED.items():
+    for use, groups in _USES.items():
         if absent := [group for group in groups if group not in there]:
             lines.append(f"to {use}, missing: {', '.join(absent)}")
-    if formats.version_of(checkpoint.transformer) == "2.5":
-        lines.append(f"to encode prompts, not supported: {formats.TEXT_ENCODER_2_5}, only Gemma 3 is")
+    files, missing = parts.companions(checkpoint.path, checkpoint.version)
+    if others := [file.name for file in files if file != Path(os.path.abspath(checkpoint.path))]:
+        lines.append(f"beside it: {', '.join(others)}; then missing: {', '.join(sorted(missing)) or 'nothing'}")
+    if isinstance(trained := checkpoint.metadata.get("gemma_source_checkpoint"), dict):
+        lines.append(f"to encode prompts, a Gemma of version {trained.get('gemma_version')}")
     if not checkpoint.causal:
         lines.append("to stream, missing: an `omniforcing` part, which Stage 2 adds to a causal student")
     return lines

@@ -27,6 +27,7 @@ from omniforcing_lib.ltx2.overlap import Chain, Layer, Overlap, Tail, convolutio
 from omniforcing_lib.ltx2.tiny import TinyDecoder, load_tiny_decoder
 
 START = AV(0, 0)
+LONGEST = 1_000_000  # outputs that a decoder without an end to its reach waits for: more than any clip has
 N_FFT, QUIETEST = 1024, 1e-5  # of the mel spectrogram that the audio encoder takes (specification 2)
 
 
@@ -112,6 +113,11 @@ class LTX2Codec(nn.Module):
         self.grid: tuple[int, int] = (size[0] // patch, size[1] // patch)
         self.mels = config.mel_bins // audio.mel_compression_ratio
         self.channels = AV(video.config.latent_channels, config.latent_channels * self.mels)
+        if _diffuses(video.decoder) and any(
+            n < least for n, least in zip(self.grid, video.decoder.det_stages[0][0].attn.kernel_size[1:], strict=True)
+        ):
+            least = " x ".join(str(n * patch) for n in video.decoder.det_stages[0][0].attn.kernel_size[1:])
+            raise ValueError(f"the diffusion decoder takes frames of {least} or more, found {size[0]} x {size[1]}")
         self._check()
         if tiny and (tiny.channels, horizon) != (self.channels.video, None):
             found = f"latents of {tiny.channels} channels and horizon {horizon}"
@@ -230,7 +236,9 @@ class LTX2Codec(nn.Module):
 
     def _frames(self, latents: Tensor) -> Tensor:
         raw = latents * self.video.latents_std / self.video.config.scaling_factor + self.video.latents_mean
-        pixels = self.video.decoder(_like(rearrange(raw, "b f h w c -> b c f h w"), self.video))
+        # the same noise for the same latents, wherever a diffusion decoder runs
+        noise = {"generator": torch.Generator().manual_seed(0)} if _diffuses(self.video.decoder) else {}
+        pixels = self.video.decoder(_like(rearrange(raw, "b f h w c -> b c f h w"), self.video), **noise)
         return rearrange(pixels, "b c f h w -> b f h w c").float().clamp(-1, 1)
 
     def _mel(self, latents: Tensor) -> Tensor:
@@ -310,7 +318,12 @@ def stream_error(codec: LTX2Codec, latents: AV[Tensor], whole: Tensor | None = N
 
 
 def video_chain(decoder: nn.Module) -> Chain:
-    """List what diffusers' `LTX2VideoDecoder3d` sees along time: its submodules stand in the order they run in."""
+    """List what diffusers' `LTX2VideoDecoder3d` sees along time: its submodules stand in the order they run in.
+
+    LTX-2.5's diffusion decoder moves its windows at the clip's ends, and so sees all of the clip.
+    """
+    if _diffuses(decoder):
+        return [convolution(2 * LONGEST + 1, LONGEST)]
     layers: list[Layer] = []
     for name, module in decoder.named_modules():
         if type(module).__name__ != "LTX2VideoCausalConv3d":
@@ -321,6 +334,10 @@ def video_chain(decoder: nn.Module) -> Chain:
         if type(parent).__name__ == "LTX2VideoUpsampler3d":
             layers.append(repeated(parent.stride[0], parent.stride[0] - 1))
     return layers
+
+
+def _diffuses(decoder: nn.Module) -> bool:
+    return hasattr(decoder, "conv_in_x_t")
 
 
 def audio_chain(decoder: nn.Module) -> Chain:

@@ -57,6 +57,7 @@ _OURS_ALONE = (
     "frequencies_precision",
     "caption_proj_before_connector",
     "num_audio_sink_tokens",
+    "cross_modal_sigma",
 )
 _RENAMED = {
     "positional_embedding_theta": "rope_theta",
@@ -81,18 +82,22 @@ _DIFFUSERS_FIXED = {
     "attention_bias": True,
     "attention_out_bias": True,
 }
-TEXT_ENCODER_2_5 = "the Gemma 4 that LTX-2.5 was trained with"
 GROUPS = {
     "text connectors": (PREFIX + "video_embeddings_connector.", PREFIX + "audio_embeddings_connector."),
     "text projection": ("text_embedding_projection.",),
-    "video VAE": ("vae.",),
+    "video VAE": ("vae.", "encoder.", "decoder.", "per_channel_statistics."),
     "audio VAE": ("audio_vae.",),
     "vocoder": ("vocoder.",),
     "duration head": ("duration_head.",),
     "tokenizer": ("tokenizer_json", "hf_asset__"),
     "masks": ("model.mask_builder.",),
+    "text encoder": (
+        *(f"model.{part}." for part in ("layers", "embed_tokens", "norm", "language_model")),
+        *(f"model.{part}." for part in ("vision_embedder", "embed_vision", "embed_audio")),
+        *("vision_model.", "multi_modal_projector.", "audio_projector."),
+    ),
 }
-"""Starts of the names of the other models in a single file."""
+"""Starts of the names of the other models, in a single file or in split files beside one another."""
 FOLDERS = {
     "text connectors": "connectors",
     "text projection": "connectors",
@@ -133,6 +138,8 @@ RELEASES = (
 )
 """What the released code writes: bidirectional with LTX-2's settings, causal with `RELEASED_CODE`."""
 TAOMATE = Format("TaoMate release, causal", "model.", causal_release=True)
+BARE = Format("LTX-2 transformer, bare names")
+"""A transformer of 2.3 or later cut out of its file: OmniForcing's students are of 2.0, which has no gates."""
 
 
 def detect(names: Iterable[str]) -> Format:
@@ -149,7 +156,10 @@ def detect(names: Iterable[str]) -> Format:
     if any(name.split(".")[0] in _FROM_DIFFUSERS for name in names):
         return DIFFUSERS
     if any(name.startswith("transformer_blocks.0.") for name in names):
-        return RELEASES[2]
+        return RELEASES[2] if version_of(names) == "2.0" else BARE
+    if parts := {part for name in names if (part := group(name))}:
+        held = ", ".join(sorted(parts))
+        raise ValueError(f"holds no transformer but {held}; give the transformer's file, and this one as a part of it")
     known = ", ".join(f.name for f in (LTX2, STUDENT, DIFFUSERS, *RELEASES, TAOMATE))
     raise ValueError(f"holds no transformer of a known format; known are {known}; it has {', '.join(names[:3]) or '-'}")
 
@@ -166,6 +176,12 @@ def version_of(bare: Container[str]) -> str:
     if _GATE not in bare:
         return "2.0"
     return "2.3" if "transformer_blocks.0.ff.net.2.bias" in bare else "2.5"
+
+
+def version_number(text: str | None) -> tuple[int, ...]:
+    """Read the numbers that begin a `model_version`: "2.3.rc1" is (2, 3), "miniature" or None is ()."""
+    found = re.match(r"\d+(\.\d+)*", text or "")
+    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def to_diffusers(config: ModelConfig) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""LTX-2's prompts: Gemma 3 (transformers), then the connectors (diffusers), to the contexts of the two streams.
+"""LTX-2's prompts: Gemma 3 or 4 (transformers), then the connectors (diffusers), to the contexts of the two streams.
 
 Gemma is many times larger than the contexts it gives: they are cached on disk, so that Gemma can be unloaded, or need
 not be loaded at all. A cached context is found by its prompt and by what the encoder's files hold. Where the cache
@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from omniforcing_lib.files import given, write_tensors
 from omniforcing_lib.layout import AV
-from omniforcing_lib.ltx2 import parts
-from omniforcing_lib.safetensors_io import Reader, one_file
+from omniforcing_lib.ltx2 import formats, parts
+from omniforcing_lib.safetensors_io import Reader, one_file, raw, read_json, table
 
 NEGATIVE = "worst quality, inconsistent motion, blurry, jittery, distorted"
 SAMPLES, SAMPLE = 64, 4096  # a fingerprint reads 64 stretches of 4096 bytes of a file
@@ -38,27 +39,30 @@ class GemmaText:
     Source: specification 1.7.
 
     Args:
-        gemma: folder of Gemma 3 with its tokenizer, as transformers saves it.
-        ltx2: LTX-2 single file or diffusers folder that holds the connectors.
+        gemma: folder of Gemma 3 or 4 with its tokenizer, as transformers saves it, or LTX-2.5's text encoder, one file.
+        ltx2: LTX-2 files or diffusers folder that hold projection and connectors.
         cache: folder for contexts; with None every prompt is computed each time.
         negative: what the unconditional prompt "" stands for.
         length: tokens of a context, padded on the left; a multiple of the connectors' registers.
         place: device and dtype of the encoder while it is loaded.
+
+    Raises:
+        ValueError: there is no Gemma, or not the one that the files of `ltx2` were trained with.
     """
 
     def __init__(
         self,
         gemma: str | os.PathLike[str],
-        ltx2: str | os.PathLike[str],
+        ltx2: parts.Source,
         cache: str | os.PathLike[str] | None = None,
         *,
         negative: str = NEGATIVE,
         length: int = 1024,
         **place: torch.device | torch.dtype,
     ) -> None:
-        if not (Path(gemma) / "config.json").is_file():
-            raise ValueError(f"{gemma} is no folder of a Gemma model: it has no config.json")
-        self.gemma, self.ltx2, self.cache = Path(gemma), Path(ltx2), None if cache is None else Path(cache)
+        self.gemma, self.ltx2, self.cache = Path(gemma), ltx2, None if cache is None else Path(cache)
+        self.described = _described(self.gemma)
+        _check_version(self.gemma, self.described, ltx2)
         self.negative, self.length, self.place = negative, length, {"dtype": torch.bfloat16} | place
         self._modules: tuple[object, nn.Module, nn.Module] | None = None
 
@@ -75,9 +79,9 @@ class GemmaText:
     @cached_property
     def identity(self) -> str:
         """Fingerprint of all files that make a context, of its length and its precision."""
-        connectors = self.ltx2.glob("connectors/*") if self.ltx2.is_dir() else [self.ltx2]
-        suffixes = (".safetensors", ".json", ".model")
-        files = [path for path in (*self.gemma.iterdir(), *connectors) if path.suffix in suffixes]
+        connectors = [p.glob("connectors/*") if p.is_dir() else [p] for p in parts.paths(self.ltx2)]
+        gemma = self.gemma.iterdir() if self.gemma.is_dir() else [self.gemma]
+        files = {path for path in chain(gemma, *connectors) if path.suffix in (".safetensors", ".json", ".model")}
         return fingerprint(files, f"{self.length} {self.place['dtype']} tokens")
 
     @property
@@ -147,14 +151,22 @@ class GemmaText:
         return AV(video, audio).map(Tensor.cpu), count
 
     def _load(self) -> tuple[object, nn.Module, nn.Module]:
+        from tokenizers.processors import TemplateProcessing
         from transformers import AutoModel, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.gemma, local_files_only=True, padding_side="left")
+        if self.gemma.is_file():
+            tokenizer, whole = _from_file(self.gemma, self.described, self.place["dtype"])
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(self.gemma, local_files_only=True, padding_side="left")
+            whole = AutoModel.from_pretrained(
+                self.gemma, local_files_only=True, use_safetensors=True, dtype=self.place["dtype"]
+            )
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        whole = AutoModel.from_pretrained(
-            self.gemma, local_files_only=True, use_safetensors=True, dtype=self.place["dtype"]
-        )
+        first, start = tokenizer.bos_token, tokenizer.bos_token_id
+        if tokenizer("a").input_ids[0] != start:  # Gemma 4's does not begin with it, Gemma 3's does
+            begin = TemplateProcessing(single=f"{first} $A", special_tokens=[(first, start)])
+            tokenizer.backend_tokenizer.post_processor = begin
         gemma = getattr(whole, "language_model", whole).requires_grad_(False).eval()
         connectors = parts.load(self.ltx2, "connectors", **self.place)
         if (width := gemma.config.hidden_size) != (expected := connectors.config.caption_channels):
@@ -165,6 +177,64 @@ class GemmaText:
             if not registers or self.length % registers:
                 raise ValueError(f"length is a multiple of the connectors' {registers} registers, found {self.length}")
         return tokenizer, gemma.to(**self.place), connectors
+
+
+def _described(gemma: Path) -> dict:
+    """Read the config of a Gemma, from its folder or from the metadata of LTX-2.5's text encoder; nothing is loaded."""
+    if gemma.is_file():
+        text = one_file(gemma).metadata.get("gemma_config")
+        if text is None:
+            raise ValueError(f"{gemma} is no text encoder: its metadata has no `gemma_config`")
+        return table(gemma, text)
+    if not (gemma / "config.json").is_file():
+        raise ValueError(f"{gemma} is no folder of a Gemma model: it has no config.json")
+    return read_json(gemma / "config.json")
+
+
+def _check_version(gemma: Path, described: Mapping, source: parts.Source) -> None:
+    """Refuse a Gemma that an LTX-2 was not trained with: its contexts would have the right shape and no meaning."""
+    files = [path for path in parts.paths(source) if path.is_file()]
+    if not files:
+        return
+    metadata, found = parts.opened(files).metadata, described.get("gemma_version")
+    wanted = table(files[0], metadata.get("gemma_source_checkpoint", "{}")).get("gemma_version")
+    newer = formats.version_number(metadata.get("model_version")) >= (2, 4)
+    kind, expected = described.get("model_type", ""), "gemma4" if newer else "gemma3"
+    if found != wanted if wanted else not kind.startswith(expected):
+        raise ValueError(
+            f"{gemma}: this is {found or kind or 'a Gemma of no known version'}, and {files[0].name} was trained with "
+            f"{wanted or expected}; name that one (gemma)"
+        )
+    if newer and not wanted:
+        warnings.warn(f"{files[0].name} does not say which Gemma it was trained with; taken: {gemma}", stacklevel=3)
+
+
+def _from_file(path: Path, described: Mapping, dtype: torch.dtype) -> tuple[object, nn.Module]:
+    """Load tokenizer and language model of LTX-2.5's text encoder, whose names are Comfy's or transformers'."""
+    from accelerate import init_empty_weights
+    from tokenizers import Tokenizer
+    from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+    entries, state = one_file(path).entries, {}
+    if "tokenizer_json" not in entries:
+        raise ValueError(f"{path} holds no `tokenizer_json`; get the text encoder again, or give a folder of Gemma 4")
+    config = AutoConfig.for_model(**described).get_text_config()
+    with init_empty_weights():
+        model = AutoModel.from_config(config)
+    reader = Reader(entries)
+    for name in entries:
+        bare = name.removeprefix("model.").removeprefix("language_model.")
+        if name.startswith("model.") and bare.split(".")[0] in ("layers", "embed_tokens", "norm"):
+            state[bare] = reader.get(name, dtype)
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: the tensors do not fit its `gemma_config`: {error}") from error
+    words = Tokenizer.from_str(raw(entries["tokenizer_json"]).decode())
+    special = {
+        f"{name}_token": words.id_to_token(getattr(config, f"{name}_token_id")) for name in ("bos", "eos", "pad")
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special), model
 
 
 def fingerprint(files: Iterable[Path], more: str = "") -> str:

@@ -2,7 +2,8 @@
 
 A single file holds them under `vae.`, `audio_vae.`, `vocoder.`, `text_embedding_projection.` and
 `model.diffusion_model.*_embeddings_connector.`, described by the JSON `config` of its metadata; a diffusers folder
-holds each in a subfolder. Both are loaded strictly. Names and config keys are those of ltx-core 1.0.0, Lightricks' own
+holds each in a subfolder. From LTX-2.5 on the parts come in files of their own, found beside one another, and `opened`
+reads them as one. All are loaded strictly. Names and config keys are those of ltx-core 1.0.0, Lightricks' own
 loader, which reads a tiny file of ours to the same bits; no released file was opened here. Source: specification 1.2
 and 1.12.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -19,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from omniforcing_lib import safetensors_io
+from omniforcing_lib import files, safetensors_io
 from omniforcing_lib.layout import AV
-from omniforcing_lib.ltx2.formats import GROUPS
+from omniforcing_lib.ltx2.formats import GROUPS, group, version_number
 from omniforcing_lib.safetensors_io import Reader
 
 NAMES = ("vae", "audio_vae", "vocoder", "connectors")
@@ -29,7 +31,11 @@ NAMES = ("vae", "audio_vae", "vocoder", "connectors")
 CONNECTORS = GROUPS["text connectors"]
 (PROJECTIONS,) = GROUPS["text projection"]
 _STRIDES = {"compress_time": "temporal", "compress_space": "spatial", "compress_all": "spatiotemporal"}
-_UNUSED = ("per_channel_statistics.channel", "per_channel_statistics.mean-of-stds")
+_UNUSED = re.compile(r"per_channel_statistics\.(channel|mean-of-stds)|decoder\.(coarse_|type_emb$)")
+DIFFUSES = "vae.decoder.conv_in_x_t.weight"
+"""A tensor that LTX-2.5's diffusion decoder has, and no other decoder (specification 1.12)."""
+NEEDED = frozenset({"text connectors", "text projection", "video VAE", "audio VAE", "vocoder"})
+"""What runs a transformer, besides a text encoder."""
 
 
 class Names(NamedTuple):
@@ -99,6 +105,62 @@ def video_names(config: Mapping) -> Names:
         stage = f"up_blocks.{(i - 1) // 2}." + ("upsamplers.0." if i % 2 else "")
         starts.append((f"vae.decoder.up_blocks.{i}.", "decoder." + (stage if i else "mid_block.")))
     return Names(starts, [("res_blocks", "resnets")])
+
+
+DIFFUSION_PARTS = (
+    ("t_embedder.mlp.0", "t_embedder.timestep_embedder.linear_1"),
+    ("t_embedder.mlp.2", "t_embedder.timestep_embedder.linear_2"),
+    ("attn.proj", "attn.to_out.0"),
+    ("q_norm", "norm_q"),
+    ("k_norm", "norm_k"),
+    ("res_blocks", "resnets"),
+)
+
+
+def _encoder_alone(config: Mapping) -> dict[str, object]:
+    """Describe the encoder of a nested `vae` part as that of a flat one, with a small decoder to be replaced."""
+    encoder = config["encoder"]
+    decoder = {"decoder_base_channels": 1, "decoder_blocks": [["res_x", 1], ["compress_all", {}], ["res_x", 1]]}
+    flat = {"encoder_blocks": encoder["blocks"], "latent_channels": encoder["out_channels"]}
+    return {**encoder, **decoder, **flat, "timestep_conditioning": False}
+
+
+def diffusion_decoder(config: Mapping, tensors: dict[str, Tensor]) -> nn.Module:
+    """Build diffusers' diffusion decoder from the nested `vae` part of a config, and adapt its tensors (in place).
+
+    The file keeps queries, keys and values in one tensor, and may hold constant gates, which are multiplied into the
+    layers before them.
+    """
+    from diffusers.models.autoencoders.ltx2_diffusion_decoder import LTX2VideoDiffusionDecoder3d
+
+    for name in [name for name in tensors if ".attn.qkv." in name]:
+        thirds = zip(("to_q", "to_k", "to_v"), tensors.pop(name).chunk(3), strict=True)
+        tensors |= {name.replace(".qkv.", f".{part}."): third.clone() for part, third in thirds}
+    gates = {".gate_msa": ".attn.to_out.0", ".gate_mlp": ".mlp.w_down", ".gate_ctx": ".context_proj"}
+    for name in [name for name in tensors if name.endswith(tuple(gates))]:
+        block, _, gate = name.rpartition(".")
+        values = tensors.pop(name).float().flatten()
+        for layer in (f"{block}{gates['.' + gate]}.{kind}" for kind in ("weight", "bias")):
+            if layer in tensors:
+                old = tensors[layer]
+                tensors[layer] = (values.reshape(-1, *[1] * (old.ndim - 1)) * old.float()).to(old.dtype)
+    decoder, strides = config["decoder"], [tuple(stride) for stride, _ in config["decoder"]["upsamples"]]
+    return LTX2VideoDiffusionDecoder3d(
+        in_channels=config["encoder"]["out_channels"],
+        patch_size=decoder.get("patch_size", 4),
+        head_dim=decoder.get("head_dim") or decoder.get("na_head_dim") or 64,
+        # one more than there are upsamplings; files may name the last stage apart
+        stage_channels=(*decoder["stage_channels"], decoder.get("stage5_channels", 0))[: len(strides) + 1],
+        stage_depths=tuple(decoder["stage_depths"]),
+        stage_kernels=tuple(map(tuple, decoder["stage_kernels"]))[: len(strides)],
+        upsample_strides=tuple(strides),
+        upsample_channel_reductions=tuple(reduction for _, reduction in decoder["upsamples"]),
+        stage5_kernel=tuple(decoder["stage5_kernel"]),
+        t_emb_dim=decoder.get("t_emb_dim", 384),
+        timestep_scale_multiplier=decoder.get("timestep_scale_multiplier", 1.0),
+        model_output_type=config.get("model_output_type", "v"),
+        default_num_inference_steps=decoder.get("default_num_inference_steps", 2),
+    )
 
 
 def video_config(config: Mapping) -> dict[str, object]:
@@ -254,34 +316,35 @@ def connector_config(transformer: Mapping, tensors: Mapping[str, Tensor]) -> dic
     return config
 
 
-Source = str | os.PathLike[str]
+Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""A file or diffusers folder, or the files that together hold the parts; the first that holds a part gives it."""
 
 
 def load(source: Source, part: str, **place: torch.device | torch.dtype) -> nn.Module:
-    """Load one of `NAMES` from an LTX-2 single file or diffusers folder, strictly and frozen.
+    """Load one of `NAMES` from LTX-2 files or a diffusers folder, strictly and frozen.
 
     Args:
-        source: the file or folder.
-        part: "vae" is `AutoencoderKLLTX2Video`, "audio_vae" `AutoencoderKLLTX2Audio`, "vocoder" `LTX2Vocoder` (24 kHz)
-            or `LTX2VocoderWithBWE` (48 kHz), "connectors" `LTX2TextConnectors`, the projection and both connectors.
+        source: see `Source`.
+        part: "vae" is `AutoencoderKLLTX2Video`, whose decoder is `LTX2VideoDiffusionDecoder3d` where the file holds
+            that; "audio_vae" `AutoencoderKLLTX2Audio`, "vocoder" `LTX2Vocoder` (24 kHz) or `LTX2VocoderWithBWE`
+            (48 kHz), "connectors" `LTX2TextConnectors`, the projection and both connectors.
         place: device and dtype, as `Module.to` takes them; float32 by default.
 
     Raises:
         ValueError: the part is missing, names or shapes do not fit its config, or a value is not finite.
     """
-    classes = _classes(part)
-    if Path(source).is_dir():
-        class_name, config, tensors = _from_folder(Path(source) / part)
-    else:
-        class_name, config, tensors = _from_file(source, part)
+    classes, folder = _classes(part), _folder(source)
+    class_name, config, tensors, decoder = _from_folder(folder / part) if folder else _from_files(source, part)
     if class_name not in classes:
         raise ValueError(f"{source}: {part} is of class {class_name!r}, expected {' or '.join(classes)}")
     module = classes[class_name](**config)
+    if decoder:
+        module.decoder = decoder
     try:
         module.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{class_name}: the tensors do not fit the config: {error}") from error
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+    if broken := [name for name, tensor in tensors.items() if not safetensors_io.finite(tensor)]:
         raise ValueError(f"{class_name}: {broken[0]} holds values that are not finite; get the file again")
     # diffusers' own `to` warns at each change of dtype, whether or not it matters
     return nn.Module.to(module, **place).requires_grad_(False).eval()
@@ -301,58 +364,121 @@ def _classes(part: str) -> dict[str, type[nn.Module]]:
     return {cls.__name__: cls for cls in classes[part]}
 
 
-def _from_file(source: Source, part: str) -> tuple[str, dict[str, object], dict[str, Tensor]]:
-    """Read class, config and tensors of a part of a single file, under diffusers' names."""
-    described = _part_config(source, "transformer" if part == "connectors" else part)
-    names = {"audio_vae": AUDIO_VAE, "vocoder": VOCODER, "connectors": TEXT}.get(part) or video_names(described)
-    stored, prefixes = _header(source).entries, tuple(start for start, _ in names.starts)
-    wanted = [n for n in stored if n.startswith(prefixes) and not any(unused in n for unused in _UNUSED)]
+def _from_files(source: Source, part: str) -> tuple[str, dict[str, object], dict[str, Tensor], nn.Module | None]:
+    """Read class, config and tensors of a part of LTX-2 files, under diffusers' names, and a decoder of its own."""
+    described, stored = _part_config(source, "transformer" if part == "connectors" else part), opened(source).entries
+    diffuses = part == "vae" and DIFFUSES in stored
+    if diffuses:
+        names = Names([*video_names(_encoder_alone(described)).starts, ("vae.decoder.", "decoder.")], DIFFUSION_PARTS)
+    else:
+        names = {"audio_vae": AUDIO_VAE, "vocoder": VOCODER, "connectors": TEXT}.get(part) or video_names(described)
+    prefixes = tuple(start for start, _ in names.starts)
+    wanted = [name for name in stored if name.startswith(prefixes) and not _UNUSED.search(name)]
     if not wanted:
         raise ValueError(f"{source} has no tensors under {prefixes[0]}; use a file that holds the whole model")
     reader = Reader(stored)
     tensors = {names.to_diffusers(name): reader.get(name) for name in wanted}
     match part:
+        case "vae" if diffuses:
+            decoder = diffusion_decoder(described, tensors)
+            return "AutoencoderKLLTX2Video", video_config(_encoder_alone(described)), tensors, decoder
         case "vae":
-            return "AutoencoderKLLTX2Video", video_config(described), tensors
+            return "AutoencoderKLLTX2Video", video_config(described), tensors, None
         case "audio_vae":
-            return "AutoencoderKLLTX2Audio", audio_config(described, tensors), tensors
+            return "AutoencoderKLLTX2Audio", audio_config(described, tensors), tensors, None
         case "vocoder":
             kind = "LTX2VocoderWithBWE" if "bwe" in described else "LTX2Vocoder"
-            return kind, vocoder_config(described), tensors
-    return "LTX2TextConnectors", connector_config(described, tensors), tensors
+            return kind, vocoder_config(described), tensors, None
+    if not described.get("connector_ff_bias", True):
+        raise ValueError(f"{source}: connector_ff_bias is false; diffusers' connectors have biases only")
+    return "LTX2TextConnectors", connector_config(described, tensors), tensors, None
 
 
-def _from_folder(folder: Path) -> tuple[str | None, dict[str, object], dict[str, Tensor]]:
+def _from_folder(folder: Path) -> tuple[str | None, dict[str, object], dict[str, Tensor], None]:
     """Read class, config and tensors of one subfolder of a diffusers folder."""
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         raise ValueError(f"{folder} holds no config.json with safetensors weights; get this part of the model")
     described = safetensors_io.read_json(folder / "config.json")
-    entries = {name: entry for path in weights for name, entry in _header(path).entries.items()}
+    entries = {name: entry for path in weights for name, entry in safetensors_io.one_file(path).entries.items()}
     config = {name: value for name, value in described.items() if not name.startswith("_")}
     reader = Reader(entries)
-    return described.get("_class_name"), config, {name: reader.get(name) for name in entries}
+    return described.get("_class_name"), config, {name: reader.get(name) for name in entries}, None
 
 
 def context_widths(source: Source) -> AV[int]:
     """Read how wide a text context is in each stream, from the connectors' own description; nothing is loaded."""
-    if Path(source).is_dir():
-        config = safetensors_io.read_json(Path(source) / "connectors" / "config.json")
+    if folder := _folder(source):
+        config = safetensors_io.read_json(folder / "connectors" / "config.json")
         sizes = ("num_attention_heads", "attention_head_dim")
         return AV(*(prod(config[f"{stream}_connector_{size}"] for size in sizes) for stream in AV._fields))
-    entries = _header(source).entries
+    entries = opened(source).entries
     return AV(*(entries[f"{prefix}transformer_1d_blocks.0.attn1.to_q.weight"].shape[0] for prefix in CONNECTORS))
 
 
+def paths(source: Source) -> list[Path]:
+    """List the files or the folder that a source names."""
+    return [files.given(path) for path in ([source] if isinstance(source, str | os.PathLike) else source)]
+
+
+def _folder(source: Source) -> Path | None:
+    return next((path for path in paths(source) if path.is_dir()), None)
+
+
+def opened(source: Source) -> safetensors_io.Shards:
+    """Read the headers of LTX-2 files as one: each part, and its config, from the first file that holds it.
+
+    A video VAE in a file of its own has bare names; here they get the prefix that a whole file gives them.
+    """
+    entries, metadata, config = {}, {}, {}
+    for path in paths(source):
+        if not path.is_file():
+            raise ValueError(f"{path} is not there; give a .safetensors file or a diffusers folder")
+        header = safetensors_io.one_file(path)
+        there = set(map(group, entries))
+        for name, entry in header.entries.items():
+            if (part := group(name)) not in there:
+                bare = part == "video VAE" and not name.startswith("vae.")
+                entries[f"vae.{name}" if bare else name] = entry
+        metadata = header.metadata | metadata
+        config = safetensors_io.table(path, header.metadata.get("config", "{}")) | config
+    return safetensors_io.Shards(entries, metadata | {"config": json.dumps(config)})
+
+
+def beside(path: Path, *patterns: str) -> list[Path]:
+    """Find files beside a checkpoint, or beside the folder that it is in; a link's are beside the link."""
+    folder = Path(os.path.abspath(path)).parent
+    places = (folder, folder.parent)
+    return [match for pattern in patterns for place in places for match in sorted(place.glob(pattern))]
+
+
+def companions(path: Path, version: str, named: Sequence[Path] = ()) -> tuple[list[Path], frozenset[str]]:
+    """Find the files that hold what a checkpoint needs: those named, itself, and LTX-2's beside it, in that order.
+
+    Beside it are `ltx-2*.safetensors` and `gemma*.safetensors`, also in folders `vae` and `text_encoders`. A file of
+    another version than `version` is passed by, and a convolutional video decoder goes before one that diffuses.
+
+    Returns:
+        The files, each with something that those before it lack, and what of `NEEDED` none holds.
+    """
+    if any(place.is_dir() for place in named):
+        return list(named), frozenset()
+    patterns = "ltx-2*", "vae/ltx-2*", "gemma*", "text_encoders/gemma*"
+    found, same = beside(path, *(f"{name}.safetensors" for name in patterns)), version_number(version)[:2]
+    of = {file: version_number(safetensors_io.one_file(file).metadata.get("model_version"))[:2] for file in found}
+    found = sorted((f for f in found if of[f] in ((), same)), key=lambda f: (of[f] != same, "-conv" not in f.name))
+    chosen, missing = [], set(NEEDED)
+    for file in dict.fromkeys(Path(os.path.abspath(file)) for file in (*named, path, *found)):
+        held = set(map(group, safetensors_io.one_file(file).entries)) if file.suffix == ".safetensors" else set()
+        if held & missing:
+            chosen.append(file)
+            missing -= held
+    return chosen, frozenset(missing)
+
+
 def _part_config(source: Source, part: str) -> dict:
-    """Read one part of the JSON `config` in a single file's metadata; ValueError where it is not there."""
-    config = json.loads(_header(source).metadata.get("config", "{}"))
+    """Read one part of the JSON `config` in the files' metadata; ValueError where it is not there."""
+    config = json.loads(opened(source).metadata["config"])
     if part not in config:
         raise ValueError(f"{source}: the metadata's `config` has no part {part!r}, found {', '.join(config) or 'none'}")
     return config[part]
-
-
-def _header(source: Source) -> safetensors_io.Shards:
-    if not Path(source).is_file():
-        raise ValueError(f"{source} is not there; give a .safetensors file or a diffusers folder")
-    return safetensors_io.one_file(Path(source))

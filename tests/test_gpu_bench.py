@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from omniforcing_lib import graphs, stream
 from omniforcing_lib.__main__ import main
@@ -27,23 +28,36 @@ SMALL = SMALL._replace(config=replace(SMALL.config, num_layers=1, in_channels=16
 BARE = """
 import sys
 
-class Absent:
+class Without:
     names = set("av diffusers transformers accelerate nbformat nbconvert nbclient papermill ipywidgets IPython".split())
     names |= set("anywidget ipykernel matplotlib PIL hypothesis yaml triton".split())
 
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    def __init__(self, finder):
+        self.finder = finder
 
-sys.meta_path.insert(0, Absent())
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in self.names else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 """
 
 
-def bare(code: str, *words: str) -> subprocess.CompletedProcess:
-    """Run Python where PyTorch, safetensors, numpy, einops, scipy, tqdm and pytest are all that can be imported."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "notebooks")])}
-    command = [sys.executable, "-c", BARE + code, *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+@pytest.fixture
+def bare(tmp_path):
+    """Run Python where PyTorch, safetensors, numpy, einops, scipy, tqdm and pytest are all, also in its children."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(BARE)
+    paths = [str(tmp_path / "site"), str(ROOT), str(ROOT / "notebooks")]
+    more = {"PYTHONPATH": os.pathsep.join(paths), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | more, timeout=900)
+
+    return run
 
 
 @pytest.mark.parametrize("phase", gpu_phases.PHASES)
@@ -108,7 +122,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_stream_is_the_same_on_every_device_and_from_graphs(device):
     """Against fp64 on the CPU; a recorded stream gives the bits of the plain one, and its graphs are replayed."""
-    errors, made = gpu_phases.stream_errors(device)
+    errors, made = gpu_phases.stream_errors(device, 9 if device == "cuda" else 7)
     limits = {"float32, against fp64": 1e-4, "bfloat16, against fp64": 0.05, "captured against eager": 1e-6}
     for part, limit in limits.items():
         assert all(value <= limit for name, value in errors.items() if part in name), errors
@@ -253,26 +267,23 @@ def test_elementwise_work_is_counted_and_products_and_views_are_not():
     assert gpu_bench.SIZES["19b"].config == ModelConfig()
 
 
-def test_gpu_tests_are_collected_and_skipped_where_only_the_library_can_be_imported():
-    words = "-m gpu tests -rs -p no:cacheprovider".split()
-    run = bare("import pytest; sys.exit(pytest.main(sys.argv[1:]))", *words)
+def test_gpu_tests_are_collected_and_skipped_where_only_the_library_can_be_imported(bare):
+    run = bare(*"-m pytest -m gpu tests -rs -p no:cacheprovider".split())
     assert run.returncode == 0 and "error" not in run.stdout, run.stdout + run.stderr
     count = int(re.search(r"(\d+) (?:skipped|passed)", run.stdout)[1])
     assert count >= 4 and (torch.cuda.is_available() or "no CUDA device" in run.stdout)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_bench_train_and_generate_start_where_only_the_library_can_be_imported(tmp_path):
-    """A step of Stage 2 and a clip are made; an mp4 is refused at once, and the line says what to do."""
-    code = "from omniforcing_lib.__main__ import main; sys.exit(main(sys.argv[1:]))"
+def test_bench_train_and_generate_start_where_only_the_library_can_be_imported(bare, tmp_path):
+    """A clip and a step of Stage 2 are made; an mp4 is refused at once, and the line says what to do."""
     say = ["generate", "--prompt", "a red ball, bell", "--seconds", "1", "--out"]
-    clip = bare(code, *say, str(tmp_path / "clip.safetensors"))
-    assert clip.returncode == 0, clip.stderr
-    mp4 = bare(code, *say, str(tmp_path / "clip.mp4"))
-    assert mp4.returncode == 2 and "pip install av" in mp4.stderr and mp4.stderr.count("\n") == 1
-    step = "train stage2 --steps 1 --batch 1 --count 2 --out".split()
-    trained = bare(code, *step, str(tmp_path / "stage2.safetensors"))
-    assert trained.returncode == 0 and "not scored" in trained.stderr, trained.stderr
-    phase = "bench --size miniature --device cpu --phases profile --out".split()
-    measured = bare(code, *phase, str(tmp_path))
-    assert measured.returncode == 0 and '"name": "exit", "value": 0' in measured.stdout, measured.stdout
+    commands = [[*say, str(tmp_path / "clip.mp4")], [*say, str(tmp_path / "clip.safetensors")]]
+    commands += [[*"train stage2 --steps 1 --batch 1 --count 2 --out".split(), str(tmp_path / "stage2.safetensors")]]
+    run = bare("-c", f"from omniforcing_lib.__main__ import main\nprint(*map(main, {commands}))")
+    assert run.stdout.splitlines()[-1:] == ["2 0 0"], run.stdout + run.stderr
+    assert "pip install av" in run.stderr and "not scored" in run.stderr
+    clip = load_file(tmp_path / "clip.safetensors")
+    assert clip["frames"].shape == (25, 64, 64, 3) and clip["samples"].shape == (16_160,)
+    words = "-m omniforcing_lib bench --size miniature --device cpu --phases decoders --out".split()
+    measured = bare(*words, str(tmp_path))
+    assert '"name": "exit", "value": 0' in measured.stdout and "skipped: needs diffusers" in measured.stdout

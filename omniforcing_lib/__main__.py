@@ -144,17 +144,29 @@ class Generate(ClipConfig):
     """Make a clip from a prompt."""
 
     prompt: str = option('for instance "a red ball, bell"')
-    out: str = option("file", writes=".mp4")
+    out: str = option("file; .safetensors holds frames and samples, and needs no PyAV", writes=".mp4 .safetensors")
 
     def _run(self) -> None:
-        from omniforcing_lib import media, stream
+        from omniforcing_lib import backends, files, stream
         from omniforcing_lib.ltx2 import checkpoints
 
+        out = Path(self.out)
+        if out.suffix == ".mp4" and not backends.installed("av"):
+            raise ValueError(f"{out} is written by PyAV: pip install av, or give --out a .safetensors file")
         bundle, load = self.bundle([self.prompt])
         causal, model = checkpoints.read(self.model).causal, checkpoints.load(self.model, **load)
         clip = model, causal, bundle.codec, bundle.text, self.prompt, self.seconds, self.seed
         pieces = stream.clip_pieces(*clip, **bundle.sampling(self.steps))
-        print(media.write_pieces(Path(self.out), pieces, bundle.codec.clock))
+        if out.suffix == ".mp4":
+            from omniforcing_lib import media
+
+            print(media.write_pieces(out, pieces, bundle.codec.clock))
+        else:
+            import torch
+
+            frames, samples = (torch.cat([*map(torch.from_numpy, part)]) for part in zip(*pieces, strict=True))
+            rates = {"fps": str(bundle.codec.clock.fps), "sample_rate": str(bundle.codec.clock.sample_rate)}
+            print(files.write_tensors(out, {"frames": frames, "samples": samples}, rates))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +308,22 @@ class Sinks(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bench(Command):
+    """Measure a GPU with a model of random weights, phase by phase, and store every figure."""
+
+    size: str = option("of the model", "19b", choices=("19b", "bench", "miniature"))
+    device: str = option("cpu, cuda, cuda:1 or auto", "auto")
+    phases: tuple[str, ...] = option("names of phases (default: all)", ())
+    budget: float = option("seconds for all phases together", 570.0)
+    out: str = option("folder (default reports/gpu, for a CPU reports/runs/gpu)", "", writes="folder")
+
+    def _run(self) -> None:
+        from studies import gpu_bench
+
+        print(gpu_bench.run(self.size, self.device, self.phases, self.budget, self.out))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspect(Command):
     """Print a checkpoint's configuration, size and keys."""
 
@@ -372,6 +400,7 @@ COMMANDS: dict[str, type[Command]] = {
     "cures": Cures,
     "ablate": Ablate,
     "sinks": Sinks,
+    "bench": Bench,
     "inspect": Inspect,
     "export": Export,
     "convert": Convert,

@@ -145,7 +145,15 @@ def refusal(backend: str, kind: Kind) -> str | None:
 def flash_module(capability: tuple[int, int]) -> str | None:
     """Name the installed flash-attn for a GPU: 3 on Hopper where it is installed, else 2."""
     wanted = ["flash_attn_interface"] * (capability[0] == 9) + ["flash_attn"]
-    return next((name for name in wanted if find_spec(name)), None)
+    return next(filter(installed, wanted), None)
+
+
+def installed(package: str) -> bool:
+    """Tell whether a package can be found; it is not imported."""
+    try:
+        return find_spec(package) is not None
+    except ImportError:
+        return False
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

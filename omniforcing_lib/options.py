@@ -43,7 +43,7 @@ def option(
         flag: the option, where it is not `--name`; "name" takes a word by its position, "..." all words that are left.
         setting: what the command makes depends on it.
         content: what counts is not the name but what is there: "checkpoint", or "data", a file or a folder of shards.
-        writes: what the command writes there: "folder", "file", or the suffix of a file.
+        writes: what the command writes there: "folder", "file", or the suffixes that a file may have.
     """
     about = {"words": words, "low": low, "high": high, "choices": choices, "flag": flag}
     return field(default=default, metadata=about | {"setting": setting, "content": content, "writes": writes})
@@ -86,9 +86,9 @@ class Command:
             if not writes or not value:
                 continue
             path = Path(value)
-            if writes.startswith(".") and path.suffix != writes:
-                raise ValueError(f"--{entry.name} is a {writes} file, found {path}")
-            if writes == ".mp4" and not path.parent.is_dir():
+            if writes.startswith(".") and path.suffix not in writes.split():
+                raise ValueError(f"--{entry.name} is a {writes.replace(' ', ' or ')} file, found {path}")
+            if writes.startswith(".mp4") and not path.parent.is_dir():
                 raise ValueError(f"{path}: there is no such folder as {path.parent}")
             check_output(path, folder=writes == "folder" or (writes == "either" and path.suffix != ".safetensors"))
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import masks, safetensors_io
+from omniforcing_lib import graphs, masks, safetensors_io
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import (
@@ -73,11 +73,18 @@ class Chunk(NamedTuple):
     prompt: str
 
 
+def captured(model: Transformer) -> Transformer:
+    """Give a model whose steady passes are recorded, where all of its weights are on a GPU; any other as it is."""
+    on_gpu = {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    return graphs.Captured(model) if on_gpu and not isinstance(model, graphs.Captured) else model
+
+
 @dataclass
 class Streamer:
     """Yield one chunk per block, without end; `with` frees its cache at the end.
 
-    A block whose activations have fewer elements than `GRAIN` is made on one thread, a larger one on all.
+    A block whose activations have fewer elements than `GRAIN` is made on one thread, a larger one on all. On a GPU its
+    steady passes are CUDA graphs (see `captured`).
 
     Args:
         model: a causal student.
@@ -103,6 +110,7 @@ class Streamer:
     block: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.model = captured(self.model)
         self._cache = new_cache(self.model, self.causal, self.codec.grid, batch=1)
         self._decoder = self.codec.start()
         self._maker = ThreadPoolExecutor(1, "blocks") if self.ahead else None

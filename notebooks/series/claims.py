@@ -7,6 +7,7 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from series.origins import SCORES
 
@@ -62,8 +63,13 @@ def read_scores(folder: Path) -> dict[str, dict]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()}
 
 
-def claim_rows(metrics: Metrics, *, short: bool = False) -> list[dict[str, str]]:
-    """Answer every claim in order, `short` by its first two numbers; one that no metrics file answers says so."""
+def claim_rows(
+    metrics: Metrics, *, short: bool = False, gpu: Mapping[int, str] = MappingProxyType({})
+) -> list[dict[str, str]]:
+    """Answer every claim in order, `short` by its first two numbers; one that no metrics file answers says so.
+
+    `gpu` says for some claims, by number, what `bench` found (see `gpu_results.answers`).
+    """
     entries = {name: (recorded, recorded[name]) for recorded in metrics.values() for name in recorded}
     rows = []
     for number, claim in CLAIMS.items():
@@ -73,6 +79,7 @@ def claim_rows(metrics: Metrics, *, short: bool = False) -> list[dict[str, str]]
             limits = {name: f" (limit {limit})" for name, limit in entry.get("limits", {}).items()}
             numbers = [f"{name}: {quote(recorded[name])}{limits.get(name, '')}" for name in entry["metrics"]]
             numbers = numbers[:2] if short else [*numbers, *filter(None, [entry["note"]])]
+            numbers += filter(None, [gpu.get(number)])
             ours, status = "; ".join(numbers) or "—", entry["status"]
         rows.append({"#": str(number), **claim, "ours": ours, "status": status})
     return rows
@@ -123,6 +130,7 @@ def markdown(
     title: str,
     scores: Mapping[str, dict] | None = None,
     origins: Sequence[Mapping[str, str]] = (),
+    gpu: Mapping[int, str] = MappingProxyType({}),
 ) -> str:
     """Write the text of REPORT.md: the claims, what the protocol measured, its `origins`, every measure by notebook."""
     parts = [
@@ -131,7 +139,7 @@ def markdown(
         "paper's numbers are of the 19B model, ours of the checkpoint named in the run: compare directions and "
         "ratios.",
         "## Claims",
-        markdown_table(claim_rows(metrics)),
+        markdown_table(claim_rows(metrics, gpu=gpu)),
     ]
     if scores:
         pictures = "Contact sheets of the first clips, impacts and onsets marked: `reports/scores/*.png`."
@@ -154,13 +162,15 @@ def fill_results(
     title: str,
     scores: Mapping[str, dict] | None = None,
     origins: Sequence[Mapping[str, str]] = (),
+    gpu: Mapping[int, str] = MappingProxyType({}),
 ) -> str:
     """Replace what is between the markers of docs/results.md: quality, the short claims, what is out of date."""
     head, opening, rest = text.partition(RESULT_MARKS[0])
     _, closing, tail = rest.partition(RESULT_MARKS[1])
     if not (opening and closing):
         raise ValueError(f"docs/results.md needs the lines {RESULT_MARKS[0]} and {RESULT_MARKS[1]}, in this order")
-    rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in claim_rows(metrics, short=True)]
+    answered = claim_rows(metrics, short=True, gpu=gpu)
+    rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in answered]
     first = f"{quality(scores)}\n\n" if scores else ""
     claims = f"Claim by claim, {title}; all numbers in `reports/REPORT.md`.\n\n{markdown_table(rows)}"
     return f"{head}{opening}\n{first}{claims}{out_of_date(origins)}\n{closing}{tail}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from omniforcing_lib import backends, files
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.ltx2 import checkpoints
-from series import claims, origins, profiles, report
+from series import claims, gpu_results, origins, profiles, report
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -361,15 +361,17 @@ def publish_run(folder: Path) -> list[str]:
 
 
 def rebuild() -> None:
-    """Rebuild reports/REPORT.md and the tables of docs/results.md from the committed metrics."""
-    told, page = stored(), report.ROOT / "docs" / "results.md"
+    """Rebuild reports/REPORT.md and the tables of docs/results.md and docs/gpu.md from what is committed."""
+    told, page, gpu = stored(), report.ROOT / "docs" / "results.md", report.ROOT / "docs" / "gpu.md"
     files.write_text(STORED / "REPORT.md", claims.markdown(*told))
     files.write_text(page, claims.fill_results(page.read_text(encoding="utf-8"), *told))
+    files.write_text(gpu, gpu_results.fill(gpu.read_text(encoding="utf-8")))
 
 
-def stored() -> tuple[claims.Metrics, str, dict[str, dict], list[dict[str, str]]]:
-    """Return what the report is made of: metrics of the most serious profile, title, scores, and where all is from."""
+def stored() -> tuple[claims.Metrics, str, dict[str, dict], list[dict[str, str]], dict[int, str]]:
+    """Return what the report is made of: metrics of the most serious profile, title, scores, origins, runs on GPUs."""
+    scores, gpu = claims.read_scores(STORED / "scores"), gpu_results.answers()
     for profile in ("gpu", "full", "cpu", "smoke"):
         if metrics := claims.read_metrics(STORED / "metrics" / profile):
-            return metrics, f"profile {profile}", claims.read_scores(STORED / "scores"), origins.rows(metrics, profile)
-    return {}, "no run yet", {}, []
+            return metrics, f"profile {profile}", scores, origins.rows(metrics, profile), gpu
+    return {}, "no run yet", {}, [], gpu

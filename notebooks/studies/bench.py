@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from omniforcing_lib.cache import KVCache
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.flow import LTX2_GUIDANCE, MINIATURE_GUIDANCE, Guidance, Skip, guided_denoiser
 from omniforcing_lib.layout import AV, Clock
+from omniforcing_lib.ltx2 import low_memory
 from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, rollout, seeded_noise
 from omniforcing_lib.stream import Chunk, Streamer, threads, to_arrays
 from omniforcing_lib.training.dataset import latent_shapes
@@ -114,6 +117,11 @@ class Watched(NamedTuple):
         """Seconds until block 0 and block 1 are made and decoded (specification 6.5)."""
         return sum(self.seconds[:2])
 
+    def seconds_to(self, frames: int) -> float:
+        """Seconds until so many frames are there to be shown; a decoder that looks ahead holds some back."""
+        there = accumulate(len(chunk.frames) for chunk in self.chunks)
+        return sum(self.seconds[: next(k for k, count in enumerate(there, 1) if count >= frames)])
+
 
 def watch(streamer: Streamer, blocks: int, keep: int | None = None) -> Watched:
     """Run a stream and time every block, decoding included; only `keep` chunks and the last are held."""
@@ -177,20 +185,42 @@ def in_turn(
     return dict(zip(policies, medians, strict=True)), dict(zip(policies, first, strict=True))
 
 
-def random_model(config: ModelConfig, sinks: int, seed: int, device: str = "cpu") -> Transformer:
-    """Build a model of random weights: for time, not for pictures."""
-    generator = torch.Generator().manual_seed(seed)
-    model = Transformer(config.with_sinks(sinks))
-    for parameter in model.parameters():
-        spread = parameter.shape[-1] ** -0.5
-        parameter.data = torch.randn(parameter.shape, generator=generator) * spread
-    return model.requires_grad_(False).eval().to(device)
+def random_model(
+    config: ModelConfig,
+    sinks: int,
+    seed: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    fp8: bool = False,
+) -> Transformer:
+    """Build a model of random weights, drawn on its device, so that the host never holds them: for time, not pictures.
+
+    With `fp8` the blocks' weights are rounded to e4m3, one layer after another.
+    """
+    with torch.device("meta"):
+        model = Transformer(config.with_sinks(sinks)).to(dtype)
+        model = low_memory.with_fp8_layers(model) if fp8 else model
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == low_memory.FP8:
+            wide = torch.empty(parameter.shape, dtype=dtype, device=device)
+            wide.normal_(0, parameter.shape[-1] ** -0.5, generator=generator)
+            parameter.data, scale = low_memory.quantise(wide)
+            model.get_submodule(name.removesuffix(".weight")).weight_scale.data = scale
+        elif name.endswith("norm.weight"):
+            parameter.fill_(1)
+        elif not name.endswith("weight_scale"):
+            small = parameter.dim() < 2 or name.endswith("table")
+            parameter.normal_(0, 0.02 if small else parameter.shape[-1] ** -0.5, generator=generator)
+    return model
 
 
-def random_text(model: Transformer) -> AV[Tensor]:
+def random_text(model: Transformer, length: int = TEXT_TOKENS) -> AV[Tensor]:
     """Draw the context of a prompt on a model's device and in its dtype. Shapes: AV [1, L, caption channels]."""
     generator = torch.Generator().manual_seed(0)
-    context = torch.randn(1, TEXT_TOKENS, model.config.caption_channels, generator=generator)
+    context = torch.randn(1, length, model.config.caption_channels, generator=generator)
     return AV(context, context).map(lambda t: t.to(model.proj_out.weight))
 
 
@@ -210,12 +240,12 @@ def noisy_cache(model: Transformer, causal: RolloutConfig, grid: tuple[int, int]
 
 @torch.inference_mode()
 def block_seconds(
-    model: Transformer, causal: RolloutConfig, grid: tuple[int, int], blocks: int
+    model: Transformer, causal: RolloutConfig, grid: tuple[int, int], blocks: int, text: int = TEXT_TOKENS
 ) -> Iterator[tuple[float, int]]:
     """Yield seconds of each block of a roll-out, its being remembered included, and the bytes of its cache."""
-    text, noise = random_text(model), seeded_noise([0], model.proj_out.weight)
+    context, noise = random_text(model, text), seeded_noise([0], model.proj_out.weight)
     cache = new_cache(model, causal, grid, 1, blocks)
-    stream = rollout(model, causal, text, noise, grid, causal.layout.block(blocks - 1).video.stop)
+    stream = rollout(model, causal, context, noise, grid, causal.layout.block(blocks - 1).video.stop)
     for _ in range(blocks):
         yield seconds_of(lambda: next(stream)), cache.nbytes
 
@@ -231,42 +261,51 @@ def teacher_step(
 
 
 def training_step(
-    model: Transformer, causal: RolloutConfig, grid: tuple[int, int], seconds: int, rendering: str
+    model: Transformer,
+    causal: RolloutConfig,
+    grid: tuple[int, int],
+    seconds: int,
+    rendering: str,
+    text: int = TEXT_TOKENS,
 ) -> Callable[[], object]:
     """Prepare a masked training step on a clip: calling it runs forward and backward through the whole model.
 
     Each latent's sigma is its block's; `rendering` is how attention uses the masks (see `masks.build`).
     """
     latents = CLOCK.latents(seconds)
-    text, x = random_text(model), random_latents(model, latents, grid)
+    context, x = random_text(model, text), random_latents(model, latents, grid)
     built = masks.build(causal.layout, latents.video, grid[0] * grid[1], rendering=rendering)
     sigma = x.map(lambda stream: torch.full(stream.shape[:2], 0.7, device=stream.device))
 
     def step() -> None:
-        out = model(x, sigma, text, masks=built)
+        out = model(x, sigma, context, masks=built)
         (out.video.square().mean() + out.audio.square().mean()).backward()
         model.zero_grad(set_to_none=True)
 
     return step
 
 
-def open_block(model: Transformer, causal: RolloutConfig, grid: tuple[int, int], k: int) -> Callable[[], object]:
+def open_block(
+    model: Transformer, causal: RolloutConfig, grid: tuple[int, int], k: int, text: int = TEXT_TOKENS
+) -> Callable[[], object]:
     """Prepare one pass over block `k`, see `noisy_cache`: calling it runs the pass."""
-    text, cache = random_text(model), noisy_cache(model, causal, grid)
+    context, cache = random_text(model, text), noisy_cache(model, causal, grid)
     x = random_latents(model, causal.layout.block(k).map(len), grid)
     blocks = (cache.open(k),)
-    return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), text, cache=cache, blocks=blocks, sigma_key=0.7))
+    return torch.inference_mode()(lambda: model(x, AV(0.7, 0.7), context, cache=cache, blocks=blocks, sigma_key=0.7))
 
 
 @torch.inference_mode()
-def steady_block(model: Transformer, causal: RolloutConfig, grid: tuple[int, int]) -> Callable[[], object]:
+def steady_block(
+    model: Transformer, causal: RolloutConfig, grid: tuple[int, int], text: int = TEXT_TOKENS
+) -> Callable[[], object]:
     """Prepare a block in mid-stream, its predecessor to be remembered: calling it costs what the stream costs."""
-    k, text, noise = causal.window + 2, random_text(model), seeded_noise([0], model.proj_out.weight)
+    k, context, noise = causal.window + 2, random_text(model, text), seeded_noise([0], model.proj_out.weight)
     cache = noisy_cache(model, causal, grid)
-    before = next_block(model, causal, cache, text, noise, k, None)
+    before = next_block(model, causal, cache, context, noise, k, None)
 
     def block() -> None:
-        next_block(model, causal, cache, text, noise, k + 1, before)
+        next_block(model, causal, cache, context, noise, k + 1, before)
 
     return torch.inference_mode()(block)
 

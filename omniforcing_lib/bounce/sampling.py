@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import media
 from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.clips import encoded
 from omniforcing_lib.bounce.codecs import TinyCodec
@@ -102,6 +101,8 @@ def round_trip(codec: TinyCodec, clips: Sequence[Clip], batch: int = 16) -> list
 
 def through_file(clips: Sequence[Clip]) -> list[Clip]:
     """Write every clip to an mp4 and read it back."""
+    from omniforcing_lib import media  # not above: training, which scores at its end, starts without PyAV
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         return [media.read_clip(media.write_clip(path, clip)) for clip in tqdm(clips, desc="mp4", leave=False)]

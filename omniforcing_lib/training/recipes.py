@@ -9,6 +9,7 @@ command trains with all its processes.
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from typing import ClassVar
 import torch
 from tqdm.auto import tqdm
 
-from omniforcing_lib import files
+from omniforcing_lib import backends, files
 from omniforcing_lib.bounce import evaluate, world
 from omniforcing_lib.bounce.codecs import TinyCodec, load_codec, save_codec
 from omniforcing_lib.bounce.text import TinyText
@@ -36,6 +37,7 @@ from omniforcing_lib.training.stages import DMDConfig, OnPolicyConfig, StudentCl
 from omniforcing_lib.training.train import History, Learner, OptimConfig
 from omniforcing_lib.transformer import Transformer, fresh_sinks, initialise
 
+_log = logging.getLogger(__name__)
 MODEL_VERSION = "miniature"
 """`model_version` of what is trained here from nothing; a student has its teacher's."""
 CODEC = str(files.DATA / "codec.safetensors")
@@ -166,7 +168,10 @@ class TrainConfig(Command):
         notes |= {"changes": history.changes} if history.changes else {}
         notes |= {name: round(history.mean(name), 5) for name in names if name in history.numbers}
         path = checkpoints.save(model, self.out, notes=notes, causal=causal, version=version)
-        if self.score and version == MODEL_VERSION:
+        scored = self.score and version == MODEL_VERSION
+        if scored and not backends.installed("av"):
+            _log.warning("%s is not scored, which takes PyAV: pip install av", path)
+        elif scored:
             notes |= {"scores": evaluate.brief(checkpoints.load(path), causal, self.score)}
             checkpoints.save(model, self.out, notes=notes, causal=causal, version=version)
         return path

@@ -30,7 +30,7 @@ from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.transformer import Transformer
 from studies import bench, cost, gpu_phases
 from studies.gpu_phases import PASSES, PHASES, SIZES, Size
-from studies.store import git_state, plain, refuse_unknown, slug
+from studies.store import git_state, plain, slug
 
 LEAST_S = 15
 """Seconds below which no further phase is begun."""
@@ -50,7 +50,8 @@ def run(size: str, device: str, phases: Sequence[str] = (), budget: float = 570.
 
     Returns the file. Raises ValueError for an unknown phase, or a size that the device cannot hold.
     """
-    refuse_unknown(phases, PHASES)
+    if unknown := sorted({*phases} - {*PHASES}):
+        raise ValueError(f"unknown phases {', '.join(unknown)}; choose from {', '.join(PHASES)}")
     at = SIZES[size]._replace(device=device)
     if at.whole and not at.cuda:
         raise ValueError("--size 19b draws 38 GB of weights on a GPU, found --device cpu; use --size bench")

@@ -157,6 +157,13 @@ def test_what_is_no_plain_lora_of_this_model_is_refused_by_name(case, tmp_path):
         checkpoints.load(base, loras=[str(tmp_path / "lora.safetensors")])
 
 
+def test_a_file_without_a_tensor_is_refused(tmp_path):
+    base = synthetic.ltx2_file(tmp_path / "x.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(ValueError, match="holds no tensor"):
+        checkpoints.load(base, loras=[str(tmp_path / "empty.safetensors")])
+
+
 def test_a_bad_lora_ends_the_command_before_any_work(tmp_path, capfd):
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.pt")
     given = ["generate", "--prompt", "a red ball, bell", "--out", str(tmp_path / "x.mp4"), "--lora"]

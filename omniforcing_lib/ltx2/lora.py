@@ -51,8 +51,8 @@ def read(named: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[st
     Returns the terms of each weight, by its bare name.
 
     Raises:
-        ValueError: a file that is not there, a name that fits no layer or is there twice, a half or a shape that is
-            missing, or another algebra: DoRA, LoHa, LoKr.
+        ValueError: a file that is not there or empty, a name that fits no layer or is there twice, half of a pair, a
+            wrong shape, or another algebra: DoRA, LoHa, LoKr.
     """
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     flat = {spelled.replace(".", "_"): bare for bare in layers for spelled in (bare, DIFFUSERS.stored(bare))}
@@ -99,6 +99,8 @@ def _modules(
         if twice := modules[bare].get(_PARTS[found[2]]):
             raise ValueError(f"{path}: {name} and {twice} are the same; a file is to hold each once")
         modules[bare][_PARTS[found[2]]] = name
+    if not modules:
+        raise ValueError(f"{path} holds no tensor; get the file again")
     return modules
 
 

@@ -10,7 +10,9 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from omniforcing_lib import files
+from safetensors.torch import load_file
+
+from omniforcing_lib import files, safetensors_io
 from omniforcing_lib.ltx2 import checkpoints
 from studies.store import ROOT, SHIPPED, git_state
 from studies.store import origin as of
@@ -47,18 +49,24 @@ def differences(record: Mapping, root: Path = ROOT) -> list[str]:
 def renew(root: Path = ROOT) -> list[str]:
     """Write the shipped transformers again with the metadata that is written today, weights unchanged to the bit.
 
-    `data/SHA256SUMS` and the records below `reports/` get the new hash where they have the old one: they were measured
-    on these weights. A file whose metadata is what is written today stays as it is. Gives the names of those changed.
+    A file says in `same_weights_as` which hash it had. `data/SHA256SUMS` and the records below `reports/` get the new
+    one where they have that: they were measured on these weights. A file whose metadata is what is written today stays
+    as it is, so that this can be run again, for records that came later. Gives the names of the files that changed.
     """
-    changed = []
+    changed, records = [], [root / "data" / "SHA256SUMS", *(root / "reports").rglob("*.json")]
     for path in (root / "data" / f"{name}.safetensors" for name in checkpoints.SHIPPED):
-        said, old = checkpoints.read(path), files.sha256(path)
-        if said.metadata["config"]["transformer"] != said.config.to_metadata():
-            new = files.sha256(checkpoints.export(path, path))
-            for record in (root / "data" / "SHA256SUMS", *(root / "reports").rglob("*.json")):
-                if old in (text := record.read_text(encoding="utf-8")):
-                    files.write_text(record, text.replace(old, new))
+        metadata, described = safetensors_io.one_file(path).metadata, checkpoints.read(path).config.to_metadata()
+        config = json.loads(metadata["config"])
+        if config["transformer"] != described:
+            metadata |= {
+                "config": json.dumps(config | {"transformer": described}),
+                "same_weights_as": files.sha256(path),
+            }
+            files.write_tensors(path, load_file(path), metadata)
             changed.append(path.name)
+        for record in records if (old := metadata.get("same_weights_as")) else []:
+            if old in (text := record.read_text(encoding="utf-8")):
+                files.write_text(record, text.replace(old, files.sha256(path)))
     return changed
 
 

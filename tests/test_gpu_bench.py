@@ -18,6 +18,7 @@ from omniforcing_lib import graphs, stream
 from omniforcing_lib.__main__ import main
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
+from omniforcing_lib.masks import block_mask
 from omniforcing_lib.stream import Chunk
 from series import claims, gpu_results
 from studies import bench, gpu_bench, gpu_phases
@@ -151,7 +152,7 @@ def test_sound_and_sinks_fill_one_tile_up_to_two_sinks():
             assert torch.equal(mask.dense[: exact.rows, : exact.rows], exact.dense)
             assert not mask.dense[:, exact.columns :].any()
             assert mask.dense[exact.rows :, : exact.columns].all() == (rows == "padding sees all" or sinks == 2)
-            blocks = mask.block_mask()
+            blocks = block_mask(mask)
             assert blocks.kv_num_blocks.shape[-1] == count and blocks.to_dense().shape[-1] == count
 
 

@@ -450,7 +450,7 @@ def codec_of(at: Size, modules: list[torch.nn.Module], horizon: int):
     """Give the codec that streams them."""
     from omniforcing_lib.ltx2.codec import LTX2Codec
 
-    return LTX2Codec(*modules, (32 * at.grid[0], 32 * at.grid[1]), horizon=horizon, mono=True)
+    return LTX2Codec(*modules, (32 * at.grid[0], 32 * at.grid[1]), horizon=horizon)
 
 
 def decoders(at: Size, say: Say) -> None:

@@ -64,6 +64,11 @@ def device(name: str) -> torch.device:
     return device
 
 
+def on_gpu(device: str | torch.device) -> bool:
+    """Tell whether a device is a GPU, where work is fused and recorded."""
+    return torch.device(device).type == "cuda"
+
+
 def use(name: str) -> None:
     """Name the backend of this process: `auto`, `sdpa`, `flash` or `flex`.
 

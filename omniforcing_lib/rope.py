@@ -155,6 +155,12 @@ def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # a pair (a, b) becomes (a cos - b sin, b cos + a sin)
     split = rope_type == "split"
+    if torch.compiler.is_compiling():
+        # the same numbers, so written that one kernel reads each element with its partner and writes it in order
+        at, pairs = (-2, wide.unflatten(-1, (2, -1))) if split else (-1, wide.unflatten(-1, (-1, 2)))
+        signs = (2 * torch.arange(2, device=x.device, dtype=wide.dtype) - 1).view((2, 1) if split else 2)
+        cos, sin = cos.unsqueeze(at), sin.unsqueeze(at)
+        return torch.addcmul(pairs * cos, pairs.flip(at) * signs, sin).flatten(-2).to(x.dtype)
     first, second = wide.chunk(2, dim=-1) if split else wide.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
     return (torch.cat(pairs, dim=-1) if split else torch.stack(pairs, dim=-1).flatten(-2)).to(x.dtype)

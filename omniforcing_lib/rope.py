@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, Clock
@@ -175,7 +176,7 @@ def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # a pair (a, b) becomes (a cos - b sin, b cos + a sin)
     split = rope_type == "split"
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # the same numbers, so written that one kernel reads each element with its partner and writes it in order
         at, pairs = (-2, wide.unflatten(-1, (2, -1))) if split else (-1, wide.unflatten(-1, (-1, 2)))
         signs = (2 * torch.arange(2, device=x.device, dtype=wide.dtype) - 1).view((2, 1) if split else 2)

@@ -20,9 +20,6 @@ from torch.nn.functional import rms_norm
 from omniforcing_lib import backends
 from omniforcing_lib.rope import Rotation, rotate
 
-VARIANTS = 256
-"""Kinds of input (shapes, dtypes) for which one function is compiled; past it, torch would run it as it stands."""
-
 
 class Fused:
     """Run a function as it stands, or where `fuses` says so as one compiled kernel."""
@@ -44,15 +41,7 @@ def fuses(x: Tensor) -> bool:
 @lru_cache
 def compiled(plain: Callable) -> Callable:
     """Compile a function for each kind of input that it meets."""
-    return many_kinds(torch.compile(plain, dynamic=False, fullgraph=True))
-
-
-def many_kinds(function: Callable) -> Callable:
-    """Let a compiled function meet more kinds of input than torch's eight before it is run uncompiled."""
-    import torch._dynamo
-
-    limits = {"recompile_limit": VARIANTS, "accumulated_recompile_limit": 8 * VARIANTS}
-    return torch._dynamo.config.patch(limits)(function)
+    return backends.many_kinds(torch.compile(plain, dynamic=False, fullgraph=True))
 
 
 def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:

@@ -96,10 +96,9 @@ class Ledger(TorchDispatchMode):
         if any(tag in func.tags for tag in _VALUES):
             raise HostWork(f"{name} asks the GPU for a value")
         is_product = any(word in name for word in _PRODUCTS)
-        if is_product and self.products and {x.dtype for x in inputs} - {self.products, low_memory.FP8}:
-            wrong = [x.dtype for x in inputs if x.dtype not in (self.products, low_memory.FP8)]
-            if name != "_scaled_mm":
-                raise HostWork(f"{name} multiplies in {wrong[0]}, not in {self.products}")
+        wrong = {x.dtype for x in inputs} - {self.products} if self.products and name != "_scaled_mm" else ()
+        if is_product and wrong:
+            raise HostWork(f"{name} multiplies in {wrong.pop()}, not in {self.products}")
         # 2. The shapes of what it gives, remembered: the layers of a model are alike.
         mutable = func._schema.is_mutable
         key = func, spec, tuple((*_meta(x), x.storage_offset()) if isinstance(x, Tensor) else x for x in leaves)
@@ -203,14 +202,15 @@ def counting(
     products: torch.dtype | None = torch.bfloat16, *, fuse: bool = True, host: bool = False
 ) -> Iterator[Ledger]:
     """Count what runs within, without gradients, as on a GPU; without `fuse` every operation is a kernel."""
-    ledger, before = Ledger(products, host), (backends.on_gpu, fused.compiled)
+    ledger, before = Ledger(products, host), (backends.on_gpu, fused.compiled, low_memory.multiplies)
     backends.on_gpu = lambda device: torch.device(device).type == "meta"
+    low_memory.multiplies = lambda device, *question: torch.device(device).type == "meta"
     fused.compiled = ledger.fused if fuse else (lambda plain: plain)
     try:
         with torch.no_grad(), _Kernels(ledger), ledger:
             yield ledger
     finally:
-        backends.on_gpu, fused.compiled = before
+        backends.on_gpu, fused.compiled, low_memory.multiplies = before
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -100,6 +100,7 @@ class ClipConfig(Command):
     weights: str = option("keep the blocks' weights in e4m3 (default: in --dtype)", "", choices=("fp8",))
     offload: bool = option("keep the blocks in main memory", False)
     attention: str = option("auto, sdpa, flash or flex", "auto")
+    capture: bool = option("on a GPU, replay the steady passes of a stream as CUDA graphs", True)
     parts: str = option(
         "LTX-2 file or diffusers folder with VAEs and vocoder "
         "(default: the model's own, or ltx-2*.safetensors beside it)",
@@ -117,6 +118,7 @@ class ClipConfig(Command):
         import torch
 
         from omniforcing_lib import backends, model_bundle
+        from omniforcing_lib.ltx2 import low_memory
 
         backends.use(self.attention)
         near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "contexts")}
@@ -124,8 +126,13 @@ class ClipConfig(Command):
         bundle.choose_attention()
         for prompt in prompts:  # one outside the grammar is refused before any work
             bundle.text.encode([prompt], bundle.device)
+        if getattr(bundle.text, "cache", None):  # the contexts are kept there, and Gemma is as large as the model
+            bundle.text.unload()
         print(bundle)
         load = {"device": bundle.device, "dtype": getattr(torch, self.dtype)}
+        if self.weights:
+            multiplied = low_memory.multiplies(torch.device(bundle.device), load["dtype"], 16, 16)
+            print(f"fp8 weights: {low_memory.PRODUCTS[multiplied]}")
         return bundle, load | {"weights": self.weights or None, "offload": self.offload}
 
 
@@ -140,10 +147,12 @@ class Generate(ClipConfig):
         from omniforcing_lib import media, stream
         from omniforcing_lib.ltx2 import checkpoints
 
-        bundle, load = self.bundle([self.prompt])
-        causal, model = checkpoints.read(self.model).causal, checkpoints.load(self.model, **load)
+        causal = checkpoints.read(self.model).causal
+        bundle, load = self.bundle([self.prompt] if causal else [self.prompt, ""])
+        model = checkpoints.load(self.model, **load)
         clip = model, causal, bundle.codec, bundle.text, self.prompt, self.seconds, self.seed
-        pieces = stream.clip_pieces(*clip, steps=self.steps, guidance=bundle.guidance)
+        how = {"steps": self.steps, "guidance": bundle.guidance, "capture": self.capture}
+        pieces = stream.clip_pieces(*clip, **how)
         print(media.write_pieces(Path(self.out), pieces, bundle.codec.clock))
 
 
@@ -171,7 +180,8 @@ class ExportClips(ClipConfig):
 
         def make(prompt: str, seed: int):
             clip = model(), checkpoint.causal, bundle.codec, bundle.text, prompt, self.seconds, seed
-            return stream.make_clip(*clip, steps=self.steps, guidance=bundle.guidance)
+            how = {"steps": self.steps, "guidance": bundle.guidance, "capture": self.capture}
+            return stream.make_clip(*clip, **how)
 
         made = {"steps": self.steps, "guidance": str(bundle.guidance)}
         made = made if checkpoint.causal is None else {"causal": checkpoint.causal.to_metadata()}

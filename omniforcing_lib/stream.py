@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import masks, safetensors_io
+from omniforcing_lib import backends, graphs, masks, safetensors_io
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import MINIATURE_GUIDANCE, Guidance, block_noise, euler, guided_denoiser, ltx2_sigmas
 from omniforcing_lib.interfaces import Codec, TextEncoder
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import Noise, RolloutConfig, new_cache, next_block, recache_window, seeded_noise
+from omniforcing_lib.rollout import RolloutConfig, new_cache, next_block, recache_window, seeded_noise
 from omniforcing_lib.transformer import Transformer
 
 GRAIN = 32_768
@@ -79,6 +79,7 @@ class Streamer:
         seed: of all noise.
         ahead: make the next block in a thread while this one is decoded and shown; a new prompt then shows one block
             later. No further block is made, however slow the consumer is.
+        capture: replay steady passes as CUDA graphs (see `graphs.Captured`), on a GPU that holds all weights.
 
     Attributes:
         block: number of the next chunk.
@@ -91,9 +92,13 @@ class Streamer:
     prompt: str
     seed: int = 0
     ahead: bool = False
+    capture: bool = True
     block: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        if self.capture and self._can_capture(self.model):
+            self.model = graphs.Captured(self.model)
+        self._noise = seeded_noise([self.seed], self.model.proj_out.weight)
         self._cache = new_cache(self.model, self.causal, self.codec.grid, batch=1)
         self._decoder = self.codec.start()
         self._maker = ThreadPoolExecutor(1, "blocks") if self.ahead else None
@@ -103,6 +108,10 @@ class Streamer:
         tokens = len(self.causal.layout.block(1).video) * math.prod(self.codec.grid)
         self._threads = 1 if tokens * self.model.config.video_dim < GRAIN else None
         self.set_prompt(self.prompt)
+
+    @staticmethod
+    def _can_capture(model: Transformer) -> bool:
+        return not isinstance(model, graphs.Captured) and all(backends.on_gpu(p.device) for p in model.parameters())
 
     def __enter__(self) -> Streamer:
         self._check_open()
@@ -185,10 +194,6 @@ class Streamer:
         self._made += 1
         return LatentChunk(latents, prompt)
 
-    @property
-    def _noise(self) -> Noise:
-        return seeded_noise([self.seed], self.model.proj_out.weight)
-
     def _past(self, k: int) -> tuple[int, ...]:
         """List the blocks whose latents are kept for block `k`: those that it sees, and the one before it."""
         return masks.seen(k, max(1, self.causal.window))[:-1]
@@ -226,6 +231,7 @@ class Streamer:
         # 2. Take it over; a block that was made ahead is handed out next.
         self._cache.restarted, self.seed, self.block = state["restarted"], state["seed"], state["block"]
         self._made, self._latents, self._decoder, self._coming = made, latents, decoder, None
+        self._noise = seeded_noise([self.seed], self.model.proj_out.weight)
         if state["coming"] is not None:
             self._coming = Future()
             self._coming.set_result(LatentChunk(latents[made - 1], state["coming"]))
@@ -325,6 +331,7 @@ def clip_pieces(
     *,
     steps: int = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
+    capture: bool = True,
 ) -> Iterator[AV[np.ndarray]]:
     """Make one clip piece by piece, a block ahead, where the model is `causal`; in one piece where that is None.
 
@@ -335,7 +342,7 @@ def clip_pieces(
     if causal is None:
         yield from teacher_clips(model, codec, text, [prompt], [seed], seconds, steps=steps, guidance=guidance)
         return
-    with Streamer(model, causal, codec, text, prompt, seed, ahead=True) as stream:
+    with Streamer(model, causal, codec, text, prompt, seed, ahead=True, capture=capture) as stream:
         yield from stream.clip(seconds)
 
 
@@ -350,10 +357,13 @@ def make_clip(
     *,
     steps: int = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
+    capture: bool = True,
 ) -> AV[np.ndarray]:
     """Make one clip whole: streamed by a causal student, sampled by a teacher in `steps` under `guidance`.
 
     Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples per second.
     """
-    pieces = clip_pieces(model, causal, codec, text, prompt, seconds, seed, steps=steps, guidance=guidance)
+    pieces = clip_pieces(
+        model, causal, codec, text, prompt, seconds, seed, steps=steps, guidance=guidance, capture=capture
+    )
     return AV(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))

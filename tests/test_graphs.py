@@ -16,6 +16,7 @@ from omniforcing_lib import backends, fused, graphs, masks, model_bundle
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.graphs import Captured, Recorded
 from omniforcing_lib.layout import AV, BlockLayout
+from omniforcing_lib.ltx2 import low_memory
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.stream import Streamer
 
@@ -71,7 +72,7 @@ def model():
 
 def streamer(model, **changes):
     codec = model_bundle.StandInCodec(model.config, (2, 2))
-    return Streamer(model, replace(CAUSAL, **changes), codec, TinyText(**WORDS), PROMPTS[0], seed=3)
+    return Streamer(model, replace(CAUSAL, **changes), codec, TinyText(**WORDS), PROMPTS[0], seed=3, capture=False)
 
 
 def stream(model, blocks, switch=None, text=None):
@@ -120,6 +121,15 @@ def test_buffers_go_with_the_cache_of_a_closed_stream(gpu, model):
         cache = weakref.ref(live._cache)
         assert captured._recording.cache() is cache() is not None
     assert cache() is None and captured._recording is None
+
+
+def test_a_stream_on_a_gpu_is_recorded_unless_it_is_told_not_to(gpu, model):
+    """By default; blocks that are elsewhere than the GPU are copied while a pass runs, which no graph can hold."""
+    live = streamer(model)
+    assert live.model is model and isinstance(replace(live, capture=True).model, Captured)
+    parts = low_memory.offload(build(), "meta", pinned=False)
+    backends.on_gpu = lambda device: torch.device(device).type == "meta"
+    assert not Streamer._can_capture(parts) and Streamer._can_capture(build().to("meta"))
 
 
 def test_the_first_blocks_are_not_recorded(gpu, model):

@@ -314,8 +314,10 @@ def decoders() -> nn.ModuleList:
 
     settings = {"decoder_causal": False, "spatial_compression_ratio": 32, "temporal_compression_ratio": 8}
     with META, _NoDraws():
-        picture = AutoencoderKLLTX2Video(**settings).to(torch.bfloat16)
-        return nn.ModuleList([picture, AutoencoderKLLTX2Audio().to(torch.bfloat16), LTX2Vocoder()]).eval()
+        parts = AutoencoderKLLTX2Video(**settings), AutoencoderKLLTX2Audio()
+        # diffusers' own `to` warns
+        halves = [nn.Module.to(part, torch.bfloat16) for part in parts]
+        return nn.ModuleList([*halves, LTX2Vocoder()]).eval()
 
 
 def decoding(parts: nn.ModuleList, causal: RolloutConfig, horizon: int, *, grid: tuple[int, int] = GRID) -> Ledger:

@@ -101,6 +101,7 @@ class ClipConfig(Command):
     weights: str = option("keep the blocks' weights in e4m3 (default: in --dtype)", "", choices=("fp8",))
     offload: bool = option("keep the blocks in main memory", False)
     attention: str = option("auto, sdpa, flash or flex", "auto")
+    capture: bool = option("on a GPU, replay the steady passes of a stream as CUDA graphs", True)
     parts: tuple[str, ...] = option(
         "LTX-2 files or diffusers folder with VAEs and vocoder "
         "(default: the model's own, or ltx-2*.safetensors beside it)",
@@ -121,7 +122,7 @@ class ClipConfig(Command):
         import torch
 
         from omniforcing_lib import backends, model_bundle
-        from omniforcing_lib.ltx2 import checkpoints, lora
+        from omniforcing_lib.ltx2 import checkpoints, lora, low_memory
 
         checkpoint = checkpoints.read(self.model)
         if checkpoint.causal is None and self.seconds > LONGEST_CLIP:
@@ -134,8 +135,13 @@ class ClipConfig(Command):
         bundle.choose_attention()
         for prompt in prompts:  # one outside the grammar is refused before any work
             bundle.text.encode([prompt], bundle.device)
+        if getattr(bundle.text, "cache", None):  # the contexts are kept there, and Gemma is as large as the model
+            bundle.text.unload()
         print(bundle)
         load = {"device": bundle.device, "dtype": getattr(torch, self.dtype)}
+        if self.weights:
+            multiplied = low_memory.multiplies(torch.device(bundle.device), load["dtype"], 16, 16)
+            print(f"fp8 weights: {low_memory.PRODUCTS[multiplied]}")
         return bundle, load | {"weights": self.weights or None, "offload": self.offload, "loras": self.lora}
 
 
@@ -153,10 +159,11 @@ class Generate(ClipConfig):
         out = Path(self.out)
         if out.suffix == ".mp4" and not backends.installed("av"):
             raise ValueError(f"{out} is written by PyAV: pip install av, or give --out a .safetensors file")
-        bundle, load = self.bundle([self.prompt])
-        causal, model = checkpoints.read(self.model).causal, checkpoints.load(self.model, **load)
+        causal = checkpoints.read(self.model).causal
+        bundle, load = self.bundle([self.prompt] if causal else [self.prompt, ""])
+        model = checkpoints.load(self.model, **load)
         clip = model, causal, bundle.codec, bundle.text, self.prompt, self.seconds, self.seed
-        pieces = stream.clip_pieces(*clip, **bundle.sampling(self.steps))
+        pieces = stream.clip_pieces(*clip, **bundle.sampling(self.steps), capture=self.capture)
         if out.suffix == ".mp4":
             from omniforcing_lib import media
 
@@ -193,7 +200,7 @@ class ExportClips(ClipConfig):
 
         def make(prompt: str, seed: int):
             clip = model(), checkpoint.causal, bundle.codec, bundle.text, prompt, self.seconds, seed
-            return stream.clip_pieces(*clip, **how)
+            return stream.clip_pieces(*clip, **how, capture=self.capture)
 
         how = bundle.sampling(self.steps)
         made = how | {"guidance": str(how["guidance"])}

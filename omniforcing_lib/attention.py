@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from omniforcing_lib import backends
+from omniforcing_lib import backends, fused
 from omniforcing_lib.cache import OpenBlock, Prompt, Ring
 from omniforcing_lib.masks import AttentionMask, block_mask, take
 from omniforcing_lib.rope import Rotation, rotate
@@ -99,16 +99,18 @@ class Attention(nn.Module):
 
         Shapes: x [B, T, query_dim], context [B, L, context_dim], rotations of queries and keys, to [B, T, query_dim].
         """
-        # 1. Queries: normed over all heads together, then rotated.
-        q = self._heads(self.q_norm(self.to_q(x)))
-        if rotations:
-            q = rotate(q, rotations[0], self.rope_type)
+        source, (by_query, by_key) = x if context is None else context, rotations or (None, None)
+        # 1. On a GPU the keys of one open block are stored by the kernel that norms and rotates them.
+        if isinstance(cached, Ring) and len(blocks) == 1 and blocks[0].writes and self._fuses(x):
+            return self._out(x, attend(*self._stored(x, source, by_query, by_key, cached, blocks[0])))
+        # 2. Queries: normed over all heads together, then rotated.
+        q = self._normed_heads(self.to_q(x), self.q_norm, by_query)
 
-        # 2. Keys and values: of this call, or with those that the cache holds; projected only if they are not held.
+        # 3. Keys and values: of this call, or with those that the cache holds; projected only if they are not held.
         def project() -> tuple[Tensor, Tensor]:
-            return self.keys_values(x if context is None else context, rotations[1] if rotations else None)
+            return self.keys_values(source, by_key)
 
-        # 3. Without a cache all queries attend at once, with one those of each open block in turn.
+        # 4. Without a cache all queries attend at once, with one those of each open block in turn.
         seen = cached.extend(project, blocks) if cached else [(slice(None), *project())]
         parts = [attend(q[:, :, tokens], k, v, visibility) for tokens, k, v in seen]
         return self._out(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
@@ -118,9 +120,33 @@ class Attention(nn.Module):
 
         Shapes: [B, L, context_dim] to two [B, H, L, D].
         """
-        k = self._heads(self.k_norm(self.to_k(context)))
-        k = k if rotation is None else rotate(k, rotation, self.rope_type)
+        k = self._normed_heads(self.to_k(context), self.k_norm, rotation)
         return k, self._heads(self.to_v(context))
+
+    def _stored(
+        self, x: Tensor, source: Tensor, by_query: Rotation, by_key: Rotation, ring: Ring, block: OpenBlock
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Store keys and values of the open block; give its queries, and all that they see."""
+        q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
+        weights, eps, kind = (self.q_norm.weight, self.k_norm.weight), self.q_norm.eps, self.rope_type
+        places = ring.open(block)
+        store = (ring.keys, ring.values), places.at
+        if source is x:
+            q = fused.stored(k, v, q, weights, eps, by_key, kind, *store)
+        else:
+            fused.stored(k, v, None, weights, eps, by_key, kind, *store)
+            q = fused.normed_heads(q, weights[0], self.heads, eps, by_query, kind)
+        return q, *ring.read(places)
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Tell whether norms are fused with what follows; a study may have put another module in their place."""
+        return fused.fuses(x) and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm
+
+    def _normed_heads(self, x: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tensor:
+        if self._fuses(x):
+            return fused.normed_heads(x, norm.weight, self.heads, norm.eps, rotation, self.rope_type)
+        split = self._heads(norm(x))
+        return split if rotation is None else rotate(split, rotation, self.rope_type)
 
     def pass_values(self, x: Tensor) -> Tensor:
         """Replace attention by the value projection: the perturbation of STG (specification 1.11)."""

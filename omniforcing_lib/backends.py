@@ -21,6 +21,8 @@ from torch import Tensor
 
 NAMES = ("auto", "sdpa", "flash", "flex")
 HALF = (torch.float16, torch.bfloat16)
+KINDS = 256
+"""Kinds of input (shapes, dtypes, masks) for which one function is compiled."""
 _log = logging.getLogger(__name__)
 _named = "auto"
 _flash: dict[int | None, Callable[..., Tensor]] = {}
@@ -64,6 +66,11 @@ def device(name: str) -> torch.device:
     return device
 
 
+def on_gpu(device: str | torch.device) -> bool:
+    """Tell whether a device is a GPU, where work is fused and recorded."""
+    return torch.device(device).type == "cuda"
+
+
 def use(name: str) -> None:
     """Name the backend of this process: `auto`, `sdpa`, `flash` or `flex`.
 
@@ -105,7 +112,7 @@ def _answer(name: str, device: str, index: int | None, dtype: torch.dtype, head_
     kind = Kind(device, capability, dtype, head_dim)
     choice = choose(name, kind)
     if choice.plain == "flash" and capability is not None:
-        _flash[index] = import_module(flash_module(capability) or "flash_attn").flash_attn_func
+        _flash[index] = flash_function(flash_module(capability) or "flash_attn")
     _log.info("attention on %s: %s without a mask, %s with one (asked for: %s)", kind, *choice, name)
     return choice.plain, choice.masked
 
@@ -139,13 +146,17 @@ def refusal(backend: str, kind: Kind) -> str | None:
         return "it takes head dims that are multiples of 8, up to 256"
     if kind.capability is None or kind.capability < (8, 0):
         return "it needs compute capability 8.0"
-    return None if flash_module(kind.capability) else "no flash-attn is installed (pip install flash-attn)"
+    return (
+        None
+        if flash_module(kind.capability)
+        else "no flash-attn is installed, or none that works (pip install flash-attn)"
+    )
 
 
 def flash_module(capability: tuple[int, int]) -> str | None:
-    """Name the installed flash-attn for a GPU: 3 on Hopper where it is installed, else 2."""
+    """Name the flash-attn that a GPU can use: 3 on Hopper where it is installed, else 2; one that works."""
     wanted = ["flash_attn_interface"] * (capability[0] == 9) + ["flash_attn"]
-    return next(filter(installed, wanted), None)
+    return next((name for name in wanted if flash_function(name)), None)
 
 
 def installed(package: str) -> bool:
@@ -154,6 +165,17 @@ def installed(package: str) -> bool:
         return find_spec(package) is not None
     except ImportError:
         return False
+
+
+@lru_cache
+def flash_function(name: str) -> Callable[..., Tensor] | None:
+    """Import a flash-attn; None where it is not there, is an empty folder, or was built for another PyTorch."""
+    if not installed(name):
+        return None
+    try:
+        return import_module(name).flash_attn_func
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        _log.warning("%s is installed and cannot be used: %s: %s", name, type(error).__name__, error)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -178,4 +200,15 @@ def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: object) -> Tensor:
 def _flex_function(device: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+    return many_kinds(torch.compile(flex_attention, dynamic=False)) if device == "cuda" else flex_attention
+
+
+def many_kinds(function: Callable) -> Callable:
+    """Let a compiled function meet `KINDS` kinds of input before torch, which allows eight, runs it uncompiled.
+
+    A clip length has four masks; uncompiled, FlexAttention holds the whole matrix of scores.
+    """
+    import torch._dynamo
+
+    limits = {"recompile_limit": KINDS, "accumulated_recompile_limit": 8 * KINDS}
+    return torch._dynamo.config.patch(limits)(function)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, rms_norm, silu
+from torch.nn.functional import gelu, silu
 
+from omniforcing_lib import fused
 from omniforcing_lib.attention import Attention
 from omniforcing_lib.cache import LayerCache, OpenBlock, Prompt
 from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.fused import Pair, modulate
 from omniforcing_lib.layout import AV
 from omniforcing_lib.masks import AttentionMask
 from omniforcing_lib.rope import Rotation
@@ -132,6 +135,14 @@ class LayerModulation(NamedTuple):
     gate: Tensor
 
 
+class Pending(NamedTuple):
+    """A stream and what its last step gave, not added yet; without a gate it is added whole."""
+
+    x: Tensor
+    update: Tensor | None = None
+    gate: Tensor | None = None
+
+
 class Stream(NamedTuple):
     """The modules and tables of one stream in one block, whatever their names in the checkpoint."""
 
@@ -150,25 +161,6 @@ _STREAMS = AV(
     "audio_prompt_scale_shift_table",
 )
 """Names in the checkpoint of what `Stream` groups, in its order."""
-
-
-def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """Scale and shift groups of tokens: x gain + shift, where gain is 1 + scale.
-
-    Shapes: x [B, T, D], gain and shift [B, G, D] with G a divisor of T.
-    """
-    if gain.shape[1] == 1:
-        return torch.addcmul(shift, x, gain)
-    grouped = x.unflatten(1, (gain.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], grouped, gain[:, :, None]).flatten(1, 2)
-
-
-def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """Add a gated update: x + gate * update, groups as in `modulate`."""
-    if gate.shape[1] == 1:
-        return torch.addcmul(x, gate, update)
-    groups = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, groups), gate[:, :, None], update.unflatten(1, groups)).flatten(1, 2)
 
 
 def _modulated(text: Tensor | None, prompt: Tensor) -> Tensor | None:
@@ -227,14 +219,13 @@ class Block(nn.Module):
         streams = self.streams
         caches: AV[LayerCache | None] = cached or AV(None, None)
         modulation = streams.map(self._modulation, condition, caches)
-        # Each step is done for both streams before the next; steps 1 to 4 and 6 to 7 keep to one stream.
-        if skip_self != "branch":
-            attend = self._pass_values if skip_self else self._attend
-            x = x.map(attend, streams, condition, modulation, caches)
-        x = x.map(self._read_text, streams, condition, modulation, caches)
+        # Each step is done for both streams before the next; steps 1 to 4 and 6 to 7 keep to one stream. What a step
+        # gives is added by the next one, together with the norm that it begins with.
+        at = x.map(partial(self._attend, skip=skip_self), streams, condition, modulation, caches)
+        at = at.map(self._read_text, streams, condition, modulation, caches)
         if not skip_cross:
-            x = self._exchange(x, streams, condition, modulation, caches)
-        return x.map(self._feed_forward, streams, modulation)
+            at = self._exchange(at, streams, condition, modulation, caches)
+        return at.map(self._feed_forward, streams, modulation).map(lambda pending: self._added(pending)[0])
 
     def _modulation(self, s: Stream, c: Condition, cached: LayerCache | None) -> LayerModulation:
         """Add this layer's tables to what sigma gives, or take what the cache holds for that sigma."""
@@ -249,69 +240,73 @@ class Block(nn.Module):
 
         return cached.modulation.get(c.sigma_key, make) if cached else make()
 
-    def _norm(self, x: Tensor) -> Tensor:
-        return rms_norm(x, x.shape[-1:], eps=self.eps)
+    def _added(self, at: Pending, *pairs: Pair | None) -> tuple[Tensor, list[Tensor]]:
+        """Add what the step before gave; give the stream, and its norm as each pair modulates it."""
+        return fused.residual(at.x, at.update, at.gate, pairs, self.eps)
 
-    def _attend(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
-        """Attend within the stream (steps 1 and 3)."""
+    def _attend(
+        self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None, *, skip: str
+    ) -> Pending:
+        """Attend within the stream (steps 1 and 3).
+
+        What `skip` names is left out: "values" lets them through, "branch" drops it (specification 1.11).
+        """
+        if skip == "branch":
+            return Pending(x)
         shift, gain, gate, *_ = m.own
-        update = s.attention(
-            modulate(self._norm(x), gain, shift),
-            rotations=(c.rope, c.rope),
-            visibility=c.sees_own,
-            cached=cached and cached.own,
-            blocks=c.blocks,
-        )
-        return gated(x, gate, update)
+        x, (query,) = self._added(Pending(x), (gain, shift))
+        if skip:
+            return Pending(x, s.attention.pass_values(query), gate)
+        how = {"rotations": (c.rope, c.rope), "visibility": c.sees_own, "cached": cached and cached.own}
+        return Pending(x, s.attention(query, **how, blocks=c.blocks), gate)
 
-    def _pass_values(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
-        """Put each token's own values in the place of self-attention: STG (specification 1.11)."""
-        shift, gain, gate, *_ = m.own
-        return gated(x, gate, s.attention.pass_values(modulate(self._norm(x), gain, shift)))
-
-    def _read_text(self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None) -> Tensor:
+    def _read_text(
+        self, at: Pending, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None
+    ) -> Pending:
         """Attend to the text (steps 2 and 4); modulated and gated in LTX-2.3 only."""
         prompt_cache = {"cached": cached and Prompt(cached.text, c.prompt_key), "blocks": c.blocks}
         if s.prompt_table is None:
-            return x + s.text_attention(self._norm(x), c.text, **prompt_cache)
+            x, (query,) = self._added(at, None)
+            return Pending(x, s.text_attention(query, c.text, **prompt_cache))
         shift, gain, gate = m.own[6:]
-        query = modulate(self._norm(x), gain, shift)
+        x, (query,) = self._added(at, (gain, shift))
         prompt = s.prompt_table[None, None] if c.timestep.prompt is None else s.prompt_table + c.timestep.prompt
         if prompt.shape[1] == 1 or c.sees_other is None:
-            return gated(x, gate, s.text_attention(query, _modulated(c.text, prompt), **prompt_cache))
+            return Pending(x, s.text_attention(query, _modulated(c.text, prompt), **prompt_cache), gate)
         # Under masks each block of queries reads the text as its own sigma modulates it.
         queries = query.split([len(rows) for rows, _ in c.sees_other.by_block], dim=1)
         by_block = zip(queries, prompt.split(1, 1), strict=True)
-        return gated(x, gate, torch.cat([s.text_attention(q, _modulated(c.text, p)) for q, p in by_block], dim=1))
+        parts = [s.text_attention(q, _modulated(c.text, p)) for q, p in by_block]
+        return Pending(x, torch.cat(parts, dim=1), gate)
 
     def _exchange(
         self,
-        x: AV[Tensor],
+        at: AV[Pending],
         streams: AV[Stream],
         condition: AV[Condition],
         modulation: AV[LayerModulation],
         cached: AV[LayerCache | None],
-    ) -> AV[Tensor]:
+    ) -> AV[Pending]:
         """Let each stream attend to the other, both from one snapshot (step 5); vectors 0-1 are A2V, 2-3 V2A."""
-        normed = x.map(self._norm)
+        snapshot = at.map(lambda at, m: self._added(at, m.cross[:2], m.cross[2:]), modulation)
 
-        def receive(x: Tensor, to: int, first: int) -> Tensor:
+        def receive(to: int) -> Pending:
             own, other = condition[to], 1 - to
             store = cached[other]
-            query, context = (modulate(normed[i], *modulation[i].cross[first : first + 2]) for i in (to, other))
             update = streams[to].from_other(
-                query,
-                context,
+                snapshot[to][1][to],
+                snapshot[other][1][to],
                 rotations=(own.cross_rope, condition[other].cross_rope),
                 visibility=own.sees_other,
                 cached=store and store.cross,
                 blocks=own.blocks,
             )
-            return gated(x, modulation[to].gate, update)
+            return Pending(snapshot[to][0], update, modulation[to].gate)
 
-        return x.map(receive, AV(0, 1), AV(0, 2))
+        return AV(0, 1).map(receive)
 
-    def _feed_forward(self, x: Tensor, s: Stream, m: LayerModulation) -> Tensor:
+    def _feed_forward(self, at: Pending, s: Stream, m: LayerModulation) -> Pending:
         """Run the MLP (steps 6 and 7)."""
         _, _, _, shift, gain, gate, *_ = m.own
-        return gated(x, gate, s.feed_forward(modulate(self._norm(x), gain, shift)))
+        x, (wide,) = self._added(at, (gain, shift))
+        return Pending(x, s.feed_forward(wide), gate)

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from omniforcing_lib import masks
+from omniforcing_lib import backends, masks
 from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.fused import rotated_to
 from omniforcing_lib.layout import AV, BlockLayout, Clock
-from omniforcing_lib.rope import Ropes, offset_rotations, rotate
+from omniforcing_lib.rope import Ropes, offset_rotations
 
 T = TypeVar("T")
 Project = Callable[[], tuple[Tensor, Tensor]]
@@ -35,14 +36,16 @@ class Places(NamedTuple):
     """Places of an open block in the rings of one stream.
 
     Attributes:
-        write: where its keys go; a tensor of indices in a recorded pass, whose place changes without Python.
+        write: where its keys go.
         history: what it sees besides itself.
         whole: `history` and the block as one range, where they are neighbours.
+        at: `write` as indices on a GPU, where a kernel that was compiled or recorded once reads them.
     """
 
-    write: slice | Tensor
+    write: slice
     history: tuple[range, ...]
     whole: range | None
+    at: Tensor | None = None
 
 
 class RotationOffset(NamedTuple):
@@ -110,8 +113,19 @@ class Ring:
         if self.anchor is None:
             self.anchor = self.keys[:, :, : self._pinned].clone()
         rotation = getattr(offset.ropes, self._kind)[self._stream]
-        self.keys[:, :, : self._pinned] = rotate(self.anchor, rotation, self._rope_type)
+        rotated_to(self.anchor, rotation, self._rope_type, self.keys[:, :, : self._pinned])
         self._rotated_for = offset.block
+
+    def open(self, block: OpenBlock) -> Places:
+        """Let the pinned keys follow the window for a block; give its places."""
+        self.rotate_pinned(block.offset)
+        return block.places[self._stream]
+
+    def read(self, places: Places) -> tuple[Tensor, Tensor]:
+        """Give all that a block sees once it is stored, itself included. Shapes: two of [B, H, L, D]."""
+        own = range(places.write.start, places.write.stop)
+        spans = (*places.history, own) if places.whole is None else (places.whole,)
+        return masks.take(self.keys, spans), masks.take(self.values, spans)
 
     def extend(self, project: Project, blocks: tuple[OpenBlock, ...]) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Store the open blocks' keys and values; yield, block by block, the queries that read and all they see.
@@ -122,10 +136,10 @@ class Ring:
         new = project()
         for block in blocks:
             # 1. The pinned keys follow the window.
-            self.rotate_pinned(block.offset)
+            places = self.open(block)
             # 2. The block is written only now, after the block before it was answered: it may overwrite a block
             #    which that one still saw.
-            tokens, places = block.tokens[self._stream], block.places[self._stream]
+            tokens = block.tokens[self._stream]
             stores = zip((self.keys, self.values), new, strict=True)
             keys, values = (_extended(store, x[:, :, tokens], places, block.writes) for store, x in stores)
             # 3. Its queries see all of that.
@@ -137,7 +151,7 @@ def _extended(store: Tensor, x: Tensor, places: Places, writes: bool) -> Tensor:
     if writes:
         if x.requires_grad:
             raise RuntimeError("a pass with gradients cannot be stored in the cache; open its block with writes=False")
-        store[:, :, places.write] = x
+        store[:, :, places.write if places.at is None else places.at] = x
         if places.whole is not None:
             return masks.take(store, (places.whole,))
     # What lies in one piece of the ring is read without a copy; this pass stores nothing, or its past is in two pieces.
@@ -296,7 +310,8 @@ class KVCache:
 
         write, history = place(k, size), masks.merged(map(place, seen))
         whole = masks.merged((write, *history))
-        return Places(slice(write.start, write.stop), history, whole[0] if len(whole) == 1 else None)
+        at = torch.arange(write.start, write.stop, device=self.device) if backends.on_gpu(self.device) else None
+        return Places(slice(write.start, write.stop), history, whole[0] if len(whole) == 1 else None, at)
 
     def _offset(self, at: int) -> RotationOffset | None:
         """Give the rotation by the time that the window of a block has moved since it first filled."""

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from omniforcing_lib import backends
 from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rope import Ropes, Rotation
@@ -52,6 +53,7 @@ class Recorded:
         self._calls: dict[object, int] = {}
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
         self._own: torch.Generator | None = None
+        self._pool: object = None  # one for all keys: they are replayed in turn, and what they give is copied at once
 
     def __call__(self, generator: torch.Generator, *key: Hashable) -> dict[str, Tensor]:
         """Run with the generator as it was last seeded."""
@@ -87,7 +89,8 @@ class Recorded:
         # The stream is made for this device: torch's own belongs to the device that was current when it was first made.
         # Another thread, which decodes the block before, may go on allocating and copying.
         stream = torch.cuda.Stream(generator.device)
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             outputs = self._piece(generator, *key)
         generator.manual_seed(seed)
         return graph, outputs
@@ -183,9 +186,8 @@ class Buffers:
     ) -> None:
         self.cache, self.recorded = cache, recorded
         self.x, self.ropes = x.map(torch.clone), Ropes(*(pair.map(_copy) for pair in ropes))
-        device = x.video.device
-        self.write = block.places.map(lambda p: torch.arange(p.write.start, p.write.stop, device=device))
-        self.generator = torch.Generator(device)
+        self.write = block.places.map(lambda places: places.at.clone())
+        self.generator = torch.Generator(x.video.device)
         self._prompts: dict[Hashable, AV[tuple[Tensor, Tensor]]] = {}
 
     def fit(self, cache: KVCache, x: AV[Tensor], sigma_key: Hashable) -> bool:
@@ -203,23 +205,16 @@ class Buffers:
         self.x.map(Tensor.copy_, x)
         for old, new in zip(_tables(self.ropes), _tables(ropes), strict=True):
             old.copy_(new)
-        start = block.places.map(lambda places: places.write.start)
-        self.write.map(lambda at, start: torch.arange(start, start + len(at), out=at), start)
-        # the place is said by a tensor here, which a graph reads, and not by a number, which it would keep
-        self.block = block._replace(places=block.places.map(lambda p, at: p._replace(write=at), self.write))
+        self.write.map(lambda at, places: at.copy_(places.at), block.places)
+        self.block = block._replace(places=block.places.map(lambda p, at: p._replace(at=at), self.write))
 
 
 def steady(x: AV[Tensor], cache: KVCache, blocks: tuple[OpenBlock, ...], sigma_key: Hashable | None) -> bool:
     """Tell whether a pass has the shapes that all later ones have, on a GPU, and computes nothing that can be held."""
-    if not on_gpu(x) or len(blocks) != 1 or not blocks[0].writes or not cache.knows(sigma_key):
+    if not backends.on_gpu(x.video.device) or len(blocks) != 1 or not blocks[0].writes or not cache.knows(sigma_key):
         return False
     ring = cache.layers[0].map(lambda layer: range(layer.own.keys.shape[2]))
     return blocks[0].places.map(lambda places: places.whole) == ring
-
-
-def on_gpu(x: AV[Tensor]) -> bool:
-    """Tell whether latents are where graphs can be recorded."""
-    return x.video.is_cuda
 
 
 def _copy(by: Rotation) -> Rotation:

@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T", covariant=True)
 R = TypeVar("R")
@@ -116,6 +119,12 @@ class Clock:
         return latents.map(
             lambda span, stride: [(_grow_edge(i, stride), _grow_edge(i + 1, stride)) for i in span],
             AV(self.video_stride, self.audio_stride),
+        )
+
+    def edges(self, latents: AV[Tensor]) -> AV[Tensor]:
+        """First pixel frame (video) and mel frame (audio) of latents whose numbers are tensors, on their device."""
+        return latents.map(
+            lambda i, stride: (stride * (i - 1) + 1).clamp_min(0), AV(self.video_stride, self.audio_stride)
         )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omniforcing_lib import backends
 from omniforcing_lib.backends import computed_in
 from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.flow import PAPER_STEPS, block_noise, precise, snap
@@ -102,8 +104,40 @@ def _sigmas(steps: tuple[int, ...]) -> tuple[float, ...]:
 
 
 def seeded_noise(seeds: Sequence[int], like: Tensor) -> Noise:
-    """Draw noise from (seed, block, draw) alone, so that a stream can be resumed or re-cut."""
-    return lambda block, shapes, draw: block_noise(seeds, block, shapes, draw).map(lambda x: x.to(like))
+    """Draw noise from (seed, block, draw) alone, so that a stream can be resumed or re-cut; for a GPU a block ahead."""
+
+    def drawn(block: int, shapes: AV[tuple[int, ...]], draw: int) -> AV[Tensor]:
+        return block_noise(seeds, block, shapes, draw).map(lambda x: x.to(like.dtype))
+
+    if backends.on_gpu(like.device):
+        return NoiseAhead(drawn, like.device)
+    return lambda *question: drawn(*question).map(lambda x: x.to(like.device))
+
+
+class NoiseAhead:
+    """Draw the next block's noise in a thread while this block is made, into memory that is copied without a wait.
+
+    Args:
+        drawn: noise on the CPU, in the dtype that is wanted.
+        device: where it goes.
+    """
+
+    def __init__(self, drawn: Noise, device: torch.device) -> None:
+        self._drawn, self._device = drawn, device
+        self._maker = ThreadPoolExecutor(1, "noise")
+        self._coming: dict[tuple, Future[AV[Tensor]]] = {}
+
+    def __call__(self, block: int, shapes: AV[tuple[int, ...]], draw: int) -> AV[Tensor]:
+        """Give noise, and begin that of the same draw of the next block."""
+        self._coming = {asked: noise for asked, noise in self._coming.items() if asked[0] >= block}
+        coming = self._coming.pop((block, shapes, draw), None)
+        now = coming.result() if coming else self._pinned(block, shapes, draw)
+        ahead = block + 1, shapes, draw
+        self._coming[ahead] = self._maker.submit(self._pinned, *ahead)
+        return now.map(lambda x: x.to(self._device, non_blocking=True))
+
+    def _pinned(self, *question: object) -> AV[Tensor]:
+        return self._drawn(*question).map(lambda x: x.pin_memory() if torch.cuda.is_available() else x)
 
 
 def fresh_noise(generator: torch.Generator, batch: int) -> Noise:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV, Clock
@@ -35,17 +36,24 @@ class Ropes(NamedTuple):
 
 
 def positions(
-    clock: Clock, latents: AV[range], grid: tuple[int, int], dtype: torch.dtype = torch.float32
+    clock: Clock,
+    latents: AV[range],
+    grid: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> AV[Tensor]:
     """Give the middle of each cell in seconds and nominal pixels; float32 is the reference's arithmetic.
+
+    Everything is made on the device: a copy from the host would wait for all that the device still has to do.
 
     Source: specification 1.8.
 
     Shapes: video [3, F h w] (t, y, x), audio [1, T].
     """
-    bounds = clock.bounds(latents).map(lambda b: torch.tensor(b, dtype=dtype).reshape(-1, 2))
-    seconds = bounds.map(lambda b, rate: (b / rate).sum(1) / 2, AV(clock.fps, clock.mel_rate))
-    y, x = ((torch.arange(n, dtype=dtype) + 0.5) * SPATIAL_STRIDE for n in grid)
+    edges = clock.edges(latents.map(lambda span: torch.arange(span.start, span.start + len(span) + 1, device=device)))
+    seconds = edges.map(lambda e, rate: _over(e.to(dtype), rate), AV(clock.fps, clock.mel_rate))
+    seconds = seconds.map(lambda s: (s[:-1] + s[1:]) / 2)
+    y, x = ((torch.arange(n, dtype=dtype, device=device) + 0.5) * SPATIAL_STRIDE for n in grid)
     cells = torch.meshgrid(seconds.video, y, x, indexing="ij")
     return AV(torch.stack([axis.flatten() for axis in cells]), seconds.audio[None])
 
@@ -55,28 +63,45 @@ def angles(position: Tensor, max_pos: tuple[int, ...], dim: int, theta: float, p
 
     Shapes: position [n, T] to [T, dim / 2]; the first dim/2 - n floor(dim/2n) angles are zero (padding).
     """
-    scale = torch.tensor(max_pos[: len(position)], dtype=position.dtype)
-    return _spread((position.T / scale) * 2 - 1, dim, theta, precision)
+    fraction = torch.stack([_over(*pair) for pair in zip(position, max_pos, strict=False)], dim=1)
+    return _spread(fraction * 2 - 1, dim, theta, precision)
+
+
+def _over(x: Tensor, number: float) -> Tensor:
+    """Divide; a GPU would multiply by the reciprocal of a number of the host, which is off by a bit."""
+    return x / x.new_full((), number)
 
 
 def offset_angles(
-    seconds: float, axes: int, max_pos: tuple[int, ...], dim: int, theta: float, precision: str
+    seconds: float,
+    axes: int,
+    max_pos: tuple[int, ...],
+    dim: int,
+    theta: float,
+    precision: str,
+    device: str | torch.device = "cpu",
 ) -> Tensor:
     """Give the angles that make a key look `seconds` later; they are the same for a key of any position.
 
     Shapes: float64 [1, dim / 2]; `axes` is the number of position dims n of the attention.
     """
-    fraction = torch.zeros(1, axes, dtype=torch.float64)
-    fraction[0, 0] = 2 * seconds / max_pos[0]
-    return _spread(fraction, dim, theta, precision)
+    moved = torch.full((1, 1), 2 * seconds / max_pos[0], dtype=torch.float64, device=device)
+    return _spread(torch.nn.functional.pad(moved, (0, axes - 1)), dim, theta, precision)
 
 
 def _spread(fraction: Tensor, dim: int, theta: float, precision: str) -> Tensor:
     """Multiply fractional positions with the frequency grid and pad in front. Shapes: [T, n] to [T, dim / 2]."""
-    steps = torch.linspace(0, 1, dim // (2 * fraction.shape[1]), dtype=getattr(torch, precision))
-    frequency = (torch.pow(theta, steps) * torch.pi / 2).to(torch.float32)
+    frequency = _frequencies(dim // (2 * fraction.shape[1]), theta, precision, fraction.device)
     angle = (fraction[:, None, :] * frequency[:, None]).flatten(1)
     return torch.nn.functional.pad(angle, (dim // 2 - angle.shape[1], 0))
+
+
+@lru_cache
+@torch.inference_mode(False)
+def _frequencies(count: int, theta: float, precision: str, device: torch.device) -> Tensor:
+    """Give the frequency grid: made once, on the CPU, so that all devices have the same bits. Shapes: [count]."""
+    steps = torch.linspace(0, 1, count, dtype=getattr(torch, precision))
+    return (torch.pow(theta, steps) * torch.pi / 2).to(torch.float32).to(device)
 
 
 def rotation(angle: Tensor, heads: int, sinks: int = 0) -> Rotation:
@@ -104,14 +129,14 @@ def tables(
     lengths, cross_length = _lengths(config)
     # latents up to the longest extent, in the reference's arithmetic, and those beyond it
     known = clock.midpoints(latents).map(lambda times: bisect_right(times, cross_length[0]))
-    near = positions(clock, latents.map(lambda span, n: span[:n], known), grid)
-    far = positions(clock, latents.map(lambda span, n: span[n:], known), grid, torch.float64)
+    near = positions(clock, latents.map(lambda span, n: span[:n], known), grid, device=device)
+    far = positions(clock, latents.map(lambda span, n: span[n:], known), grid, torch.float64, device)
 
     def table(near: Tensor, far: Tensor, max_pos: tuple[int, ...], dim: int, sinks: int) -> Rotation:
         spectrum, heads = (config.positional_embedding_theta, config.frequencies_precision), config.num_attention_heads
         halves = [half for half in (near, far) if half.numel()] or [near]
         parts = (rotation(angles(p, max_pos, dim, *spectrum), heads, 0 if i else sinks) for i, p in enumerate(halves))
-        return _on(device, Rotation(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True))))
+        return Rotation(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
 
     in_front = AV(0, sinks)
     return Ropes(
@@ -128,7 +153,7 @@ def offset_rotations(config: ModelConfig, seconds: AV[float], device: torch.devi
 
     def table(seconds: float, axes: int, max_pos: tuple[int, ...], dim: int) -> Rotation:
         grid = config.positional_embedding_theta, config.frequencies_precision
-        return _on(device, rotation(offset_angles(seconds, axes, max_pos, dim, *grid), config.num_attention_heads))
+        return rotation(offset_angles(seconds, axes, max_pos, dim, *grid, device), config.num_attention_heads)
 
     return Ropes(
         own=seconds.map(table, AV(3, 1), lengths, AV(config.video_dim, config.audio_dim)),
@@ -142,10 +167,6 @@ def _lengths(config: ModelConfig) -> tuple[AV[tuple[int, ...]], tuple[int]]:
     return own, (max(own.video[0], own.audio[0]),)
 
 
-def _on(device: torch.device, by: Rotation) -> Rotation:
-    return Rotation(by.cos.to(device), by.sin.to(device))
-
-
 def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:
     """Rotate pairs of each head; `split` pairs (i, i + D/2), `interleaved` pairs (2i, 2i + 1). fp32 inside.
 
@@ -155,6 +176,12 @@ def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # a pair (a, b) becomes (a cos - b sin, b cos + a sin)
     split = rope_type == "split"
+    if is_compiling():
+        # the same numbers, so written that one kernel reads each element with its partner and writes it in order
+        at, pairs = (-2, wide.unflatten(-1, (2, -1))) if split else (-1, wide.unflatten(-1, (-1, 2)))
+        signs = (2 * torch.arange(2, device=x.device, dtype=wide.dtype) - 1).view((2, 1) if split else 2)
+        cos, sin = cos.unsqueeze(at), sin.unsqueeze(at)
+        return torch.addcmul(pairs * cos, pairs.flip(at) * signs, sin).flatten(-2).to(x.dtype)
     first, second = wide.chunk(2, dim=-1) if split else wide.unflatten(-1, (-1, 2)).unbind(-1)
     pairs = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
     return (torch.cat(pairs, dim=-1) if split else torch.stack(pairs, dim=-1).flatten(-2)).to(x.dtype)

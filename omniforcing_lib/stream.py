@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import graphs, masks, safetensors_io
+from omniforcing_lib import backends, graphs, masks, safetensors_io
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import (
@@ -36,7 +36,7 @@ from omniforcing_lib.flow import (
 )
 from omniforcing_lib.interfaces import Codec, TextEncoder
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import Noise, RolloutConfig, new_cache, next_block, recache_window, seeded_noise
+from omniforcing_lib.rollout import RolloutConfig, new_cache, next_block, recache_window, seeded_noise
 from omniforcing_lib.transformer import Transformer
 
 GRAIN = 32_768
@@ -75,7 +75,7 @@ class Chunk(NamedTuple):
 
 def captured(model: Transformer) -> Transformer:
     """Give a model whose steady passes are recorded, where all of its weights are on a GPU; any other as it is."""
-    on_gpu = {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+    on_gpu = all(backends.on_gpu(parameter.device) for parameter in model.parameters())
     return graphs.Captured(model) if on_gpu and not isinstance(model, graphs.Captured) else model
 
 
@@ -95,6 +95,7 @@ class Streamer:
         seed: of all noise.
         ahead: make the next block in a thread while this one is decoded and shown; a new prompt then shows one block
             later. No further block is made, however slow the consumer is.
+        capture: replay steady passes as CUDA graphs (see `graphs.Captured`), on a GPU that holds all weights.
 
     Attributes:
         block: number of the next chunk.
@@ -107,10 +108,13 @@ class Streamer:
     prompt: str
     seed: int = 0
     ahead: bool = False
+    capture: bool = True
     block: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.model = captured(self.model)
+        if self.capture:
+            self.model = captured(self.model)
+        self._noise = seeded_noise([self.seed], self.model.proj_out.weight)
         self._cache = new_cache(self.model, self.causal, self.codec.grid, batch=1)
         self._decoder = self.codec.start()
         self._maker = ThreadPoolExecutor(1, "blocks") if self.ahead else None
@@ -204,10 +208,6 @@ class Streamer:
         self._made += 1
         return LatentChunk(latents, prompt)
 
-    @property
-    def _noise(self) -> Noise:
-        return seeded_noise([self.seed], self.model.proj_out.weight)
-
     def _past(self, k: int) -> tuple[int, ...]:
         """List the blocks whose latents are kept for block `k`: those that it sees, and the one before it."""
         return masks.seen(k, max(1, self.causal.window))[:-1]
@@ -246,6 +246,7 @@ class Streamer:
         # 2. Take it over; a block that was made ahead is handed out next.
         cache.restarted, self.seed, self.block = state["restarted"], state["seed"], state["block"]
         self._made, self._latents, self._decoder, self._coming = blocks_made, latents, decoder, None
+        self._noise = seeded_noise([self.seed], self.model.proj_out.weight)
         if state["coming"] is not None:
             self._coming = Future()
             self._coming.set_result(LatentChunk(latents[blocks_made - 1], state["coming"]))
@@ -354,6 +355,7 @@ def clip_pieces(
     steps: int | Sequence[float] = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
     ancestral: bool = False,
+    capture: bool = True,
 ) -> Iterator[AV[np.ndarray]]:
     """Make one clip piece by piece, a block ahead, where the model is `causal`; in one piece where that is None.
 
@@ -365,7 +367,7 @@ def clip_pieces(
         how = {"steps": steps, "guidance": guidance, "ancestral": ancestral}
         yield from teacher_clips(model, codec, text, [prompt], [seed], seconds, **how)
         return
-    with Streamer(model, causal, codec, text, prompt, seed, ahead=True) as stream:
+    with Streamer(model, causal, codec, text, prompt, seed, ahead=True, capture=capture) as stream:
         yield from stream.clip(seconds)
 
 
@@ -381,11 +383,12 @@ def make_clip(
     steps: int | Sequence[float] = 40,
     guidance: Guidance = MINIATURE_GUIDANCE,
     ancestral: bool = False,
+    capture: bool = True,
 ) -> AV[np.ndarray]:
     """Make one clip whole: streamed by a causal student, sampled by a teacher in `steps` under `guidance`.
 
     Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples per second.
     """
-    how = {"steps": steps, "guidance": guidance, "ancestral": ancestral}
+    how = {"steps": steps, "guidance": guidance, "ancestral": ancestral, "capture": capture}
     pieces = clip_pieces(model, causal, codec, text, prompt, seconds, seed, **how)
     return AV(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
 
-from omniforcing_lib.blocks import AdaLN, Block, CaptionProjection, Condition, TimestepEmbedding, modulate
+from omniforcing_lib.blocks import AdaLN, Block, CaptionProjection, Condition, TimestepEmbedding
 from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Skip
+from omniforcing_lib.fused import modulate
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.masks import Masks
 from omniforcing_lib.rope import Ropes, tables

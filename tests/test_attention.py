@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 @pytest.fixture(autouse=True)
 def fresh():
     backends._answer.cache_clear()
+    backends.flash_function.cache_clear()
     yield
+    backends.flash_function.cache_clear()
     backends.use("auto")
 
 
@@ -28,6 +31,7 @@ def fresh():
 def installed(monkeypatch):
     """Both flash-attn packages are there."""
     monkeypatch.setattr(backends, "find_spec", lambda name: name in ("flash_attn", "flash_attn_interface"))
+    monkeypatch.setattr(backends, "import_module", lambda name: SimpleNamespace(flash_attn_func=fake_flash_attn_func))
 
 
 def fake_flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
@@ -67,6 +71,25 @@ def test_a_choice_follows_what_the_device_can_do(installed, name, kind, expected
 def test_without_the_package_pytorch_attends(monkeypatch):
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     assert backends.choose("auto", Kind("cuda", HOPPER, BF16, 128)).plain == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("found", "error"),
+    [(SimpleNamespace(), None), (None, ImportError("undefined symbol")), (None, OSError("libcudart"))],
+)
+def test_a_flash_attn_that_does_not_work_is_passed_over(installed, monkeypatch, caplog, found, error):
+    """An empty folder of that name, or one built for another PyTorch: `auto` attends by PyTorch, and says why."""
+
+    def load(name):
+        if error:
+            raise error
+        return found
+
+    monkeypatch.setattr(backends, "import_module", load)
+    assert backends.choose("auto", Kind("cuda", AMPERE, BF16, 128)).plain == "sdpa"
+    assert "flash_attn is installed and cannot be used" in caplog.text
+    with pytest.raises(ValueError, match="none that works"):
+        backends.choose("flash", Kind("cuda", AMPERE, BF16, 128))
 
 
 def test_hopper_takes_flash_attn_3_and_others_2(installed):
@@ -157,3 +180,19 @@ def test_the_choice_of_a_kernel_is_a_constant_to_the_compiler():
     compiled = torch.compile(attention.attend, fullgraph=True, backend="eager")
     for visibility in (None, mask):
         assert torch.allclose(compiled(q, k, v, visibility), attention.attend(q, k, v, visibility), atol=1e-6)
+
+
+def test_a_function_is_compiled_for_more_kinds_of_input_than_eight():
+    """Torch would run the ninth uncompiled; a third clip length would then hold whole score matrices."""
+    compiles = []
+
+    def backend(graph, inputs):
+        compiles.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    function = backends.many_kinds(torch.compile(lambda x: x + 1, backend=backend, dynamic=False))
+    for n in range(1, 14):
+        function(torch.ones(n))
+    torch._dynamo.reset()
+    assert len(compiles) == 13

@@ -21,9 +21,11 @@ from test_transformer import TINY, tiny
 
 from omniforcing_lib import files
 from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.files import write_tensors
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints, formats, parts
 from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.training import recipes
 from series import runner
 
 
@@ -252,3 +254,16 @@ def test_an_installed_library_finds_the_shipped_files(tmp_path):
         run, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}
     )
     assert out.stdout.split() == [str(library / "files.py"), str(data)]
+
+
+def test_one_wide_tensor_does_not_widen_the_file(tmp_path):
+    """Many processes map a bfloat16 file: what is float32 in it keeps its bits, and nothing else is converted."""
+    path = synthetic.ltx2_file(tmp_path / "ltx-2.safetensors", dtype=torch.bfloat16)
+    tensors, name = load_file(path), "transformer_blocks.0.attn1.to_q.weight"
+    tensors[synthetic.PREFIX + name] = tensors[synthetic.PREFIX + name].float() + 1e-5
+    metadata = {"config": json.dumps(checkpoints.read(path).metadata["config"])}
+    mixed = write_tensors(tmp_path / "mixed.safetensors", tensors, metadata)
+    model, sources = recipes.as_stored(mixed)
+    assert torch.equal(sources[name], tensors[synthetic.PREFIX + name])
+    assert {x.dtype for other, x in sources.items() if other != name} == {torch.bfloat16}
+    assert sources.keys() == dict(model.named_parameters()).keys()

@@ -10,6 +10,7 @@ from diffusers import LTX2Pipeline
 from tiny_ltx2 import MODEL, diffusers_folder, gemma_folder, whole_file
 
 from omniforcing_lib import model_bundle
+from omniforcing_lib.__main__ import Generate
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import gemma, parts
 from omniforcing_lib.ltx2.gemma import GemmaText
@@ -80,6 +81,15 @@ def test_a_prompt_that_is_cut_is_reported_with_both_counts_each_time(files, tmp_
         with pytest.warns(UserWarning, match=said):
             context = again.encode(["a ball " * 10])
     assert torch.equal(context.video, text.encode(["a ball " * 7 + "a"]).video)
+
+
+def test_the_encoder_is_gone_before_the_model_is_loaded(files, tmp_path, monkeypatch):
+    """It is as large as the model; the contexts of the prompts are in the cache."""
+    text = encoder(files, cache=tmp_path)
+    found = SimpleNamespace(text=text, device="cpu", choose_attention=lambda: None)
+    monkeypatch.setattr(model_bundle, "of", lambda *_, **__: found)
+    Generate(prompt="a red ball", out="x.mp4").bundle(PROMPTS)
+    assert len(list(tmp_path.iterdir())) == len(PROMPTS) and not text.loaded
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_context(files, tmp_path, recwarn):

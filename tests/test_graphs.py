@@ -12,10 +12,11 @@ import pytest
 import torch
 from test_transformer import TINY, inputs, tiny
 
-from omniforcing_lib import graphs, masks, model_bundle
+from omniforcing_lib import backends, fused, graphs, masks, model_bundle
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.graphs import Captured, Recorded
 from omniforcing_lib.layout import AV, BlockLayout
+from omniforcing_lib.ltx2 import low_memory
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.stream import Streamer
 
@@ -53,7 +54,8 @@ class Replayer:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(graphs, "on_gpu", lambda x: True)
+    monkeypatch.setattr(backends, "on_gpu", lambda device: True)
+    monkeypatch.setattr(fused, "fuses", lambda x: False)
     monkeypatch.setattr(graphs, "Recorded", Replayer)
     monkeypatch.setattr(Replayer, "made", [])
 
@@ -70,7 +72,7 @@ def model():
 
 def streamer(model, **changes):
     codec = model_bundle.StandInCodec(model.config, (2, 2))
-    return Streamer(model, replace(CAUSAL, **changes), codec, TinyText(**WORDS), PROMPTS[0], seed=3)
+    return Streamer(model, replace(CAUSAL, **changes), codec, TinyText(**WORDS), PROMPTS[0], seed=3, capture=False)
 
 
 def stream(model, blocks, switch=None, text=None):
@@ -121,6 +123,15 @@ def test_buffers_go_with_the_cache_of_a_closed_stream(gpu, model):
     assert cache() is None and captured._recording is None
 
 
+def test_a_stream_on_a_gpu_is_recorded_unless_it_is_told_not_to(gpu, model):
+    """By default; blocks that are elsewhere than the GPU are copied while a pass runs, which no graph can hold."""
+    live = streamer(model)
+    assert live.model is model and isinstance(replace(live, capture=True).model, Captured)
+    parts = low_memory.offload(build(), "meta", pinned=False)
+    backends.on_gpu = lambda device: torch.device(device).type == "meta"
+    assert not Streamer._can_capture(parts) and Streamer._can_capture(build().to("meta"))
+
+
 def test_the_first_blocks_are_not_recorded(gpu, model):
     stream(Captured(model), CAUSAL.window + 1)
     assert not Replayer.made
@@ -148,7 +159,7 @@ class FakeCuda:
     """Stand in for `torch.cuda` with two devices: note where work is put, and under which mode it is captured."""
 
     def __init__(self):
-        self.current, self.captures, self.replays = "cuda:0", [], 0
+        self.current, self.captures, self.replays, self.pools = "cuda:0", [], 0, []
 
     @contextlib.contextmanager
     def device(self, device):
@@ -160,7 +171,8 @@ class FakeCuda:
         return SimpleNamespace(device=str(device or self.current), wait_stream=lambda other: None)
 
     @contextlib.contextmanager
-    def graph(self, graph, stream=None, capture_error_mode="global"):
+    def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
+        self.pools.append(pool)
         self.captures.append((stream and stream.device, self.current, capture_error_mode))
         yield
 
@@ -192,13 +204,18 @@ def test_a_piece_is_captured_on_its_own_device_and_other_threads_may_go_on(monke
     monkeypatch.setattr(torch.cuda, "current_stream", cuda.stream_on)
     monkeypatch.setattr(torch.cuda, "graph", cuda.graph)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", cuda.make_graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: seen.append(stream.device) or contextlib.nullcontext())
     monkeypatch.setattr(torch, "Generator", FakeGenerator)
     piece = Recorded(lambda generator, key: {"out": torch.tensor(key)}, warm=2)
     for _ in range(4):
-        assert piece(FakeGenerator("cuda:1"), 7)["out"] == 7
-    assert seen == ["cuda:1"] * 2
-    assert cuda.captures == [("cuda:1", "cuda:1", "thread_local")] and cuda.replays == 2 and cuda.current == "cuda:0"
+        for key in (7, 8):
+            assert piece(FakeGenerator("cuda:1"), key)["out"] == key
+    assert seen == ["cuda:1"] * 4
+    assert cuda.captures == [("cuda:1", "cuda:1", "thread_local")] * 2
+    assert cuda.replays == 4 and cuda.current == "cuda:0"
+    first, second = cuda.pools
+    assert first is second is not None
 
 
 @torch.no_grad()

@@ -123,6 +123,50 @@ def test_an_fp8_layer_is_the_linear_layer_of_its_rounded_weight(dtype):
     assert ((layer(x).double() - exact).abs() <= 4 * torch.finfo(dtype).eps * size).all()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_scaled_product_is_that_of_rounded_rows(monkeypatch, bias):
+    """Against float64 on the same rounded numbers, and within both roundings of the product that was asked for."""
+    monkeypatch.setattr(low_memory, "multiplies", lambda *question: True)
+    monkeypatch.setattr(low_memory, "linear", lambda *args: pytest.fail("a copy of the weight"))
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = low_memory.quantise(torch.randn(48, 64, generator=generator))
+    layer = low_memory.Fp8Linear(48, 64, bias, torch.bfloat16)
+    more = {"bias": torch.randn(48, generator=generator).bfloat16()} if bias else {}
+    layer.load_state_dict({"weight": weight, "weight_scale": scale, **more}, assign=True)
+    x = (torch.randn(2, 9, 64, generator=generator) ** 3).bfloat16()
+    x[0, 3] = 0
+    rows, scales = low_memory.rounded_rows(x.flatten(0, 1))
+    wide = low_memory.dequantise(weight, scale, torch.float64)
+    exact = (rows.double() * scales.double()) @ wide.T + (more["bias"].double() if bias else 0)
+    got = layer(x)
+    assert got.dtype == torch.bfloat16 and got.shape == (2, 9, 48) and got.isfinite().all()
+    assert (got.flatten(0, 1).double() - exact).abs().max() <= 0.01 * exact.abs().max()
+    asked = x.flatten(0, 1).double() @ wide.T + (more["bias"].double() if bias else 0)
+    bound = x.flatten(0, 1).double().abs() @ wide.abs().T / 16 + 0.01 * asked.abs().max()
+    assert ((got.flatten(0, 1).double() - asked).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "shape", "expected"),
+    [
+        ((8, 9), torch.bfloat16, (48, 64), True),
+        ((9, 0), torch.bfloat16, (48, 64), True),
+        ((8, 6), torch.bfloat16, (48, 64), False),
+        ((9, 0), torch.float32, (48, 64), False),
+        ((9, 0), torch.bfloat16, (40, 64), False),
+        ((9, 0), torch.bfloat16, (48, 72), False),
+        (None, torch.bfloat16, (48, 64), False),
+    ],
+)
+def test_fp8_products_are_chosen_by_capability_and_shape(monkeypatch, caplog, capability, dtype, shape, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    low_memory.multiplies.cache_clear()
+    with caplog.at_level("INFO", "omniforcing_lib.ltx2.low_memory"):
+        assert low_memory.multiplies(torch.device("cuda" if capability else "cpu"), dtype, *shape) == expected
+    assert low_memory.PRODUCTS[expected] in caplog.text
+    low_memory.multiplies.cache_clear()
+
+
 def test_fp8_changes_the_blocks_linear_layers_and_nothing_else(path):
     model = checkpoints.load(path, weights="fp8")
     narrow = {name for name, layer in model.named_modules() if isinstance(layer, low_memory.Fp8Linear)}

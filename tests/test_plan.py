@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +55,8 @@ def test_the_19b_needs_what_its_makers_used():
     total = {n: sum(plan.components(counted, n).values()) for n in (1, 8, 16)}
     assert total[16] < plan.BOARDS["80 GB"] < total[8] < plan.BOARDS["141 GB"] < total[1]
     assert sum(plan.components(counted, 8, recompute=False).values()) > plan.BOARDS["192 GB"]
+    page = (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert "Distillation takes 8 GPUs of 141 GB, or 16 of 80 GB" in page
 
 
 def test_the_plan_is_a_stage_of_the_command_line(capsys):

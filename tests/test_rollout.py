@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_transformer import GRID, TINY, distance, inputs, tiny
 
+from omniforcing_lib import backends
 from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.layout import AV, PAPER, RELEASED, BlockLayout
 from omniforcing_lib.rollout import (
@@ -178,3 +179,19 @@ def test_a_restarted_cache_sees_a_clip_of_the_blocks_that_it_kept(way):
     recache_window(model, causal, worn, text, noise, k, kept)
     assert distance(block(k, text, worn), plain) <= 5e-5
     assert distance(stale, plain) > 1e-3
+
+
+def test_noise_ahead_is_the_noise(monkeypatch):
+    """The same bits in any order of questions; a block's noise is begun while the block before it is made."""
+    like, shapes, other = torch.zeros(1, dtype=torch.bfloat16), AV((3, 2), (5, 4)), AV((1, 2), (5, 4))
+    plain = seeded_noise([3], like)
+    monkeypatch.setattr(backends, "on_gpu", lambda device: True)
+    ahead = seeded_noise([3], like)
+    for question in [(0, other, 0), (1, shapes, 0), (1, shapes, 1), (2, shapes, 0), (2, other, 1), (7, shapes, 0)]:
+        assert all(map(torch.equal, ahead(*question), plain(*question)))
+        assert (question[0] + 1, *question[1:]) in ahead._coming and len(ahead._coming) <= 4
+    drawn = []
+    monkeypatch.setattr(ahead, "_pinned", lambda *question: drawn.append(question))
+    ahead(8, shapes, 0)
+    ahead._maker.shutdown()
+    assert drawn == [(9, shapes, 0)]  # block 8's was there already

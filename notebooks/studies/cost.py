@@ -19,10 +19,12 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from omniforcing_lib.config import ModelConfig
+from omniforcing_lib.flow import LTX2_GUIDANCE
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.training.plan import training_bytes
 from omniforcing_lib.transformer import Transformer
+from studies import dry_run
 
 GPUS = {"H100": (989.0, 3.35), "H200": (989.0, 4.8), "B200": (2250.0, 8.0)}
 """Dense bf16 TFLOP/s and memory TB/s that NVIDIA states for the SXM boards."""
@@ -191,40 +193,52 @@ def cache_bytes(config: ModelConfig, causal: RolloutConfig, tokens: int, bytes_e
     return 2 * bytes_each * config.num_layers * sum(wide)
 
 
-def working_bytes(config: ModelConfig, queries: AV[int], rows: int = 1, bytes_each: int = 2) -> int:
-    """Estimate what a pass holds at once: the MLP's widest layer, and half a dozen tensors of a stream's width."""
-    return bytes_each * rows * 10 * (queries.video * config.video_dim + queries.audio * config.audio_dim)
+def stream_memory(config: ModelConfig, causal: RolloutConfig, weights: str | None = None) -> dict[str, float]:
+    """Count the bytes of a stream of 512 x 768 pixels in bf16 (or with fp8 `weights`), from dry runs.
 
-
-def memory_rows(
-    config: ModelConfig, causal: RolloutConfig, tokens: int = 384, seconds: int = 5
-) -> list[dict[str, str]]:
-    """Table what needs how much memory, in GB of 1e9 bytes; codec and text encoder come on top.
-
-    A stream holds bf16 weights (or fp8 ones, one byte each), its keys and values, and what a pass holds at once; a
-    guided teacher runs four passes at once on a whole clip. Stage 2 holds a student that learns, Stage 3 a critic that
-    learns and a frozen teacher besides, all in fp32.
+    Two layers are run and one; layers are alike. Text keys are those of one prompt, anchors the pinned keys at their
+    own positions, tables the rotations that are kept, and working what a block's first pass holds at once.
     """
+    runs = [dry_run.stream_pass(dry_run.model_of(replace(config, num_layers=n), weights), causal) for n in (1, 2)]
+    parts = [
+        {"weights": r.weights, "cache": r.rings, "text keys": r.text, "anchors": r.anchors, "tables": r.tables}
+        for r in runs
+    ]
+    whole = {name: a + (config.num_layers - 1) * (parts[1][name] - a) for name, a in parts[0].items()}
+    kept = whole.pop("anchors") + whole.pop("tables")
+    return whole | {"anchors and tables": kept, "working": runs[1].first.peak}
 
-    def row(use: str, weights: float, cache: float | None, working: float | None) -> dict[str, str]:
-        parts = {"weights": weights, "cache": cache, "working": working}
-        parts["total"] = sum(part for part in parts.values() if part is not None)
-        cells = {name: "" if nbytes is None else f"{nbytes / 1e9:.1f}" for name, nbytes in parts.items()}
-        return {"use": use} | cells | ({"working": "by batch"} if working is None else {})
 
-    weights, step = parameters(config), causal.layout.step
-    block = working_bytes(config, AV(tokens * step.video, step.audio))
-    clip = step.map(lambda rate: rate * seconds + 1)
+def memory_rows(config: ModelConfig, causal: RolloutConfig, seconds: int = 5) -> list[dict[str, str]]:
+    """Table what needs how much memory, in GB of 1e9 bytes, from dry runs; the text encoder comes on top.
+
+    A guided teacher makes its passes on a whole clip, one after another but for the two prompts. Stage 2 holds a
+    student that learns, Stage 3 a critic that learns and a frozen teacher besides, all in fp32.
+    """
+    columns = ("weights", "cache", "text keys", "anchors and tables", "working")
+
+    def row(use: str, parts: dict[str, float]) -> dict[str, str]:
+        cells = {name: f"{parts[name] / 1e9:.1f}" if name in parts else "" for name in columns}
+        missing = {} if "working" in parts else {"working": "by batch"}
+        return {"use": use} | cells | missing | {"total": f"{sum(parts.values()) / 1e9:.1f}"}
+
     rows = [
-        row(f"stream, bf16, window of {c.window} s", 2 * weights, cache_bytes(config, c, tokens), block)
+        row(f"stream, bf16, window of {c.window} s", stream_memory(config, c))
         for c in (causal, replace(causal, window=20))
     ]
-    rows.append(row("stream, fp8 weights", weights, cache_bytes(config, causal, tokens), block))
-    teacher = working_bytes(config, AV(tokens * clip.video, clip.audio), rows=4)
-    rows.append(row(f"teacher, {seconds} s, four passes a step", 2 * weights, 0, teacher))
+    rows.append(row(f"stream, fp8 weights, window of {causal.window} s", stream_memory(config, causal, "fp8")))
+    codec = dry_run.decoders()
+    decoding = {"weights": sum(p.nbytes for part in codec for n, p in part.named_parameters() if "encoder" not in n)}
+    rows.append(
+        row("its decoders, horizon of 3 latents", decoding | {"working": dry_run.decoding(codec, causal, 3).peak})
+    )
+    weights, two = parameters(config), replace(config, num_layers=2, num_audio_sink_tokens=0)
+    guidance = replace(LTX2_GUIDANCE, stg_blocks=frozenset({1}))
+    step = dry_run.teacher_step(dry_run.model_of(two), guidance, seconds)
+    rows.append(row(f"teacher, {seconds} s, four passes a step", {"weights": 2 * weights, "working": step.peak}))
     student, critic = (training_bytes(config, average) for average in (True, False))
-    rows.append(row("Stage 2, all processes together", student, None, None))
-    rows.append(row("Stage 3, all processes together", student + critic + 4 * weights, None, None))
+    rows.append(row("Stage 2, all processes together", {"weights": student}))
+    rows.append(row("Stage 3, all processes together", {"weights": student + critic + 4 * weights}))
     return rows
 
 

@@ -7,26 +7,35 @@ that are mapped to their file have to stay so until they are copied to the devic
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from omniforcing_lib import backends
+from omniforcing_lib.fused import Fused
 from omniforcing_lib.transformer import Transformer
+
+_log = logging.getLogger(__name__)
 
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
+PRODUCTS = {True: "products of e4m3 numbers, scaled by rows", False: "kept in e4m3, multiplied in the input's dtype"}
 # fp32 numbers of the buffer for conversions, 36 MB: malloc takes buffers below 32 MB from the heap, where they leave
 # holes between the weights (a load then took 2.7 times the model's size, measured).
 _PIECE = 9_000_000
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose weight is kept in e4m3 with one scale per output, and used in the input's dtype.
+    """A linear layer whose weight is kept in e4m3 with one scale per output.
 
-    Every e4m3 number is exact in bf16 and in fp32, so the product is exactly that of the rounded weight.
+    Where the GPU multiplies e4m3 numbers (see `multiplies`), the input is rounded too, with one scale per row, and
+    nothing is copied. Elsewhere the weight is used in the input's dtype: every e4m3 number is exact in bf16 and in
+    fp32, so the product is exactly that of the rounded weight.
 
     Shapes: weight e4m3 [out, in], weight_scale fp32 [out, 1], bias [out] or none.
     """
@@ -42,8 +51,32 @@ class Fp8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
+        if multiplies(x.device, x.dtype, *self.weight.shape):
+            rows, scales = rounded_rows(x.flatten(0, -2))
+            how = {"scale_a": scales, "scale_b": self.weight_scale.t(), "bias": self.bias, "out_dtype": x.dtype}
+            return torch._scaled_mm(rows, self.weight.t(), **how).unflatten(0, x.shape[:-1])
         y = linear(x, self.weight.to(x.dtype)) * self.weight_scale.flatten().to(x.dtype)
         return y if self.bias is None else y + self.bias
+
+
+@lru_cache
+def multiplies(device: torch.device, dtype: torch.dtype, out: int, width: int) -> bool:
+    """Tell whether a device multiplies e4m3 numbers, scaled by rows, to bfloat16: from compute capability 8.9 on.
+
+    Both sizes of the weight have to be multiples of 16. A line of the log says what is used.
+    """
+    able = backends.on_gpu(device) and torch.cuda.get_device_capability(device) >= (8, 9)
+    able = able and dtype == torch.bfloat16 and out % 16 == width % 16 == 0
+    _log.info("fp8 weights [%d, %d] on %s in %s: %s", out, width, device, dtype, PRODUCTS[able])
+    return able
+
+
+@Fused
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round activations to e4m3 with the largest scale that each row allows. Shapes: [T, D] to [T, D] and [T, 1]."""
+    largest = x.abs().amax(1, keepdim=True).float()
+    scale = torch.where(largest == 0, 1.0, largest / FP8_LARGEST)
+    return (x.float() / scale).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8), scale
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from omniforcing_lib import backends, files
@@ -30,6 +32,7 @@ from omniforcing_lib.layout import AV, LAYOUTS, Clock
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.options import Command, Parser, check_output, option, options_of
 from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.safetensors_io import FLOATS, Reader
 from omniforcing_lib.training import dataset, distributed, plan, records, run_folder, stages, train
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, StoredPairs, StoredPrompts
 from omniforcing_lib.training.distributed import ALONE, DistributedContext
@@ -49,6 +52,21 @@ BATCH = "clips of a step, of all processes together"
 PROMPTS = "folder of shards with prompts and their contexts; without one those of the world"
 SCORE = "clips of the world that a finished miniature is measured on, for its file's metadata; 0 measures nothing"
 LAYOUT = f"layout of blocks: {' or '.join(LAYOUTS)}"
+
+
+def as_stored(model: str, sinks: int | None = None) -> tuple[Transformer, dict[str, Tensor]]:
+    """Map a checkpoint: a model in the dtype of most of its tensors, and every tensor as the file holds it.
+
+    Nothing that stays mapped is copied to main memory; the few tensors of another dtype are read again.
+    """
+    checkpoint = checkpoints.read(model)
+    dtypes = {bare: FLOATS[checkpoint.entries[name].dtype] for bare, name in checkpoint.transformer.items()}
+    ((most, _),) = Counter(dtypes.values()).most_common(1)
+    most = most if most.itemsize > 1 else torch.float32  # fp8 weights have scales
+    mapped, reader = checkpoints.load(model, dtype=most, sinks=sinks), Reader(checkpoint.entries)
+    sources = dict(mapped.named_parameters())
+    others = [bare for bare, dtype in dtypes.items() if dtype != most and dtype.itemsize > 1 and bare in sources]
+    return mapped, sources | {bare: reader.get(checkpoint.transformer[bare]) for bare in others}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,16 +141,12 @@ class TrainConfig(Command):
         """
         if self.group.mesh is None:
             return checkpoints.load(model, device=self.place, sinks=sinks)
-        checkpoint = checkpoints.read(model)
-        dtypes = {checkpoint.entries[name].dtype for name in checkpoint.transformer.values()}
-        stored = torch.bfloat16 if dtypes == {"BF16"} else torch.float32
-        mapped = checkpoints.load(model, dtype=stored, sinks=sinks)
+        mapped, sources = as_stored(model, sinks)
         with torch.device("meta"):
             sharded = Transformer(mapped.config, mapped.clock)
         sharded = sharded.to(mapped.proj_out.weight.dtype if self.amp and frozen else torch.float32)
         sharded = self.group.shard(sharded, amp=self.amp).to_empty(device=self.place).requires_grad_(False).eval()
-        sources = dict(mapped.named_parameters())
-        if sinks and sinks != checkpoint.config.num_audio_sink_tokens:
+        if sinks and sinks != checkpoints.read(model).config.num_audio_sink_tokens:
             # The mapped model has new sinks in the file's dtype.
             sources["audio_sink_tokens"] = fresh_sinks(sharded.config)
         for name, shard in sharded.named_parameters():

@@ -18,7 +18,7 @@ from omniforcing_lib.graphs import Captured, Recorded
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import low_memory
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.stream import Streamer
+from omniforcing_lib.stream import Streamer, captured
 
 LAYOUT = BlockLayout(AV(1, 1), AV(3, 25), sinks=3)
 CAUSAL = RolloutConfig(LAYOUT, window=2)
@@ -129,7 +129,7 @@ def test_a_stream_on_a_gpu_is_recorded_unless_it_is_told_not_to(gpu, model):
     assert live.model is model and isinstance(replace(live, capture=True).model, Captured)
     parts = low_memory.offload(build(), "meta", pinned=False)
     backends.on_gpu = lambda device: torch.device(device).type == "meta"
-    assert not Streamer._can_capture(parts) and Streamer._can_capture(build().to("meta"))
+    assert captured(parts) is parts and isinstance(captured(build().to("meta")), Captured)
 
 
 def test_the_first_blocks_are_not_recorded(gpu, model):

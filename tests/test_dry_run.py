@@ -104,7 +104,7 @@ def test_tables_from_the_host_and_a_kept_tensor_are_seen(monkeypatch):
     monkeypatch.setattr(blocks, "gelu", lambda x, **how: kept.append(gelu(x, **how)) or kept[-1])
     assert dry_run.stream_pass(model, PAPER).steady.peak > good.steady.peak
     monkeypatch.setattr(type(model), "rotations", on_host)
-    with pytest.raises(RuntimeError, match="touches a tensor of the host|not on the expected device"):
+    with pytest.raises(RuntimeError, match=r"touches a tensor of the host|not on the expected device"):
         dry_run.stream_pass(model, PAPER)
 
 

@@ -265,8 +265,8 @@ def of(
         contexts: folder that keeps Gemma's contexts; by default the user's cache, see `gemma.user_cache`.
 
     Raises:
-        ValueError: a named part or the device is not there, or is not what it should be; a tiny decoder where LTX-2's
-            own codec is not there or not asked for.
+        ValueError: a named part or the device is not there, or is not what it should be; a part is named for the
+            miniature; a tiny decoder where LTX-2's own codec is not there or not asked for.
     """
     device = str(backends.device(device))
     checkpoint, place = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
@@ -276,8 +276,9 @@ def of(
     if kind != "tiny":
         raise ValueError(f"a decoder is the word tiny and a TAEHV file, found {kind!r}; leave it out for LTX-2's own")
     if checkpoint.metadata.get("model_version") == "miniature" and fits_world:
-        if tiny:
-            raise ValueError(f"{name} is the miniature, whose latents {tiny} does not know; leave the decoder out")
+        named = {"parts": parts, "gemma": gemma, "contexts": contexts, "horizon": horizon, "decoder": decoder}
+        if unused := [option for option, value in named.items() if value not in ("", (), [], None)]:
+            raise ValueError(f"the miniature has its own codec and text encoder: leave out {', '.join(unused)}")
         description = "the miniature: its codec and its world, whose truth is known"
         prompts = tuple(world.prompts())
         codec, text = codecs.shipped_codec(device), TinyText()

@@ -83,7 +83,9 @@ class Command:
         """
         for entry, _, _ in options_of(type(self)):
             writes, value = entry.metadata["writes"], getattr(self, entry.name)
-            if not writes or not value:
+            if not writes or value in ("", None):
+                if writes and value != entry.default:
+                    raise ValueError(f"--{_dashed(entry.name)} is empty; name what is to be written")
                 continue
             path = Path(value)
             if writes.startswith(".") and path.suffix not in writes.split():

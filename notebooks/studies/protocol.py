@@ -103,7 +103,8 @@ def systems_of(models: Sequence[str], steps: Sequence[int], *, unprompted: bool 
     """Name what is measured: students by their files, teachers by their steps too, and without a prompt if asked.
 
     Raises:
-        ValueError: two have one name, or a model makes other latents than the world's.
+        ValueError: two have one name, a model makes other latents than the world's, or no teacher is there to be
+            unprompted.
     """
     systems: list[tuple[str, System]] = []
     for model in models:
@@ -122,6 +123,8 @@ def systems_of(models: Sequence[str], steps: Sequence[int], *, unprompted: bool 
     names = [name for name, _ in systems]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two columns would be called {', '.join(twice)}: give each model once, and files other names")
+    if unprompted and all(system.prompted for _, system in systems):
+        raise ValueError("a column without a prompt is a teacher's, and only students are named: name a teacher too")
     return dict(systems)
 
 

@@ -157,8 +157,9 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         ValueError: nothing is there, or a pickle, or a folder with more than one checkpoint.
     """
     path = files.DATA / f"{model}.safetensors" if str(model) in SHIPPED else files.given(model)
-    if not path.exists():
-        raise ValueError(f"no checkpoint at {path}: give teacher, student, a .safetensors file, an index or a folder")
+    if not path.exists() or not str(model):
+        found = path if str(model) else "an empty name"
+        raise ValueError(f"no checkpoint at {found}: give teacher, student, a .safetensors file, an index or a folder")
     if path.is_dir():
         folder = path / "transformer" if (path / "model_index.json").is_file() else path
         alone = [file for file in sorted(folder.glob("*.safetensors")) if file.name != BESIDE]

@@ -12,6 +12,7 @@ from pathlib import Path
 from omniforcing_lib.options import Command, Parser, one_line, option
 
 LONGEST_CLIP = 600  # seconds of a clip that is made or rendered at once; a student streams without end
+LONGEST_STREAM = 86_400  # seconds; a longer clip is a typing error
 MOST_STEPS = 1000  # noise levels that a model tells apart
 LARGEST_SEED = 2**63 - 1  # the largest that torch's generators take
 CHECKPOINT = "teacher, stage2, student, a file, an index or a folder"
@@ -93,7 +94,7 @@ class ClipConfig(Command):
     """Say which model makes clips, what stands beside it, and where it runs."""
 
     seed: int = option("of the noise of the first clip", 0, low=0, high=LARGEST_SEED)
-    seconds: int = option("length of a clip in seconds; of a teacher's, at most 600", 5)
+    seconds: int = option("length of a clip in seconds; of a teacher's, at most 600", 5, high=LONGEST_STREAM)
     steps: int = option("sampling steps of a dev teacher; others have their own", 40, high=MOST_STEPS)
     model: str = option(CHECKPOINT, "student")
     device: str = option("cpu, cuda, cuda:1 or auto", "cpu")
@@ -127,7 +128,7 @@ class ClipConfig(Command):
         checkpoint = checkpoints.read(self.model)
         if checkpoint.causal is None and self.seconds > LONGEST_CLIP:
             limit = f"{LONGEST_CLIP} s, found {self.seconds}"
-            raise ValueError(f"--seconds: a teacher makes a clip at once, at most {limit}; a student has no limit")
+            raise ValueError(f"--seconds: a teacher makes a clip at once, at most {limit}; a student can stream a day")
         lora.read(self.lora, checkpoint.bare_shapes)
         backends.use(self.attention)
         near = {name: getattr(self, name) for name in ("parts", "gemma", "horizon", "decoder", "contexts", "variant")}

@@ -298,5 +298,6 @@ def test_what_the_profiler_says_does_not_show(capfd):
 def test_random_models_are_the_same_for_a_seed():
     config = replace(TINY, num_layers=1)
     a, b, c = (bench.random_model(config, 2, seed).state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(a[n], b[n]) for n in a) and not any(torch.equal(a[n], c[n]) for n in a)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert not any(torch.equal(a[n], c[n]) for n in a if not n.endswith("norm.weight"))
     assert all(t.isfinite().all() for t in a.values())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
 from omniforcing_lib.options import Command, Parser, one_line, option
 
@@ -136,8 +137,9 @@ class ClipConfig(Command):
         bundle.choose_attention()
         for prompt in prompts:  # one outside the grammar is refused before any work
             bundle.text.encode([prompt], bundle.device)
-        if getattr(bundle.text, "cache", None):  # the contexts are kept there, and Gemma is as large as the model
-            bundle.text.unload()
+        encoder: Any = bundle.text
+        if getattr(encoder, "cache", None):  # the contexts are kept there, and Gemma is as large as the model
+            encoder.unload()
         print(bundle)
         load = {"device": bundle.device, "dtype": getattr(torch, self.dtype)}
         if self.weights:

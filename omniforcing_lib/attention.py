@@ -124,7 +124,13 @@ class Attention(nn.Module):
         return k, self._heads(self.to_v(context))
 
     def _stored(
-        self, x: Tensor, source: Tensor, by_query: Rotation, by_key: Rotation, ring: Ring, block: OpenBlock
+        self,
+        x: Tensor,
+        source: Tensor,
+        by_query: Rotation | None,
+        by_key: Rotation | None,
+        ring: Ring,
+        block: OpenBlock,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Store keys and values of the open block; give its queries, and all that they see."""
         q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)

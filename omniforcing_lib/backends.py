@@ -111,8 +111,8 @@ def _answer(name: str, device: str, index: int | None, dtype: torch.dtype, head_
     capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
     kind = Kind(device, capability, dtype, head_dim)
     choice = choose(name, kind)
-    if choice.plain == "flash" and capability is not None:
-        _flash[index] = flash_function(flash_module(capability) or "flash_attn")
+    if choice.plain == "flash" and capability and (function := flash_function(flash_module(capability) or "")):
+        _flash[index] = function
     _log.info("attention on %s: %s without a mask, %s with one (asked for: %s)", kind, *choice, name)
     return choice.plain, choice.masked
 

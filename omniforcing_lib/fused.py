@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, update_wrapper
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Fused:
         update_wrapper(self, plain)
         self.plain = plain
 
-    def __call__(self, x: Tensor, *args: object) -> object:
+    def __call__(self, x: Tensor, *args: object) -> Any:
         """Call it; `x` decides."""
         return (compiled(self.plain) if fuses(x) else self.plain)(x, *args)
 
@@ -107,7 +108,7 @@ def stored(
     q: Tensor | None,
     weights: tuple[Tensor, Tensor],
     eps: float,
-    rotation: Rotation,
+    rotation: Rotation | None,
     rope_type: str,
     ring: tuple[Tensor, Tensor],
     places: Tensor,

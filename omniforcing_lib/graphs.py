@@ -53,7 +53,7 @@ class Recorded:
         self._calls: dict[object, int] = {}
         self._graphs: dict[object, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
         self._own: torch.Generator | None = None
-        self._pool: object = None  # one for all keys: they are replayed in turn, and what they give is copied at once
+        self._pool: Any = None  # one for all keys: they are replayed in turn, and what they give is copied at once
 
     def __call__(self, generator: torch.Generator, *key: Hashable) -> dict[str, Tensor]:
         """Run with the generator as it was last seeded."""

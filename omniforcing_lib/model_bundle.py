@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -156,7 +156,7 @@ class ModelBundle:
     def __str__(self) -> str:
         return self.description
 
-    def sampling(self, steps: int) -> dict[str, object]:
+    def sampling(self, steps: int) -> dict[str, Any]:
         """Say how `stream.teacher_clips` samples it: in `steps` under its guidance, or as a distilled file wants."""
         if not self.distilled:
             return {"steps": steps, "guidance": self.guidance}
@@ -291,7 +291,7 @@ def of(
     distilled = variant == "distilled" or (not variant and "distilled" in name.lower())
     assumed = f"; taken for {'distilled' if distilled else 'dev'} by its name (variant)"
     assumed = "" if variant or checkpoint.causal else assumed
-    rest = {"distilled": formats.version_number(version) if distilled else ()} | place
+    distilled_version = formats.version_number(version) if distilled else ()
     if encoder:
         texts = [encoder] if encoder.is_file() else []
         where, missing = ltx2_parts.companions(checkpoint.path, version, [*named, *texts])
@@ -309,7 +309,9 @@ def of(
             f"{grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality{assumed}"
         )
     guidance = Guidance() if distilled else guidance_of(config)
-    return ModelBundle(source, codec, text, SENTENCES, guidance, False, description, **rest)
+    return ModelBundle(
+        source, codec, text, SENTENCES, guidance, False, description, distilled=distilled_version, **place
+    )
 
 
 def _gemma_beside(path: Path, version: str) -> Path | None:

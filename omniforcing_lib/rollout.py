@@ -136,8 +136,8 @@ class NoiseAhead:
         self._coming[ahead] = self._maker.submit(self._pinned, *ahead)
         return now.map(lambda x: x.to(self._device, non_blocking=True))
 
-    def _pinned(self, *question: object) -> AV[Tensor]:
-        return self._drawn(*question).map(lambda x: x.pin_memory() if torch.cuda.is_available() else x)
+    def _pinned(self, block: int, shapes: AV[tuple[int, ...]], draw: int) -> AV[Tensor]:
+        return self._drawn(block, shapes, draw).map(lambda x: x.pin_memory() if torch.cuda.is_available() else x)
 
 
 def fresh_noise(generator: torch.Generator, batch: int) -> Noise:

@@ -200,9 +200,9 @@ class Transformer(nn.Module):
             spans.audio[0] += sinks if blocks else 0
         sizes = steps.map(_block_sizes, spans)
         by_block = steps.map(_of_blocks, sizes)
-        others = AV(by_block.audio, by_block.video).map(_spread, sizes)
+        others: AV[Tensor] = AV(by_block.audio, by_block.video).map(_spread, sizes)
         whose = self.config.cross_modal_sigma
-        across = AV(others if whose == "all" else steps, steps if whose == "none" else others)
+        across: AV[Any] = AV(others if whose == "all" else steps, steps if whose == "none" else others)
         ratio = self.config.av_ca_timestep_scale_multiplier / self.config.timestep_scale_multiplier
 
         def embed(
@@ -214,7 +214,7 @@ class Transformer(nn.Module):
             prompt = modules["prompt"](levels)[0] if modules["prompt"] else None
             return TimestepEmbedding(own, cross, gate, embedded, prompt)
 
-        return self._modulators.map(embed, steps, by_block, *across)
+        return self._modulators.map(embed, steps, by_block, across.video, across.audio)
 
     @property
     def _modulators(self) -> AV[dict[str, Any]]:

@@ -278,7 +278,7 @@ class LTX2Codec(nn.Module):
 
 
 def load_ltx2_codec(
-    source: str | os.PathLike[str],
+    source: parts.Source,
     size: tuple[int, int] = (512, 768),
     *,
     horizon: int | None = None,

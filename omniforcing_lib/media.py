@@ -334,7 +334,7 @@ class ClipWriter:
         return path
 
     def _add_picture(self) -> av.VideoStream:
-        stream = self._container.add_stream("libx264", rate=self.clock.fps, options={"crf": "12", "preset": "medium"})
+        stream = self._container.add_stream("libx264", rate=self.clock.fps, options={"crf": "12", "preset": "veryfast"})
         stream.height, stream.width = (side * self.scale for side in self.size)
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context

@@ -270,6 +270,21 @@ def split_files(folder: str | Path) -> dict[str, Path]:
     return made
 
 
+GEMMA = {
+    "vocab_size": len(SPECIAL) + len(WORDS),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+"""Sizes of the tiny language models of both Gemmas."""
+
+
 def gemma_4() -> nn.Module:
     """Build the language model of a tiny random Gemma 4."""
     from transformers import Gemma4UnifiedTextConfig, Gemma4UnifiedTextModel
@@ -277,20 +292,11 @@ def gemma_4() -> nn.Module:
     return shaken(
         Gemma4UnifiedTextModel(
             Gemma4UnifiedTextConfig(
-                vocab_size=len(WORDS) + 4,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=2,
+                **GEMMA,
                 num_key_value_heads=2,
-                head_dim=16,
                 global_head_dim=32,
                 num_global_key_value_heads=1,
                 attention_k_eq_v=True,
-                sliding_window=8,
-                pad_token_id=0,
-                eos_token_id=1,
-                bos_token_id=2,
             )
         ),
         7,
@@ -316,17 +322,8 @@ def gemma_folder(path: str | Path) -> Path:
     named = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), SPECIAL, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer(), **named).save_pretrained(path)
     config = Gemma3TextConfig(
-        vocab_size=len(SPECIAL) + len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2,
+        **GEMMA,
         num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=8,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=2,
     )
     shaken(Gemma3TextModel(config), 7).save_pretrained(path)
     return Path(path)

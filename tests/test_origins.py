@@ -19,14 +19,19 @@ HERE = dict(line.split()[::-1] for line in (origins.ROOT / "data" / "SHA256SUMS"
 def clone(tmp_path):
     """A repository of one notebook, one file, and records that fit them."""
     files.write_text(tmp_path / "data" / "SHA256SUMS", "aaa  student.safetensors\n")
-    files.write_json(tmp_path / "notebooks" / "04.ipynb", {"cells": [{"source": ["x = 1"]}]})
-    text = origins.source_sha256(tmp_path / "notebooks" / "04.ipynb")
+    write_notebook(tmp_path, "x = 1")
+    code = origins.source_sha256(tmp_path / "notebooks" / "04.ipynb")
     record = {"git": {"commit": "c0ffee123", "dirty": False}, "files": {"student.safetensors": "aaa"}}
     stored = tmp_path / "reports"
-    files.write_json(stored / "run" / "cpu" / "04.json", record | {"notebook": "04", "notebook_sha256": text})
+    files.write_json(stored / "run" / "cpu" / "04.json", record | {"notebook": "04", "notebook_sha256": code})
     for path in ("scores/scores.json", "ablations/Stage_3-0.json", "ablations/Stage_3-1.json"):
         files.write_json(stored / path, record)
     return tmp_path
+
+
+def write_notebook(root: Path, code: str, words: str = "# Words"):
+    cells = [{"cell_type": "markdown", "source": [words]}, {"cell_type": "code", "source": [code]}]
+    files.write_json(root / "notebooks" / "04.ipynb", {"cells": cells})
 
 
 def change(path: Path, **entries):
@@ -73,23 +78,30 @@ def test_what_fits_the_repository_is_told_by_its_commit_alone(clone):
     assert claims.out_of_date(rows) == ""
 
 
+def test_results_depend_on_a_notebooks_code_and_not_on_its_words(clone):
+    write_notebook(clone, "x = 1", words="# Fewer")
+    assert origins.rows(["04"], "cpu", clone)[0]["not as here"] == "—"
+    write_notebook(clone, "x = 2", words="# Fewer")
+    assert origins.rows(["04"], "cpu", clone)[0]["not as here"] == "older code of the notebook"
+
+
 def test_what_does_not_fit_is_said_in_the_report_and_in_the_readme(clone):
     stored = clone / "reports"
     change(stored / "scores" / "scores.json", files={"student.safetensors": "bbb", "x/y.safetensors": "aaa"})
     change(stored / "ablations" / "Stage_3-1.json", git={"commit": None, "dirty": None})
-    files.write_json(clone / "notebooks" / "04.ipynb", {"cells": [{"source": ["x = 2"]}]})
+    write_notebook(clone, "x = 2")
     files.write_json(stored / "scores" / "long.json", {})
     rows = origins.rows(["04", "05"], "cpu", clone)
     text = claims.markdown({}, "profile cpu", None, rows) + claims.fill_results(
         "\n".join(claims.RESULT_MARKS), {}, "", None, rows
     )
     for says in (
-        "| 04 | c0ffee1 | an older text of the notebook |",
+        "| 04 | c0ffee1 | older code of the notebook |",
         "| scores/scores | c0ffee1 | another student.safetensors than data/ has; x/y.safetensors is not in data/ |",
         "| ablations | c0ffee1 | — |",
         "| ablations | — | commit not recorded |",
         "commit not recorded: 05, scores/long, ablations; files not recorded: 05, scores/long;",
-        "an older text of the notebook: 04",
+        "older code of the notebook: 04",
     ):
         assert says in text, says
     change(stored / "run" / "cpu" / "04.json", git={"commit": "c0ffee123", "dirty": True})

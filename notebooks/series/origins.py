@@ -23,11 +23,12 @@ SCORES = ("scores", "long")
 
 
 def source_sha256(notebook: Path) -> str:
-    """Hash the sources of a notebook's cells, without outputs; empty when there is no such file."""
+    """Hash the sources of a notebook's code cells, which its results depend on; empty when there is no such file."""
     if not notebook.exists():
         return ""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return hashlib.sha256("\0".join("".join(cell["source"]) for cell in cells).encode()).hexdigest()
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()
 
 
 def differences(record: Mapping, root: Path = ROOT) -> list[str]:
@@ -40,9 +41,9 @@ def differences(record: Mapping, root: Path = ROOT) -> list[str]:
     for name, digest in (found or {}).items():
         if digest != here.get(name):
             told.append(f"another {name} than data/ has" if name in here else f"{name} is not in data/")
-    text = record.get("notebook_sha256")
-    if text and text != source_sha256(root / "notebooks" / f"{record['notebook']}.ipynb"):
-        told.append("an older text of the notebook")
+    code = record.get("notebook_sha256")
+    if code and code != source_sha256(root / "notebooks" / f"{record['notebook']}.ipynb"):
+        told.append("older code of the notebook")
     return told
 
 

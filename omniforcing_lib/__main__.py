@@ -166,7 +166,7 @@ class Generate(ClipConfig):
         bundle, load = self.bundle([self.prompt] if causal else [self.prompt, ""])
         model = checkpoints.load(self.model, **load)
         clip = model, causal, bundle.codec, bundle.text, self.prompt, self.seconds, self.seed
-        pieces = stream.clip_pieces(*clip, **bundle.sampling(self.steps), capture=self.capture)
+        pieces = stream.clip_pieces(*clip, bundle.sampling(self.steps), capture=self.capture)
         if out.suffix == ".mp4":
             from omniforcing_lib import media
 
@@ -203,10 +203,10 @@ class ExportClips(ClipConfig):
 
         def make(prompt: str, seed: int):
             clip = model(), checkpoint.causal, bundle.codec, bundle.text, prompt, self.seconds, seed
-            return stream.clip_pieces(*clip, **how, capture=self.capture)
+            return stream.clip_pieces(*clip, how, capture=self.capture)
 
         how = bundle.sampling(self.steps)
-        made = how | {"guidance": str(how["guidance"])}
+        made = vars(how) | {"guidance": str(how.guidance)}
         made = made if checkpoint.causal is None else {"causal": checkpoint.causal.to_metadata()}
         protocol = {"seconds": self.seconds, "dtype": self.dtype, "weights": self.weights or None}
         protocol |= {"horizon": self.horizon, "model": Path(self.model).name, **made}

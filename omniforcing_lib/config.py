@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from omniforcing_lib.layout import AV
+
 _FIXED = {
     "dropout": 0.0,
     "attention_bias": True,
@@ -127,6 +129,10 @@ class ModelConfig:
     def audio_dim(self) -> int:
         """Width of the audio stream, and of cross-modal attention in both directions."""
         return self.audio_num_attention_heads * self.audio_attention_head_dim
+
+    def latent_shapes(self, latents: AV[int], grid: tuple[int, int]) -> AV[tuple[int, ...]]:
+        """Give the shapes of a clip's latents without the batch: ([F, h, w, C], [T, C])."""
+        return AV((latents.video, *grid, self.in_channels), (latents.audio, self.audio_in_channels))
 
     @property
     def modulates_prompt_by_sigma(self) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -36,9 +36,10 @@ from omniforcing_lib.ltx2 import parts as ltx2_parts
 from omniforcing_lib.ltx2.codec import LTX2Codec, load_ltx2_codec
 from omniforcing_lib.ltx2.gemma import GemmaText, user_cache
 from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.stream import Sampling
 from omniforcing_lib.training import plan
-from omniforcing_lib.training.dataset import Prompts, latent_shapes
-from omniforcing_lib.transformer import Transformer, fresh_sinks
+from omniforcing_lib.training.dataset import Prompts
+from omniforcing_lib.transformer import Transformer, empty, fresh_sinks
 
 SENTENCES = (
     "rain falls on a tin roof while a dog barks in the yard",
@@ -156,11 +157,11 @@ class ModelBundle:
     def __str__(self) -> str:
         return self.description
 
-    def sampling(self, steps: int) -> dict[str, Any]:
-        """Say how `stream.teacher_clips` samples it: in `steps` under its guidance, or as a distilled file wants."""
+    def sampling(self, steps: int) -> Sampling:
+        """Say how a teacher is sampled: in `steps` under its guidance, or as a distilled file wants."""
         if not self.distilled:
-            return {"steps": steps, "guidance": self.guidance}
-        return {"steps": DISTILLED_SIGMAS, "guidance": Guidance(), "ancestral": self.distilled >= (2, 5)}
+            return Sampling(steps, self.guidance)
+        return Sampling(DISTILLED_SIGMAS, Guidance(), ancestral=self.distilled >= (2, 5))
 
     @property
     def decodes_at_once(self) -> bool:
@@ -228,7 +229,7 @@ class ModelBundle:
         if self.has_ground_truth and isinstance(self.codec, codecs.TinyCodec):
             real = clips.held_out(count, seed, seconds)
             return Examples(real.clips, real.prompts, clips.encoded(self.codec, real.clips))
-        shapes = latent_shapes(self._weights, self.codec.clock.latents(seconds), self.codec.grid)
+        shapes = self.config.latent_shapes(self.codec.clock.latents(seconds), self.codec.grid)
         latents = block_noise(range(seed * count, (seed + 1) * count), 0, shapes)
         prompts = [self.names[i % len(self.names)] for i in range(count)]
         return Examples([], prompts, latents.map(lambda x: x.to(self.device)))
@@ -346,7 +347,6 @@ def sharing(model: Transformer, sinks: int | None = None, changes: Mapping[str, 
         state.pop("audio_sink_tokens", None)
         if sinks:
             state["audio_sink_tokens"] = fresh_sinks(config).to(model.proj_out.weight)
-    with torch.device("meta"):
-        built = Transformer(config, model.clock)
+    built = empty(config, model.clock)
     built.load_state_dict(state, strict=True, assign=True)
     return built.requires_grad_(False).eval()

@@ -299,7 +299,7 @@ def next_block(
         else:
             update_cache(model, cache, k - 1, text, context, context_sigma)
     # 2. This block is denoised against the cache.
-    shapes = AV((len(block.video), *cache.grid, config.in_channels), (len(block.audio), config.audio_in_channels))
+    shapes = config.latent_shapes(block.map(len), cache.grid)
     opened = cache.open(k, block)
     return denoise_block(model, cache, opened, text, sigmas, lambda i: noise(k, shapes, i), exit_step, first, watch)
 

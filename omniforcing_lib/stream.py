@@ -256,9 +256,7 @@ class Streamer:
         """Cut stored latents into blocks; ValueError where they are not those of these blocks."""
         config, device = self.model.config, self.model.proj_out.weight.device
         sizes = AV(*zip(*(self.causal.layout.block(i).map(len) for i in blocks), strict=True))
-        shapes = AV(
-            (sum(sizes.video), *self.codec.grid, config.in_channels), (sum(sizes.audio), config.audio_in_channels)
-        )
+        shapes = config.latent_shapes(sizes.map(sum), self.codec.grid)
         for name, shape in zip(AV._fields, shapes, strict=True):
             stored = list(tensors[name].shape) if name in tensors else None
             if stored != [1, *shape]:
@@ -313,6 +311,21 @@ def to_clips(clip: AV[Tensor]) -> list[AV[np.ndarray]]:
     return [to_arrays(clip.map(lambda x, i=i: x[i : i + 1])) for i in range(len(clip.video))]
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a teacher is sampled.
+
+    Attributes:
+        steps: number of those of LTX-2's schedule, or the noise levels themselves.
+        guidance: weights of its passes.
+        ancestral: draw noise anew at each level.
+    """
+
+    steps: int | Sequence[float] = 40
+    guidance: Guidance = MINIATURE_GUIDANCE
+    ancestral: bool = False
+
+
 @torch.inference_mode()
 def teacher_clips(
     model: Transformer,
@@ -326,12 +339,8 @@ def teacher_clips(
     guidance: Guidance = MINIATURE_GUIDANCE,
     ancestral: bool = False,
 ) -> list[AV[np.ndarray]]:
-    """Sample clips with the guided bidirectional teacher, one for each prompt and seed, as one batch.
-
-    `steps` counts those of LTX-2's schedule, or lists the noise levels; `ancestral` draws noise anew at each of them.
-    """
-    weight, latents = model.proj_out.weight, codec.clock.latents(seconds)
-    shapes = AV((latents.video, *codec.grid, model.config.in_channels), (latents.audio, model.config.audio_in_channels))
+    """Sample clips with the guided teacher, one for each prompt and seed, as one batch; `Sampling` explains how."""
+    weight, shapes = model.proj_out.weight, model.config.latent_shapes(codec.clock.latents(seconds), codec.grid)
     context = text.encode([*prompts, ""], weight.device, weight.dtype)
     negative = context.map(lambda t: t[-1:])
     noise = block_noise(seeds, 0, shapes).map(lambda x: x.to(weight.device))
@@ -351,10 +360,8 @@ def clip_pieces(
     prompt: str,
     seconds: int,
     seed: int,
+    sampling: Sampling = Sampling(),
     *,
-    steps: int | Sequence[float] = 40,
-    guidance: Guidance = MINIATURE_GUIDANCE,
-    ancestral: bool = False,
     capture: bool = True,
 ) -> Iterator[AV[np.ndarray]]:
     """Make one clip piece by piece, a block ahead, where the model is `causal`; in one piece where that is None.
@@ -364,8 +371,7 @@ def clip_pieces(
     if seconds < 1:
         raise ValueError(f"a clip lasts 1 second or more, found {seconds}")
     if causal is None:
-        how = {"steps": steps, "guidance": guidance, "ancestral": ancestral}
-        yield from teacher_clips(model, codec, text, [prompt], [seed], seconds, **how)
+        yield from teacher_clips(model, codec, text, [prompt], [seed], seconds, **vars(sampling))
         return
     with Streamer(model, causal, codec, text, prompt, seed, ahead=True, capture=capture) as stream:
         yield from stream.clip(seconds)
@@ -379,16 +385,11 @@ def make_clip(
     prompt: str,
     seconds: int,
     seed: int,
-    *,
-    steps: int | Sequence[float] = 40,
-    guidance: Guidance = MINIATURE_GUIDANCE,
-    ancestral: bool = False,
-    capture: bool = True,
+    sampling: Sampling = Sampling(),
 ) -> AV[np.ndarray]:
-    """Make one clip whole: streamed by a causal student, sampled by a teacher in `steps` under `guidance`.
+    """Make one clip whole: streamed by a causal student, or sampled by a teacher.
 
     Shapes: AV(uint8 [24K + 1, H, W, 3], float32 [R K + hop] or [R K + hop, 2]), R samples per second.
     """
-    how = {"steps": steps, "guidance": guidance, "ancestral": ancestral, "capture": capture}
-    pieces = clip_pieces(model, causal, codec, text, prompt, seconds, seed, **how)
+    pieces = clip_pieces(model, causal, codec, text, prompt, seconds, seed, sampling)
     return AV(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))

@@ -260,6 +260,12 @@ def _per_sample(sigma: Tensor | float | tuple[float, ...], device: torch.device)
     return torch.full((1, 1), sigma, device=device)
 
 
+def empty(config: ModelConfig, clock: Clock | None = None) -> Transformer:
+    """Build a model on the meta device, which has names and shapes but no memory."""
+    with torch.device("meta"):
+        return Transformer(config, clock)
+
+
 def fresh_sinks(config: ModelConfig) -> Tensor:
     """Draw sink tokens for a model that has none yet, the same ones every time. Shapes: float32 [1, sinks, width]."""
     shape = (1, config.num_audio_sink_tokens, config.audio_dim)

@@ -25,7 +25,7 @@ from omniforcing_lib.files import write_tensors
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints, formats, parts
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.training import recipes
+from omniforcing_lib.training import train_config
 from series import runner
 
 
@@ -263,7 +263,7 @@ def test_one_wide_tensor_does_not_widen_the_file(tmp_path):
     tensors[synthetic.PREFIX + name] = tensors[synthetic.PREFIX + name].float() + 1e-5
     metadata = {"config": json.dumps(checkpoints.read(path).metadata["config"])}
     mixed = write_tensors(tmp_path / "mixed.safetensors", tensors, metadata)
-    model, sources = recipes.as_stored(mixed)
+    model, sources = train_config.as_stored(mixed)
     assert torch.equal(sources[name], tensors[synthetic.PREFIX + name])
     assert {x.dtype for other, x in sources.items() if other != name} == {torch.bfloat16}
     assert sources.keys() == dict(model.named_parameters()).keys()

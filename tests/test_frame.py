@@ -33,7 +33,8 @@ NOTEBOOKS = ROOT / "notebooks"
 SOURCES = {".".join(("omniforcing_lib", *room.split("."))): LIBRARY / f"{room.replace('.', '/')}.py" for room in ROOMS}
 SOURCES |= {f"{path.parent.name}.{path.stem}": path for path in NOTEBOOKS.glob("s*/[a-z]*.py")}
 # What puts the parts together: these alone know the method, both adapters and the world.
-COMPOSED = ("omniforcing_lib.__main__", "omniforcing_lib.model_bundle", "omniforcing_lib.training.recipes")
+RECIPES = tuple(f"omniforcing_lib.training.{name}" for name in ("train_config", "data_recipes", "recipes"))
+COMPOSED = ("omniforcing_lib.__main__", "omniforcing_lib.model_bundle", *RECIPES)
 METHOD = ("omniforcing_lib", "omniforcing_lib.training")
 ALLOWED = {
     **dict.fromkeys(METHOD, METHOD),

@@ -14,7 +14,7 @@ from omniforcing_lib.flow import DISTILLED_SIGMAS, Guidance
 from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.ltx2.codec import LTX2Codec
 from omniforcing_lib.rollout import RolloutConfig, new_cache
-from omniforcing_lib.stream import Streamer
+from omniforcing_lib.stream import Sampling, Streamer
 from omniforcing_lib.transformer import Transformer
 from series import runner
 from studies import anatomy, bench, cost, probes
@@ -69,10 +69,9 @@ def test_what_a_teacher_is_stands_in_its_name_or_is_asked_for(tmp_path):
         said = "taken for distilled" if name == "ltx-2.3-distilled" else "taken for dev"
         assert (said in str(bundle)) == (not kind)
     guidance = model_bundle.guidance_of(CONFIGS["2.3"])
-    levels = {"steps": DISTILLED_SIGMAS, "guidance": Guidance()}
-    assert found["ltx-2.3-dev"] == found["ltx-2.5-distilled"] == {"steps": 30, "guidance": guidance}
-    assert found["ltx-2.3-distilled"] == levels | {"ancestral": False}
-    assert found["ltx-2.5-x"] == levels | {"ancestral": True}
+    assert found["ltx-2.3-dev"] == found["ltx-2.5-distilled"] == Sampling(30, guidance)
+    assert found["ltx-2.3-distilled"] == Sampling(DISTILLED_SIGMAS, Guidance())
+    assert found["ltx-2.5-x"] == Sampling(DISTILLED_SIGMAS, Guidance(), ancestral=True)
 
 
 def test_what_a_bundle_can_do_is_asked_of_its_properties(beside):

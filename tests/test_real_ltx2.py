@@ -23,7 +23,7 @@ from omniforcing_lib.ltx2 import checkpoints, formats
 from omniforcing_lib.ltx2.codec import load_ltx2_codec
 from omniforcing_lib.ltx2.gemma import GemmaText
 from omniforcing_lib.rollout import RolloutConfig, join, rollout, seeded_noise
-from omniforcing_lib.stream import Streamer, make_clip, teacher_clips, to_arrays
+from omniforcing_lib.stream import Sampling, Streamer, make_clip, teacher_clips, to_arrays
 
 GUIDANCE = Guidance(AV(3.0, 7.0), AV(1.0, 1.0), AV(3.0, 3.0), AV(0.7, 0.7), frozenset({1}))
 PROMPT, STEPS = "a red ball, bell", 8
@@ -136,7 +136,7 @@ def test_a_prompt_becomes_an_mp4(real, tmp_path):
     path, codec, encoder = real
     model = checkpoints.load(path)
     (clip,) = teacher_clips(model, codec, encoder, [PROMPT], [0], 1, steps=2, guidance=GUIDANCE)
-    again = make_clip(model, None, codec, encoder, PROMPT, 1, 0, steps=2, guidance=GUIDANCE)
+    again = make_clip(model, None, codec, encoder, PROMPT, 1, 0, Sampling(2, GUIDANCE))
     assert all(np.array_equal(a, b) for a, b in zip(clip, again, strict=True))
     rate = codec.clock.sample_rate
     assert clip.video.shape == (25, *SIZE, 3) and clip.audio.shape == (rate + rate // 100, 2)

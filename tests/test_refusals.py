@@ -20,7 +20,7 @@ from omniforcing_lib.bounce import world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.ltx2.formats import KEYFRAMES
-from omniforcing_lib.training import dataset, recipes
+from omniforcing_lib.training import data_recipes, dataset, recipes
 from studies import benchmark_export
 
 BIAS, INDEX = PREFIX + "proj_out.bias", "model.safetensors.index.json"
@@ -273,7 +273,7 @@ def idle(monkeypatch, tmp_path):
     """Be in an empty folder, where nothing may be loaded or rendered."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "load", lambda *a, **k: pytest.fail("a model is loaded"))
-    monkeypatch.setattr(recipes, "world_clips", lambda *a, **k: pytest.fail("clips are rendered"))
+    monkeypatch.setattr(data_recipes, "world_clips", lambda *a, **k: pytest.fail("clips are rendered"))
     return tmp_path
 
 

@@ -28,7 +28,7 @@ from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.training import dataset, recipes, records, run_folder, stages, train
+from omniforcing_lib.training import data_recipes, dataset, recipes, records, run_folder, stages, train
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, StoredPairs, StoredPrompts, store_prompts
 from omniforcing_lib.training.distributed import ALONE
 from omniforcing_lib.training.train import Learner
@@ -307,7 +307,7 @@ def test_pairs_made_under_other_settings_are_refused_by_name(name, free_pairs, t
 
 
 def test_shipped_pairs_still_serve_and_say_what_is_not_known_of_them(capsys):
-    path, config = str(files.DATA / "ode_pairs.safetensors"), recipes.PairsConfig(count=90)
+    path, config = str(files.DATA / "ode_pairs.safetensors"), data_recipes.PairsConfig(count=90)
     assert len(config.ode_pairs(path, config.contexts(), RolloutConfig())) == 90
     assert "does not say its teacher, cfg, steps, text: taken on trust" in capsys.readouterr().out
     turned = Prompts.of(TinyText(), world.prompts()[::-1])
@@ -317,7 +317,7 @@ def test_shipped_pairs_still_serve_and_say_what_is_not_known_of_them(capsys):
 
 def test_a_file_of_pairs_serves_as_it_is_stored_from_the_first_run_on(free_pairs, tmp_path):
     """States are kept in bfloat16: who made them trains on what another run reads."""
-    path, config = str(tmp_path / "x.safetensors"), recipes.PairsConfig(**PAIRS)
+    path, config = str(tmp_path / "x.safetensors"), data_recipes.PairsConfig(**PAIRS)
     first, second = (config.ode_pairs(path, config.contexts(), RolloutConfig()) for _ in range(2))
     assert all(map(torch.equal, first.states, second.states))
 

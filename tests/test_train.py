@@ -301,8 +301,8 @@ def test_first_blocks_end_where_their_own_noise_and_the_clean_past_lead():
     """The same noise gives the same blocks in any batch; a causal model under masks goes the same way."""
     causal = replace(CAUSAL, steps=(1000, 500, 100, 0))
     model = new_learner().model.requires_grad_(False).eval()
-    together = dataset.first_block_pairs(model, causal, prompts(), range(4), GRID, steps=6, progress=False)
-    alone = dataset.first_block_pairs(model, causal, prompts(), range(4), GRID, steps=6, batch=1, progress=False)
+    together = dataset.first_block_pairs(model, causal, prompts(), range(4), GRID, steps=6)
+    alone = dataset.first_block_pairs(model, causal, prompts(), range(4), GRID, steps=6, batch=1)
     last = causal.layout.block(1)
     assert together.states.map(lambda s: s.shape[:3]) == last.map(lambda span: (4, 4, span.stop))
     for a, b in zip(together.states, alone.states, strict=True):

@@ -31,7 +31,7 @@ from omniforcing_lib.flow import Model, noise_like, noised
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2.formats import RELEASED_CODE
 from omniforcing_lib.rope import Rotation, rotate
-from omniforcing_lib.transformer import Transformer
+from omniforcing_lib.transformer import Transformer, empty
 from studies.probes import steps
 
 CLOCK = Clock()
@@ -72,8 +72,7 @@ def parameters(shapes: Mapping[str, Sequence[int]]) -> Counter[tuple[str, str]]:
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Give the names and shapes of a model's tensors; on the meta device, nothing is allocated."""
-    with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in Transformer(config).state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in empty(config).state_dict().items()}
 
 
 def giant(config: ModelConfig) -> ModelConfig:

@@ -30,7 +30,6 @@ from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import low_memory
 from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, rollout, seeded_noise
 from omniforcing_lib.stream import Chunk, Streamer, threads, to_arrays
-from omniforcing_lib.training.dataset import latent_shapes
 from omniforcing_lib.transformer import Transformer
 from studies.cost import Work, block_work
 
@@ -225,8 +224,8 @@ def random_text(model: Transformer, length: int = TEXT_TOKENS) -> AV[Tensor]:
 
 def random_latents(model: Transformer, latents: AV[int], grid: tuple[int, int]) -> AV[Tensor]:
     """Draw latents of one clip on a model's device. Shapes: to AV([1, F, h, w, C], [1, T, C])."""
-    shapes = latent_shapes(model, latents, grid)
-    return shapes.map(lambda shape: torch.randn(1, *shape, device=model.proj_out.weight.device))
+    shapes, device = model.config.latent_shapes(latents, grid), model.proj_out.weight.device
+    return shapes.map(lambda shape: torch.randn(1, *shape, device=device))
 
 
 def noisy_cache(model: Transformer, causal: RolloutConfig, grid: tuple[int, int]) -> KVCache:

@@ -108,8 +108,8 @@ def clips_of(tool: Tool, prompts: Mapping[str, str], seed: int = 0) -> list[Want
 
 def resolution(codec: Codec, config: ModelConfig) -> list[int]:
     """Height and width of a codec's frames, by decoding one latent."""
-    shapes = AV((1, 1, *codec.grid, config.in_channels), (1, 1, config.audio_in_channels))
-    return list(codec.decode(shapes.map(torch.zeros)).video.shape[2:4])
+    shapes = config.latent_shapes(AV(1, 1), codec.grid)
+    return list(codec.decode(shapes.map(lambda shape: torch.zeros(1, *shape))).video.shape[2:4])
 
 
 @dataclass

@@ -22,8 +22,7 @@ from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import LTX2_GUIDANCE
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.training.plan import training_bytes
-from omniforcing_lib.transformer import Transformer
+from omniforcing_lib.training.plan import parameters, training_bytes
 from studies import dry_run
 
 GPUS = {"H100": (989.0, 3.35), "H200": (989.0, 4.8), "B200": (2250.0, 8.0)}
@@ -178,12 +177,6 @@ def gain(
     teacher = clip_work(config, latents, tokens, text, passes).flops + sum(decoders(latents, grid))
     student = plus(*works).flops + sum(decoders(latents, grid))
     return Gain(teacher / student, teacher / (plus(*works[:2]).flops + sum(decoders(opened, grid))))
-
-
-def parameters(config: ModelConfig) -> int:
-    """Count a model's parameters; on the meta device, nothing is allocated."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Transformer(config).parameters())
 
 
 def cache_bytes(config: ModelConfig, causal: RolloutConfig, tokens: int, bytes_each: int = 2) -> int:

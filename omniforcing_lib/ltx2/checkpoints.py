@@ -30,7 +30,7 @@ from omniforcing_lib.ltx2.exports import BESIDE, INDEX, SCALE
 from omniforcing_lib.ltx2.formats import Format
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.safetensors_io import FLOATS, Entry, Reader
-from omniforcing_lib.transformer import Transformer, fresh_sinks
+from omniforcing_lib.transformer import Transformer, empty, fresh_sinks
 
 _log = logging.getLogger(__name__)
 SHIPPED = ("teacher", "stage2", "student")
@@ -127,8 +127,7 @@ class Checkpoint:
 
     def report(self) -> KeyReport:
         """Compare names, shapes and dtypes with the model on the meta device."""
-        with torch.device("meta"):
-            expected = {k: tuple(v.shape) for k, v in Transformer(self.config).state_dict().items()}
+        expected = {name: tuple(tensor.shape) for name, tensor in empty(self.config).state_dict().items()}
         stored = {bare: self.entries[name] for bare, name in self.transformer.items()}
         both, wrong = expected.keys() & stored.keys(), {}
         for bare in sorted(both):
@@ -306,9 +305,10 @@ def load(
     config = replace(checkpoint.config, **(changes or {}))
     has_new_sinks = sinks is not None and sinks != config.num_audio_sink_tokens
     config = config.with_sinks(sinks) if has_new_sinks else config
-    with torch.device("meta"):
-        transformer = Transformer(config)
-        transformer = low_memory.with_fp8_layers(transformer) if weights else transformer
+    transformer = empty(config)
+    if weights:
+        with torch.device("meta"):
+            transformer = low_memory.with_fp8_layers(transformer)
     fp8_layers = low_memory.fp8_names(transformer) if weights else set()
     # 2. Its tensors, one at a time.
     reader, state = Reader(checkpoint.entries), {}

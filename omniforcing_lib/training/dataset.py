@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from omniforcing_lib.cache import OpenBlock
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import Guidance, block_noise, guided_denoiser, ltx2_sigmas, snap_indices, trajectory
 from omniforcing_lib.interfaces import TextEncoder
@@ -281,16 +282,16 @@ def ode_pairs(
 
     The prompt of clip i is `first` + i modulo the number of prompts; its noise comes from its seed alone.
     """
-    device = teacher.proj_out.weight.device
-    sigmas, keep, shapes = ltx2_sigmas(steps), snap_indices(step_list, steps), latent_shapes(teacher, latents, grid)
+    device, shapes = teacher.proj_out.weight.device, teacher.config.latent_shapes(latents, grid)
+    sigmas, keep = ltx2_sigmas(steps).to(device), snap_indices(step_list, steps)
     index = torch.arange(first, first + len(seeds), device=device) % len(prompts)
-    batches = []
-    for start in tqdm(range(0, len(seeds), batch), desc="teacher trajectories", disable=not progress, leave=False):
-        noise = block_noise(seeds[start : start + batch], 0, shapes).map(lambda x: x.to(device))
-        text = prompts.take(index[start : start + batch])
-        denoise = guided_denoiser(teacher, text, prompts.negative, guidance)
-        batches.append(trajectory(denoise, noise, sigmas.to(device), keep))
-    return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float(), index)
+
+    def states(rows: slice) -> AV[Tensor]:
+        noise = block_noise(seeds[rows], 0, shapes).map(lambda x: x.to(device))
+        denoise = guided_denoiser(teacher, prompts.take(index[rows]), prompts.negative, guidance)
+        return trajectory(denoise, noise, sigmas, keep)
+
+    return _in_batches(states, sigmas[list(keep)], index, batch, "teacher trajectories" if progress else "")
 
 
 @torch.no_grad()
@@ -304,7 +305,6 @@ def first_block_pairs(
     blocks: int = 2,
     steps: int = 40,
     batch: int = 128,
-    progress: bool = True,
 ) -> Pairs:
     """Run a causal model on the first blocks, one by one, and keep its states at the student's noise levels.
 
@@ -315,21 +315,30 @@ def first_block_pairs(
     Shapes: states AV([N, K, F, h, w, C], [N, K, T, C]), F and T latents of the blocks together.
     """
     sigmas, keep = ltx2_sigmas(steps).to(prompts.device), snap_indices(causal.steps, steps)
-    index, batches = (torch.arange(len(seeds)) % len(prompts)).to(prompts.device), []
-    for start in tqdm(range(0, len(seeds), batch), desc="first blocks", disable=not progress, leave=False):
-        text, states = prompts.take(index[start : start + batch]), []
+    index = (torch.arange(len(seeds)) % len(prompts)).to(prompts.device)
+
+    def states(rows: slice) -> AV[Tensor]:
+        text, parts = prompts.take(index[rows]), []
         cache = new_cache(model, causal, grid, len(text.video), blocks=blocks)
         for k in range(blocks):
-            shapes, block = latent_shapes(model, causal.layout.block(k).map(len), grid), cache.open(k)
-            noise = block_noise(seeds[start : start + batch], k, shapes).map(lambda x: x.to(prompts.device))
+            shapes, block = model.config.latent_shapes(causal.layout.block(k).map(len), grid), cache.open(k)
+            noise = block_noise(seeds[rows], k, shapes).map(lambda x: x.to(prompts.device))
 
-            def denoise(x: AV[Tensor], sigma: Tensor, text=text, cache=cache, block=block) -> AV[Tensor]:
+            def denoise(x: AV[Tensor], sigma: Tensor, block: OpenBlock = block) -> AV[Tensor]:
                 return predict(model, x, float(sigma), text, cache, block)
 
-            states.append(trajectory(denoise, noise, sigmas, keep))
-            update_cache(model, cache, k, text, states[-1].map(lambda s: s[:, -1]), 0.0)
-        batches.append(AV(*(torch.cat(streams, 2) for streams in zip(*states, strict=True))))
-    return Pairs(AV(*map(torch.cat, zip(*batches, strict=True))), sigmas[list(keep)].float().cpu(), index)
+            parts.append(trajectory(denoise, noise, sigmas, keep))
+            update_cache(model, cache, k, text, parts[-1].map(lambda s: s[:, -1]), 0.0)
+        return AV(*(torch.cat(streams, 2) for streams in zip(*parts, strict=True)))
+
+    return _in_batches(states, sigmas[list(keep)], index, batch, "first blocks")
+
+
+def _in_batches(states: Callable[[slice], AV[Tensor]], sigmas: Tensor, index: Tensor, batch: int, bar: str) -> Pairs:
+    """Make the trajectories of all clips, batch by batch, under a progress bar with that name; "" shows none."""
+    starts = tqdm(range(0, len(index), batch), desc=bar, disable=not bar, leave=False)
+    parts = [states(slice(start, start + batch)) for start in starts]
+    return Pairs(AV(*map(torch.cat, zip(*parts, strict=True))), sigmas.float().cpu(), index)
 
 
 def store_pairs(
@@ -358,8 +367,3 @@ def store_pairs(
         return states._asdict() | {"prompt": pairs.prompt.cpu()}
 
     return records.write(folder, count, rows_per_shard, tensors, {"kind": "pairs", **notes}, group)
-
-
-def latent_shapes(model: Transformer, latents: AV[int], grid: tuple[int, int]) -> AV[tuple[int, ...]]:
-    """Give the shapes of a clip's latents without the batch: ([F, h, w, C], [T, C])."""
-    return AV((latents.video, *grid, model.config.in_channels), (latents.audio, model.config.audio_in_channels))

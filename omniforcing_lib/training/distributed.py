@@ -22,7 +22,7 @@ from torch import Tensor
 from omniforcing_lib import backends
 from omniforcing_lib.flow import noise_like
 from omniforcing_lib.layout import AV
-from omniforcing_lib.transformer import Transformer
+from omniforcing_lib.transformer import Transformer, empty
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -110,9 +110,7 @@ class DistributedContext:
 
     def clone_sharded(self, model: Transformer) -> Transformer:
         """Copy a sharded model; no process ever holds a whole one."""
-        with torch.device("meta"):
-            clone = Transformer(model.config, model.clock)
-        clone = self.shard(clone).to_empty(device=self.device)
+        clone = self.shard(empty(model.config, model.clock)).to_empty(device=self.device)
         with torch.no_grad():
             for a, b in zip(clone.parameters(), model.parameters(), strict=True):
                 local(a).copy_(local(b))
@@ -137,8 +135,7 @@ class DistributedContext:
                 state[name] = tensor.to("cpu", dtype)
         if not self.is_main:
             return None
-        with torch.device("meta"):
-            gathered = Transformer(model.config, model.clock)
+        gathered = empty(model.config, model.clock)
         gathered.load_state_dict(state, assign=True)
         return gathered
 

@@ -22,6 +22,7 @@ from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig, new_cache, rollout
 from omniforcing_lib.transformer import Transformer
+from omniforcing_lib.transformer import empty as empty_model
 
 GB = 10**9
 RESERVE = 4 * GB
@@ -81,9 +82,7 @@ def count(config: ModelConfig, causal: RolloutConfig, clip: Clip, dtype: torch.d
 
 def dry_run(config: ModelConfig, causal: RolloutConfig, clip: Clip, dtype: torch.dtype) -> Counted:
     """Run Stage 3's passes on the meta device, every layer of them; takes no memory and no weights."""
-    with torch.device("meta"):
-        generator = Transformer(config.with_sinks(causal.layout.sinks)).to(dtype)
-        critic = Transformer(config.with_sinks(0)).to(dtype)
+    generator, critic = (empty_model(config.with_sinks(n)).to(dtype) for n in (causal.layout.sinks, 0))
     sizes = tuple(sum(p.numel() for p in model.parameters()) for model in (generator, critic))
     block = sum(p.numel() for p in generator.transformer_blocks[0].parameters())
     rest = sizes[0] - block * config.num_layers
@@ -98,10 +97,9 @@ def dry_run(config: ModelConfig, causal: RolloutConfig, clip: Clip, dtype: torch
     text = AV(*(empty((clip.text, config.caption_channels)) for _ in range(2)))
     with _saving(generator) as rolled:
         blocks = [*rollout(generator, causal, text, noise, clip.grid, latents.video, exit_step=0)]
-    shapes = AV((latents.video, *clip.grid, config.in_channels), (latents.audio, config.audio_in_channels))
     sigma = torch.empty(clip.batch, device="meta")
     with _saving(critic) as judged:
-        critic(shapes.map(empty), AV(sigma, sigma), text)
+        critic(config.latent_shapes(latents, clip.grid).map(empty), AV(sigma, sigma), text)
     cache = new_cache(generator, causal, clip.grid, clip.batch, len(blocks))
     kept, inputs = zip(rolled(), judged(), strict=True)
     return Counted(sizes, max(block, rest), kept, inputs, cache.nbytes)
@@ -142,11 +140,14 @@ def _saving(model: Transformer) -> Iterator:
         handle.remove()
 
 
+def parameters(config: ModelConfig) -> int:
+    """Count a model's parameters; nothing is allocated."""
+    return sum(p.numel() for p in empty_model(config).parameters())
+
+
 def training_bytes(config: ModelConfig, average: bool = True) -> int:
     """Count what one model that learns holds: fp32 weights, gradients, both moments of AdamW, and the average."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in Transformer(config).parameters())
-    return (20 if average else 16) * parameters
+    return (20 if average else 16) * parameters(config)
 
 
 def components(counted: Counted, gpus: int, *, amp: bool = True, recompute: bool = True) -> dict[str, int]:

@@ -18,7 +18,7 @@ from tiny_ltx2 import SIZE, split_files
 from omniforcing_lib import model_bundle, safetensors_io
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
-from omniforcing_lib.ltx2 import checkpoints, formats, parts
+from omniforcing_lib.ltx2 import checkpoints, formats, inspection, part_configs, parts
 from omniforcing_lib.ltx2.codec import load_ltx2_codec
 from omniforcing_lib.ltx2.formats import PREFIX
 from omniforcing_lib.ltx2.gemma import NEGATIVE, GemmaText
@@ -70,7 +70,7 @@ def test_the_diffusion_decoder_decodes_as_in_diffusers(split, tmp_path):
         decoder_upsample_channel_reductions=reductions,
         **{f"decoder_{name}": described[name] for name in names},
     ).eval()
-    made = tiny_ltx2.shaken(parts.diffusion_decoder(tiny_ltx2.DIFFUSION_VAE, {}), 9).state_dict()
+    made = tiny_ltx2.shaken(part_configs.diffusion_decoder(tiny_ltx2.DIFFUSION_VAE, {}), 9).state_dict()
     reference.decoder.load_state_dict(made)
     # a file may hold constant gates, which are multiplied into the layers before them, and tensors that nobody reads
     gates, block = torch.tensor([0.5, 2.0] * 4), reference.decoder.diff_blocks[0]
@@ -118,14 +118,14 @@ def test_split_files_are_found_by_name_or_named(split, tmp_path, monkeypatch):
     whole = model_bundle.ltx2_parts.companions(old, "2.0")
     assert whole == ([old], frozenset())
     old.unlink()
-    said = checkpoints.inspect(transformer)
+    said = inspection.inspect(transformer)
     assert "beside it: " in said and "then missing: nothing" in said
     assert f"a Gemma of version {tiny_ltx2.GEMMA_VERSION}" in said
     monkeypatch.chdir(transformer.parent)
-    assert f"beside it: {convolutional.name}" in checkpoints.inspect(transformer.name)
+    assert f"beside it: {convolutional.name}" in inspection.inspect(transformer.name)
     alone = tmp_path / transformer.name
     alone.write_bytes(transformer.read_bytes())
-    assert "to decode, missing: video VAE, audio VAE, vocoder" in checkpoints.inspect(alone)
+    assert "to decode, missing: video VAE, audio VAE, vocoder" in inspection.inspect(alone)
 
 
 def changed(path, folder, metadata=None, **tensors):
@@ -250,12 +250,12 @@ def published(tmp_path):
     for stream, size in (("video", 128), ("audio", 64)):
         named = {"num_attention_heads": 32, "attention_head_dim": size, "num_layers": 8, "num_learnable_registers": 128}
         text |= {f"{stream}_connector_{name}": value for name, value in named.items()} | {f"{stream}_gated_attn": True}
-    connectors = full(LTX2TextConnectors, parts.TEXT.to_ltx2, **text)
-    projection = {name: connectors.pop(name) for name in list(connectors) if name.startswith(parts.PROJECTIONS)}
+    connectors = full(LTX2TextConnectors, part_configs.TEXT.to_ltx2, **text)
+    projection = {name: connectors.pop(name) for name in list(connectors) if name.startswith(part_configs.PROJECTIONS)}
     described = PUBLISHED.to_metadata() | {"caption_channels": 3840}
     described |= {"connector_num_attention_heads": 32, "connector_positional_embedding_max_pos": [4096]}
     metadata = {"model_version": "2.5.0", "config": json.dumps({"transformer": described})}
-    names = parts.video_names(CONVOLUTIONAL)
+    names = part_configs.video_names(CONVOLUTIONAL)
     vae = full(
         AutoencoderKLLTX2Video,
         lambda name: names.to_ltx2(name).removeprefix("vae."),

@@ -18,7 +18,7 @@ from tiny_ltx2 import SIZE, VAE, configs, diffusers_folder, modules, shaken, tin
 
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
-from omniforcing_lib.ltx2 import parts
+from omniforcing_lib.ltx2 import part_configs
 from omniforcing_lib.ltx2.codec import LTX2Codec, LTX2DecodeState, load_ltx2_codec, stream_error
 from omniforcing_lib.ltx2.overlap import Overlap, Tail, convolution, needs, repeated, transposed
 from omniforcing_lib.ltx2.tiny import TinyDecoder, load_tiny_decoder
@@ -336,7 +336,7 @@ def test_a_single_file_and_a_folder_load_the_same_codec(version, tmp_path):
 
 def test_names_agree_with_diffusers_where_it_has_them(tmp_path):
     tensors = load_file(whole_file(tmp_path / "ltx2.safetensors"))
-    names = {"vae.": parts.video_names(VAE), "audio_vae.": parts.AUDIO_VAE}
+    names = {"vae.": part_configs.video_names(VAE), "audio_vae.": part_configs.AUDIO_VAE}
     convert = {"vae.": convert_ltx2_vae_to_diffusers, "audio_vae.": convert_ltx2_audio_vae_to_diffusers}
     for prefix in names:
         own = {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -362,7 +362,7 @@ def test_the_full_size_config_of_ltx2_is_diffusers_default():
 
     with torch.device("meta"):
         default = AutoencoderKLLTX2Video().state_dict()
-        ours = AutoencoderKLLTX2Video(**parts.video_config(described)).state_dict()
+        ours = AutoencoderKLLTX2Video(**part_configs.video_config(described)).state_dict()
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in default.items()}
 
 
@@ -374,9 +374,9 @@ def test_what_cannot_be_done_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="timestep_conditioning"):
         LTX2Codec(made["vae"], made["audio_vae"], made["vocoder"], SIZE)
     with pytest.raises(ValueError, match="attn_res_x"):
-        parts.video_config(VAE | {"decoder_blocks": [["attn_res_x", {"num_layers": 1}]]})
+        part_configs.video_config(VAE | {"decoder_blocks": [["attn_res_x", {"num_layers": 1}]]})
     with pytest.raises(ValueError, match="resblock '2'"):
-        parts.vocoder_config({"resblock": "2"})
+        part_configs.vocoder_config({"resblock": "2"})
     path = write_tensors(tmp_path / "bare.safetensors", {"vae.x": torch.zeros(1)})
     with pytest.raises(ValueError, match="no part 'vae'"):
         load_ltx2_codec(path, SIZE)

@@ -16,7 +16,7 @@ from torch import nn
 
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.files import write_tensors
-from omniforcing_lib.ltx2 import parts
+from omniforcing_lib.ltx2 import part_configs
 from omniforcing_lib.ltx2.tiny import TinyDecoder
 
 SIZE = (64, 64)
@@ -178,9 +178,9 @@ def modules(version: str = "2.0", *, causal: bool = False) -> dict[str, nn.Modul
         text |= {"per_modality_projections": True, "proj_bias": True}
         text |= {"video_hidden_dim": MODEL.video_dim, "audio_hidden_dim": MODEL.audio_dim}
     made = {
-        "vae": AutoencoderKLLTX2Video(**parts.video_config(vae) | {"decoder_causal": causal}),
-        "audio_vae": AutoencoderKLLTX2Audio(**parts.audio_config(audio)),
-        "vocoder": vocoders(**parts.vocoder_config(vocoder)),
+        "vae": AutoencoderKLLTX2Video(**part_configs.video_config(vae) | {"decoder_causal": causal}),
+        "audio_vae": AutoencoderKLLTX2Audio(**part_configs.audio_config(audio)),
+        "vocoder": vocoders(**part_configs.vocoder_config(vocoder)),
         "connectors": LTX2TextConnectors(**text),
     }
     return {name: shaken(module, seed) for seed, (name, module) in enumerate(made.items())}
@@ -197,10 +197,10 @@ def whole_file(path: str | Path, version: str = "2.0", *, model: ModelConfig | N
     """Write a whole tiny LTX-2 single file, fp32; give its path."""
     model = model or MODELS[version]
     names = {
-        "vae": parts.video_names(configs(version)["vae"]),
-        "audio_vae": parts.AUDIO_VAE,
-        "vocoder": parts.VOCODER,
-        "connectors": parts.TEXT,
+        "vae": part_configs.video_names(configs(version)["vae"]),
+        "audio_vae": part_configs.AUDIO_VAE,
+        "vocoder": part_configs.VOCODER,
+        "connectors": part_configs.TEXT,
     }
     tensors = {PREFIX + n: t for n, t in weights(model, torch.Generator().manual_seed(0)).items()}
     for part, module in modules(version).items():
@@ -228,8 +228,8 @@ def split_files(folder: str | Path) -> dict[str, Path]:
     whole = whole_file(Path(folder) / "whole.safetensors", "2.5")
     tensors, config = load_file(whole), configs("2.5")
     whole.unlink()
-    decoder = shaken(parts.diffusion_decoder(DIFFUSION_VAE, {}), 9).state_dict()
-    names = parts.Names([("", "")], parts.DIFFUSION_PARTS)
+    decoder = shaken(part_configs.diffusion_decoder(DIFFUSION_VAE, {}), 9).state_dict()
+    names = part_configs.Names([("", "")], part_configs.DIFFUSION_PARTS)
     diffuses = {f"decoder.{names.to_ltx2(name)}": t for name, t in decoder.items() if ".attn.to_" not in name}
     for name in [name for name in decoder if ".attn.to_q." in name]:
         thirds = [decoder[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
@@ -238,7 +238,7 @@ def split_files(folder: str | Path) -> dict[str, Path]:
     video = {name.removeprefix("vae."): t for name, t in tensors.items() if name.startswith("vae.")}
     described = {
         "diffusion_models/ltx-2.5-tiny-dev-transformer": ({"transformer": config["transformer"] | CONNECTOR}, PREFIX),
-        "text_encoders/gemma4-tiny-with-proj-ltx-2.5": ({}, parts.PROJECTIONS),
+        "text_encoders/gemma4-tiny-with-proj-ltx-2.5": ({}, part_configs.PROJECTIONS),
         "vae/ltx-2.5-audio-vae": (
             {name: config[name] for name in ("audio_vae", "vocoder")},
             ("audio_vae.", "vocoder."),

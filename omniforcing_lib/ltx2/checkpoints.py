@@ -25,7 +25,7 @@ from omniforcing_lib import files, safetensors_io
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import PAPER_STEPS, RELEASED_STEPS
 from omniforcing_lib.layout import PAPER, RELEASED
-from omniforcing_lib.ltx2 import exports, formats, lora, low_memory, parts
+from omniforcing_lib.ltx2 import exports, formats, lora, low_memory
 from omniforcing_lib.ltx2.exports import BESIDE, INDEX, SCALE
 from omniforcing_lib.ltx2.formats import Format
 from omniforcing_lib.rollout import RolloutConfig
@@ -37,7 +37,6 @@ SHIPPED = ("teacher", "stage2", "student")
 """Names of the checkpoints in `files.DATA`, which stand for their paths."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DECISIVE = ("rope_type", "frequencies_precision", "timestep_scale_multiplier", "av_ca_timestep_scale_multiplier")
-_USES = {"decode": ("video VAE", "audio VAE", "vocoder"), "encode prompts": ("text connectors", "text projection")}
 _SAMPLE = 4096  # bytes of every tensor that a fingerprint reads
 
 
@@ -124,6 +123,31 @@ class Checkpoint:
                 digest.update(f"{bare} {entry.dtype} {entry.shape}".encode())
                 digest.update(file.read(min(_SAMPLE, entry.stop - entry.start)))
         return digest.hexdigest()
+
+    @cached_property
+    def others(self) -> Counter[str]:
+        """Count the tensors that are not the transformer's, by what they belong to."""
+        names = (name for name in self.entries if self.format.bare(name) is None)
+        return Counter(formats.group(name) or "unknown" for name in names)
+
+    def assumed(self) -> list[str]:
+        """Say what was not read: settings that no tensor shows, zeros for keyframes, a memory that is left out."""
+        lines = []
+        if self.config.use_keyframes_abs_pos_embedding and formats.KEYFRAMES not in self.transformer:
+            why = "the config asks for it and the file does not hold it"
+            lines.append(f"{formats.KEYFRAMES}: {why}; it counts as zeros")
+        if memory := self.others[formats.MEMORY]:
+            names = "learned_memory_*, *_memory_attn, video_color_film"
+            lines.append(f"left out: {memory} tensors of a learned memory ({names}); without memory they add nothing")
+        if self.format is formats.DIFFUSERS:
+            return lines
+        if "config" not in self.metadata:
+            return [*lines, f"settings: the file carries none; they are those of a {self.format.name}"]
+        absent = [name for name in _DECISIVE if name not in self.metadata["config"]["transformer"]]
+        values = ", ".join(str(getattr(self.config, name)) for name in absent)
+        if absent:
+            lines.append(f"settings: the file does not say {', '.join(absent)}; taken from LTX-2.0: {values}")
+        return lines
 
     def report(self) -> KeyReport:
         """Compare names, shapes and dtypes with the model on the meta device."""
@@ -300,7 +324,7 @@ def load(
     checkpoint = fitting(model)
     terms = lora.read(loras, checkpoint.bare_shapes)
     added = f"{', '.join(loras)} added to {len(terms)} weights; no LoRA says which LTX-2 it was made for"
-    for line in [*_assumed(checkpoint), *([added] if terms else [])]:
+    for line in [*checkpoint.assumed(), *([added] if terms else [])]:
         _log.warning("%s: %s", checkpoint.path.name, line)
     config = replace(checkpoint.config, **(changes or {}))
     has_new_sinks = sinks is not None and sinks != config.num_audio_sink_tokens
@@ -422,105 +446,3 @@ def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: st
 
 def _origin(version: str, notes: Mapping[str, object]) -> dict[str, str]:
     return {"model_version": version, "notes": json.dumps(dict(notes))}
-
-
-def left_out(checkpoint: Checkpoint, to: str) -> list[str]:
-    """List what an export of a checkpoint does not carry over, in one line each."""
-    lines = []
-    if others := _others(checkpoint):
-        lines.append(f"not of the transformer, left in {checkpoint.path}: {_listed(others)}")
-    if to == "diffusers" and checkpoint.causal:
-        lines.append(
-            f"diffusers has no blocks, sinks or few-step schedules: they are in {BESIDE}, which is read here and "
-            "not there; diffusers runs the weights bidirectionally"
-        )
-    return lines
-
-
-def inspect(model: str | os.PathLike[str]) -> str:
-    """Say what a checkpoint holds: format, version, config, dtypes, the key report, and what is missing for which use.
-
-    Raises:
-        ValueError: as `read`.
-    """
-    checkpoint = read(model)
-    config, causal, names = checkpoint.config, checkpoint.causal, checkpoint.transformer.values()
-    size = sum(math.prod(checkpoint.entries[name].shape) for name in names)
-    dtypes = Counter(checkpoint.entries[name].dtype for name in names)
-    folder = files.given(model)
-    name = f"{Path(os.path.abspath(folder)).name}/" if folder.is_dir() else checkpoint.path.name
-    features = {
-        "gated attention": config.apply_gated_attention,
-        "AdaLN of text attention": config.cross_attention_adaln,
-        "AdaLN of the prompt": config.modulates_prompt_by_sigma,
-        "no caption projection": config.caption_proj_before_connector,
-        "no bias in the video's feed-forward layers": not config.ff_bias,
-        "keyframe embedding": config.use_keyframes_abs_pos_embedding,
-    }
-    lines = [
-        f"{name}: {checkpoint.format.name}, {size / 1e6:,.2f} M transformer parameters in {_listed(dtypes)}",
-        f"version: LTX-{formats.version_of(checkpoint.transformer)} by its tensors, "
-        f"{checkpoint.metadata.get('model_version', 'nothing')} by its metadata",
-        f"other tensors: {_listed(_others(checkpoint)) or 'none'}",
-        f"layers {config.num_layers}, widths {config.video_dim} video and {config.audio_dim} audio, "
-        f"heads {config.num_attention_heads}",
-        f"features: {', '.join(name for name, there in features.items() if there) or 'those of LTX-2.0'}",
-        f"rope {config.rope_type}, grid {config.frequencies_precision}, "
-        f"gate multiplier {config.av_ca_timestep_scale_multiplier}",
-        *_assumed(checkpoint),
-        f"audio sinks {config.num_audio_sink_tokens}",
-        f"keys: {checkpoint.report()}",
-    ]
-    if causal:
-        first, step = tuple(causal.layout.first), tuple(causal.layout.step)
-        lines.append(f"causal student: first block {first}, then {step}, steps {causal.steps}")
-    return "\n".join([*lines, *_missing(checkpoint)])
-
-
-def _assumed(checkpoint: Checkpoint) -> list[str]:
-    """Say what was not read from the checkpoint: settings that no tensor shows, zeros for keyframes, a memory."""
-    lines = []
-    if checkpoint.config.use_keyframes_abs_pos_embedding and formats.KEYFRAMES not in checkpoint.transformer:
-        lines.append(f"{formats.KEYFRAMES}: the config asks for it and the file does not hold it; it counts as zeros")
-    if memory := _others(checkpoint)[formats.MEMORY]:
-        names = "learned_memory_*, *_memory_attn, video_color_film"
-        lines.append(f"left out: {memory} tensors of a learned memory ({names}); without memory they add nothing")
-    if checkpoint.format is formats.DIFFUSERS:
-        return lines
-    if "config" not in checkpoint.metadata:
-        return [*lines, f"settings: the file carries none; they are those of a {checkpoint.format.name}"]
-    absent = [name for name in _DECISIVE if name not in checkpoint.metadata["config"]["transformer"]]
-    values = ", ".join(str(getattr(checkpoint.config, name)) for name in absent)
-    if absent:
-        lines.append(f"settings: the file does not say {', '.join(absent)}; taken from LTX-2.0: {values}")
-    return lines
-
-
-def _missing(checkpoint: Checkpoint) -> list[str]:
-    """Say for each use what it needs that is not in the checkpoint, and which files beside it hold that."""
-    there = set(_others(checkpoint))
-    if checkpoint.format is formats.DIFFUSERS:
-        pipeline = checkpoint.path.parent.parent
-        there |= {group for group, folder in formats.FOLDERS.items() if (pipeline / folder / "config.json").is_file()}
-    lines = []
-    for use, groups in _USES.items():
-        if absent := [group for group in groups if group not in there]:
-            lines.append(f"to {use}, missing: {', '.join(absent)}")
-    files, missing = parts.companions(checkpoint.path, checkpoint.version)
-    if others := [file.name for file in files if file != Path(os.path.abspath(checkpoint.path))]:
-        lines.append(f"beside it: {', '.join(others)}; then missing: {', '.join(sorted(missing)) or 'nothing'}")
-    if isinstance(trained := checkpoint.metadata.get("gemma_source_checkpoint"), dict):
-        lines.append(f"to encode prompts, a Gemma of version {trained.get('gemma_version')}")
-    if not checkpoint.causal:
-        lines.append("to stream, missing: an `omniforcing` part, which Stage 2 adds to a causal student")
-    return lines
-
-
-def _others(checkpoint: Checkpoint) -> Counter[str]:
-    """Count the tensors that are not the transformer's, by what they belong to."""
-    other = (name for name in checkpoint.entries if checkpoint.format.bare(name) is None)
-    return Counter(formats.group(name) or "unknown" for name in other)
-
-
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in counts.most_common())

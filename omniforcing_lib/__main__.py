@@ -340,9 +340,9 @@ class Inspect(Command):
     checkpoint: str = option(CHECKPOINT, flag="name")
 
     def _run(self) -> None:
-        from omniforcing_lib.ltx2 import inspection
+        from omniforcing_lib.ltx2 import checkpoints
 
-        print(inspection.inspect(self.checkpoint))
+        print(checkpoints.inspect(self.checkpoint))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,10 +354,10 @@ class Export(Command):
     out: str = option("a .safetensors file, or for diffusers a new folder")
 
     def _run(self) -> None:
-        from omniforcing_lib.ltx2 import checkpoints, inspection
+        from omniforcing_lib.ltx2 import checkpoints
 
         written = checkpoints.export(self.checkpoint, Path(self.out), to=self.to)
-        print("\n".join([str(written), *inspection.left_out(checkpoints.read(self.checkpoint), self.to)]))
+        print("\n".join([str(written), *checkpoints.left_out(checkpoints.read(self.checkpoint), self.to)]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from omniforcing_lib import files
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.layout import AV, PAPER, BlockLayout
-from omniforcing_lib.ltx2 import checkpoints, formats, inspection, parts
+from omniforcing_lib.ltx2 import checkpoints, formats, parts
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.training import train_config
 from series import runner
@@ -93,7 +93,7 @@ def test_a_student_keeps_its_layout_and_steps(tmp_path):
 @pytest.mark.parametrize("version", synthetic.CONFIGS)
 def test_a_whole_ltx2_file_loads_strictly_and_its_other_parts_are_counted(version, tmp_path):
     path = synthetic.ltx2_file(tmp_path / "ltx-2.safetensors", version)
-    checkpoint, text = checkpoints.read(path), inspection.inspect(path)
+    checkpoint, text = checkpoints.read(path), checkpoints.inspect(path)
     assert checkpoint.format is formats.LTX2 and checkpoint.config == synthetic.CONFIGS[version]
     assert checkpoint.report().ok and len(checkpoint.transformer) == len(checkpoint.entries) - len(STUBS[version])
     for part in ("text connectors", "text projection", "video VAE (4)", "audio VAE (4)", "vocoder"):
@@ -141,7 +141,7 @@ def test_a_link_is_read_by_its_own_name_and_what_is_beside_it_is_beside_the_link
     gemma = link.parent / "gemma-3" / "config.json"
     gemma.parent.mkdir()
     gemma.write_text("{}")
-    assert checkpoints.read(link).path == link and "ltx-2-19b-dev" in inspection.inspect(link)
+    assert checkpoints.read(link).path == link and "ltx-2-19b-dev" in checkpoints.inspect(link)
     assert runner._given([f"teacher={link}"], "smoke") == {"teacher": str(link)}
     assert parts.beside(link, "gemma*/config.json") == [gemma]
     for folder, given in ((link.parent, link.name), (gemma.parent, f"../{link.name}")):
@@ -153,7 +153,9 @@ def test_a_link_is_read_by_its_own_name_and_what_is_beside_it_is_beside_the_link
 def test_a_linked_folder_is_called_as_the_link(path, tmp_path):
     link = tmp_path / "omniforcing"
     link.symlink_to(cached(path, "x.safetensors").parent)
-    assert checkpoints.read(link).path == link / "x.safetensors" and inspection.inspect(link).startswith("omniforcing/")
+    assert checkpoints.read(link).path == link / "x.safetensors" and checkpoints.inspect(link).startswith(
+        "omniforcing/"
+    )
 
 
 def test_shards_behind_links_are_found_by_their_names(path, tmp_path):
@@ -173,25 +175,25 @@ def test_shards_behind_links_are_found_by_their_names(path, tmp_path):
 def test_metadata_that_is_absent_is_said_to_be_assumed(path, caplog):
     """By `inspect` and by `load`: Lightricks' own loader would assume other values."""
     checkpoints.load(path)
-    assert "settings" not in inspection.inspect(path) + caplog.text
+    assert "settings" not in checkpoints.inspect(path) + caplog.text
     rewrite(path, lambda t, c: c["transformer"].pop("rope_type"))
     checkpoints.load(path)
-    for text in (inspection.inspect(path), caplog.text):
+    for text in (checkpoints.inspect(path), caplog.text):
         assert "the file does not say rope_type; taken from LTX-2.0: split" in text
 
 
 @pytest.mark.parametrize("version", synthetic.CONFIGS)
 def test_what_a_file_is_and_lacks_is_said(version, path, tmp_path):
     """Its version by tensors and by metadata, and for each use what it needs that is not in the file."""
-    whole = inspection.inspect(synthetic.ltx2_file(tmp_path / "whole.safetensors", version))
+    whole = checkpoints.inspect(synthetic.ltx2_file(tmp_path / "whole.safetensors", version))
     assert f"version: LTX-{version} by its tensors, {version} by its metadata" in whole
     assert (
         not re.search("to (decode|encode prompts), missing", whole) and "to stream, missing: an `omniforcing`" in whole
     )
-    alone = inspection.inspect(path)
+    alone = checkpoints.inspect(path)
     assert "to decode, missing: video VAE, audio VAE, vocoder" in alone
     assert "to encode prompts, missing: text connectors, text projection" in alone
-    assert "to stream" not in inspection.inspect("student")
+    assert "to stream" not in checkpoints.inspect("student")
 
 
 def test_the_generation_is_told_by_names():

@@ -24,7 +24,7 @@ from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.files import write_json
 from omniforcing_lib.flow import PAPER_STEPS, RELEASED_STEPS
 from omniforcing_lib.layout import AV, PAPER, RELEASED
-from omniforcing_lib.ltx2 import checkpoints, exports, formats, inspection
+from omniforcing_lib.ltx2 import checkpoints, exports, formats
 from omniforcing_lib.rollout import RolloutConfig
 from studies import anatomy
 
@@ -152,7 +152,7 @@ def test_the_layers_of_2_5_are_those_of_diffusers(changes, tmp_path):
     folder = checkpoints.export(path, tmp_path / "folder", to="diffusers")
     assert distance(velocity(checkpoints.load(path)), in_diffusers(folder)) <= 1e-5
     assert checkpoints.read(path).config == checkpoints.read(folder).config == config
-    assert "version: LTX-2.5 by its tensors" in inspection.inspect(path)
+    assert "version: LTX-2.5 by its tensors" in checkpoints.inspect(path)
 
 
 @pytest.mark.parametrize("to", exports.FORMATS)
@@ -174,7 +174,7 @@ def test_a_keyframe_embedding_that_is_not_there_counts_as_zeros(to, tmp_path, ca
     exported = checkpoints.read(checkpoints.export(path, tmp_path / "out" / "x.safetensors", to=to))
     assert exported.config == config and formats.KEYFRAMES in exported.transformer
     assert all(map(torch.equal, found, velocity(checkpoints.load(exported.path))))
-    for text in (inspection.inspect(path), caplog.text):
+    for text in (checkpoints.inspect(path), caplog.text):
         assert "keyframes_abs_pos_embedding: the config asks for it and the file does not hold it" in text
 
 
@@ -205,7 +205,7 @@ def test_exports_and_their_way_back_are_bit_identical(path, tmp_path):
         assert checkpoint.config == config and checkpoint.metadata["model_version"] in synthetic.CONFIGS
         assert second.keys() == {n for n in first if n.startswith(formats.PREFIX) and not formats.group(n)}
         assert all(torch.equal(tensor, first[name]) for name, tensor in second.items())
-    assert "vocoder" in inspection.left_out(checkpoints.read(path), "ltx2")[0]
+    assert "vocoder" in checkpoints.left_out(checkpoints.read(path), "ltx2")[0]
 
 
 def test_a_student_survives_every_export(tmp_path):
@@ -219,7 +219,7 @@ def test_a_student_survives_every_export(tmp_path):
         assert found.metadata["notes"] == student.metadata["notes"]
     first, second = load_file(student.path), load_file(back)
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    assert "omniforcing.safetensors" in inspection.left_out(student, "diffusers")[-1]
+    assert "omniforcing.safetensors" in checkpoints.left_out(student, "diffusers")[-1]
     assert checkpoints.read(back).format is student.format is formats.STUDENT
 
 
@@ -239,7 +239,7 @@ def test_a_release_is_run_as_it_was_trained(prefix, tmp_path, caplog):
         config = checkpoint.config
         assert checkpoint.format in formats.RELEASES and checkpoint.report().ok and checkpoint.causal == causal
         assert (config.rope_type, config.frequencies_precision, config.av_ca_timestep_scale_multiplier) == settings
-        assert "settings: the file carries none" in inspection.inspect(given)
+        assert "settings: the file carries none" in checkpoints.inspect(given)
     named = dict(zip(formats.RELEASED_CODE, settings, strict=True))
     assert config == replace(RELEASED_WIDTHS, **named)
     exported = checkpoints.export(tmp_path, tmp_path / "student" / "own.safetensors")
@@ -306,7 +306,7 @@ def test_a_taomate_release_is_known_by_what_it_holds(tmp_path, capsys, caplog):
     same = {formats.PREFIX + name: tensors["model." + name] for name in checkpoint.transformer}
     save_file(same, plain, {"config": json.dumps(synthetic.metadata_of(checkpoint.config))})
     assert all(map(torch.equal, velocity(checkpoints.load(path)), velocity(checkpoints.load(plain))))
-    for said in (inspection.inspect(path), caplog.text):
+    for said in (checkpoints.inspect(path), caplog.text):
         assert "left out: 18 tensors of a learned memory (learned_memory_*, *_memory_attn, video_color_film)" in said
     for name in ("transformer_blocks.1.video_memory_gate.weight", "learned_memory_text_encoder.weight"):
         save_file(tensors | {f"model.{name}": torch.zeros(2)}, path)

@@ -18,7 +18,7 @@ from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import noise_like, noised
 from omniforcing_lib.layout import AV, PAPER
-from omniforcing_lib.ltx2 import checkpoints, inspection, low_memory
+from omniforcing_lib.ltx2 import checkpoints, low_memory
 from omniforcing_lib.rollout import RolloutConfig, join, rollout, seeded_noise
 from studies import anatomy
 
@@ -204,7 +204,7 @@ def test_fp8_weights_are_stored_as_they_are(path, tmp_path):
         torch.equal(a, b) for a, b in zip(again.state_dict().values(), narrow.state_dict().values(), strict=True)
     )
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(velocity(wide), velocity(narrow), strict=True))
-    assert stored.stat().st_size < 0.6 * path.stat().st_size and "F8_E4M3 (84)" in inspection.inspect(stored)
+    assert stored.stat().st_size < 0.6 * path.stat().st_size and "F8_E4M3 (84)" in checkpoints.inspect(stored)
     with pytest.raises(ValueError, match="diffusers has no fp8 weights with scales"):
         checkpoints.export(stored, tmp_path / "folder", to="diffusers")
 

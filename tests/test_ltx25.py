@@ -18,7 +18,7 @@ from tiny_ltx2 import SIZE, split_files
 from omniforcing_lib import model_bundle, safetensors_io
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
-from omniforcing_lib.ltx2 import checkpoints, formats, inspection, part_configs, parts
+from omniforcing_lib.ltx2 import checkpoints, formats, part_configs, parts
 from omniforcing_lib.ltx2.codec import load_ltx2_codec
 from omniforcing_lib.ltx2.formats import PREFIX
 from omniforcing_lib.ltx2.gemma import NEGATIVE, GemmaText
@@ -118,14 +118,14 @@ def test_split_files_are_found_by_name_or_named(split, tmp_path, monkeypatch):
     whole = model_bundle.ltx2_parts.companions(old, "2.0")
     assert whole == ([old], frozenset())
     old.unlink()
-    said = inspection.inspect(transformer)
+    said = checkpoints.inspect(transformer)
     assert "beside it: " in said and "then missing: nothing" in said
     assert f"a Gemma of version {tiny_ltx2.GEMMA_VERSION}" in said
     monkeypatch.chdir(transformer.parent)
-    assert f"beside it: {convolutional.name}" in inspection.inspect(transformer.name)
+    assert f"beside it: {convolutional.name}" in checkpoints.inspect(transformer.name)
     alone = tmp_path / transformer.name
     alone.write_bytes(transformer.read_bytes())
-    assert "to decode, missing: video VAE, audio VAE, vocoder" in inspection.inspect(alone)
+    assert "to decode, missing: video VAE, audio VAE, vocoder" in checkpoints.inspect(alone)
 
 
 def changed(path, folder, metadata=None, **tensors):

@@ -127,31 +127,12 @@ class Transformer(nn.Module):
             latents = blocks[0].latents.map(lambda a, b: range(a.start, b.stop), blocks[-1].latents)
         else:
             latents = x.map(lambda part: range(part.shape[1]))
-        # 2. What every layer needs of sigma and of the text. A pass that stores nothing holds nothing of these either.
-        key = sigma_key if all(block.writes for block in blocks) else None
-        embed = partial(self._timesteps, sigma, sinks, masks, blocks)
-        timestep = cache.timesteps.get(key, embed) if cache else embed()
-        cached_text = cache and cache.knows_text(key)
-        contexts: AV[Tensor | None] = AV(None, None) if cached_text else text.map(self._project_text, self._modulators)
-        # 3. What every layer needs of time and of causality.
+        # 2. What every layer needs of sigma, text, time and causality.
         ropes = self.rotations(latents, grid, sinks)
-        sees = ((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a)) if masks else ((None, None), (None, None))
-        shared = {"blocks": blocks, "sigma_key": key, "prompt_key": cache and cache.prompt_key(key)}
-        parts = zip(timestep, contexts, ropes.own, ropes.cross, sees, strict=True)
-        condition = AV(*(Condition(t, context, own, cross, *seen, **shared) for t, context, own, cross, seen in parts))
-        # 4. Latents become tokens.
-        x = x.map(lambda part: part.to(self.proj_out.weight.dtype))
-        video = self.patchify_proj(rearrange(x.video, "b f h w c -> b (f h w) c"))
-        audio = self.audio_patchify_proj(x.audio)
-        if self.config.use_keyframes_abs_pos_embedding and latents.video.start == 0:
-            # LTX-2.5 marks the one latent that holds a single frame, the first of the clip, wherever it is computed.
-            size = grid[0] * grid[1]
-            marked = video[:, :size] + self.keyframes_abs_pos_embedding.to(video.dtype)
-            video = torch.cat([marked, video[:, size:]], dim=1)
-        if sinks:
-            audio = torch.cat([self.audio_sink_tokens.expand(len(audio), -1, -1), audio], dim=1)
-        # 5. The layers.
-        hidden = AV(video, audio)
+        condition = self._conditions(sigma, text, ropes, sinks, masks, cache, blocks, sigma_key)
+        # 3. Latents become tokens.
+        hidden = self._tokens(x, latents, sinks)
+        # 4. The layers.
         for index, layer in enumerate(self.transformer_blocks):
             run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if self.recompute else layer
             how = "branch" if skip.branch else "values"
@@ -160,13 +141,50 @@ class Transformer(nn.Module):
                 "skip_cross": skip.cross_modal,
             }
             hidden = run(hidden, condition, cached=cache and cache.layers[index], **skipped)
-        # 6. Tokens become velocities; the sinks are dropped.
+        # 5. Tokens become velocities; the sinks are dropped.
         video, audio = hidden.video, hidden.audio[:, sinks:]
         at_video, at_audio = condition.map(lambda c: c.timestep.embedded)
         at_audio = at_audio[:, sinks:] if at_audio.shape[1] > 1 else at_audio
         video = self._project(video, at_video, self.scale_shift_table, self.proj_out)
         audio = self._project(audio, at_audio, self.audio_scale_shift_table, self.audio_proj_out)
         return AV(rearrange(video, "b (f h w) c -> b f h w c", h=grid[0], w=grid[1]), audio)
+
+    def _conditions(
+        self,
+        sigma: Sigma,
+        text: AV[Tensor],
+        ropes: Ropes,
+        sinks: int,
+        masks: Masks | None,
+        cache: KVCache | None,
+        blocks: tuple[OpenBlock, ...],
+        sigma_key: Hashable | None,
+    ) -> AV[Condition]:
+        """Gather what each stream needs in every layer, from the cache where it holds that; see `forward`."""
+        # A pass that stores nothing holds nothing of sigma and of the text either.
+        key = sigma_key if all(block.writes for block in blocks) else None
+        embed = partial(self._timesteps, sigma, sinks, masks, blocks)
+        timestep = cache.timesteps.get(key, embed) if cache else embed()
+        cached_text = cache and cache.knows_text(key)
+        contexts: AV[Tensor | None] = AV(None, None) if cached_text else text.map(self._project_text, self._modulators)
+        sees = ((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a)) if masks else ((None, None), (None, None))
+        shared = {"blocks": blocks, "sigma_key": key, "prompt_key": cache and cache.prompt_key(key)}
+        parts = zip(timestep, contexts, ropes.own, ropes.cross, sees, strict=True)
+        return AV(*(Condition(t, context, own, cross, *seen, **shared) for t, context, own, cross, seen in parts))
+
+    def _tokens(self, x: AV[Tensor], latents: AV[range], sinks: int) -> AV[Tensor]:
+        """Turn latents into tokens, sinks in front of the audio. Shapes: to AV([B, F h w, D], [B, S + T, D])."""
+        x = x.map(lambda part: part.to(self.proj_out.weight.dtype))
+        video = self.patchify_proj(rearrange(x.video, "b f h w c -> b (f h w) c"))
+        audio = self.audio_patchify_proj(x.audio)
+        if self.config.use_keyframes_abs_pos_embedding and latents.video.start == 0:
+            # LTX-2.5 marks the one latent that holds a single frame, the first of the clip, wherever it is computed.
+            size = x.video.shape[2] * x.video.shape[3]
+            marked = video[:, :size] + self.keyframes_abs_pos_embedding.to(video.dtype)
+            video = torch.cat([marked, video[:, size:]], dim=1)
+        if sinks:
+            audio = torch.cat([self.audio_sink_tokens.expand(len(audio), -1, -1), audio], dim=1)
+        return AV(video, audio)
 
     def rotations(self, latents: AV[range], grid: tuple[int, int], sinks: int) -> Ropes:
         """Give the rotations of a stretch of latents; the `sinks` in front of the audio are not rotated."""

@@ -17,9 +17,9 @@ from test_train import CAUSAL, QUICK, clips, pairs, prompts
 from test_transformer import TINY
 
 from omniforcing_lib.files import write_json, write_tensors
-from omniforcing_lib.training import distributed, stages, train
+from omniforcing_lib.training import distributed, stage3, stages, train
 from omniforcing_lib.training.distributed import DistributedContext
-from omniforcing_lib.training.stages import DMDConfig
+from omniforcing_lib.training.stage3 import DMDConfig
 from omniforcing_lib.training.train import Learner, OptimConfig
 from omniforcing_lib.transformer import Transformer
 
@@ -45,7 +45,7 @@ def stage(name: str, group: DistributedContext, **changes: object) -> tuple[dict
         return {"student": student}, stages.ode_stage(student, pairs(), prompts(), CAUSAL, batch=4)
     student, critic = learner(config, 2, 1), learner(replace(config, ema=0.0), 0)
     teacher = group.shard(model(0).requires_grad_(False).eval(), amp=config.amp)
-    step = stages.self_forcing_stage(student, critic, teacher, clips(4), DMDConfig(ratio=4))
+    step = stage3.self_forcing_stage(student, critic, teacher, clips(4), DMDConfig(ratio=4))
     return {"student": student, "critic": critic}, step
 
 

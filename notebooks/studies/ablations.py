@@ -30,7 +30,7 @@ from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, fresh_noise, join, rollout
 from omniforcing_lib.training import stages
 from omniforcing_lib.training.dataset import Pairs, Prompts
-from omniforcing_lib.training.stages import DMDConfig, Sampler
+from omniforcing_lib.training.stage3 import DMDConfig, Sampler
 from omniforcing_lib.transformer import Transformer
 from studies import distill, exposure_bias, store
 

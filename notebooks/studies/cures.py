@@ -22,7 +22,7 @@ from omniforcing_lib.flow import Guidance
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.training.dataset import Prompts
-from omniforcing_lib.training.stages import DMDConfig
+from omniforcing_lib.training.stage3 import DMDConfig
 from omniforcing_lib.training.train import OptimConfig
 from omniforcing_lib.transformer import Transformer
 from studies import distill, protocol, store

@@ -1,7 +1,7 @@
 """Run Stages 2 and 3 in front of the reader, a few steps or for real, and ask them where their gradients go.
 
-The stages themselves are `stages.ode_stage` and `stages.self_forcing_stage`; here they get learners, and a witness
-that notes what reaches the model.
+The stages themselves are in `training.stages` and `training.stage3`; here they get learners, and a witness that notes
+what reaches the model.
 
 Shapes: B batch, F video and T audio latents, K blocks.
 """
@@ -27,13 +27,13 @@ from omniforcing_lib.flow import MINIATURE_CFG, MINIATURE_GUIDANCE, Guidance, no
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, rollout
-from omniforcing_lib.training import dataset, recipes, records, stages
+from omniforcing_lib.training import dataset, recipes, records, stage3, stages
 from omniforcing_lib.training.dataset import Pairs, Prompts
 from omniforcing_lib.training.train import History, OptimConfig
 from omniforcing_lib.transformer import Transformer
 
 BARS = "▁▂▃▄▅▆▇"
-PLAIN = stages.DMDConfig(MINIATURE_CFG)
+PLAIN = stage3.DMDConfig(MINIATURE_CFG)
 
 
 class Lesson(NamedTuple):
@@ -174,10 +174,10 @@ class Course:
     seed: int = 0
 
     @property
-    def clips(self) -> stages.StudentClips:
+    def clips(self) -> stage3.StudentClips:
         """The clips that a student rolls out."""
         latents = self.codec.clock.latents(self.seconds).video
-        return stages.StudentClips(self.prompts, self.causal, self.codec.grid, latents, self.batch)
+        return stage3.StudentClips(self.prompts, self.causal, self.codec.grid, latents, self.batch)
 
     def load(self, sinks: int | None = None) -> Transformer:
         """Load the teacher where the prompts are; with `sinks`, fresh ones."""
@@ -201,11 +201,11 @@ class Course:
         *,
         steps: int,
         lr: tuple[float, float] = (1e-4, 2e-4),
-        config: stages.DMDConfig = PLAIN,
-        sampler: stages.Sampler | None = None,
+        config: stage3.DMDConfig = PLAIN,
+        sampler: stage3.Sampler | None = None,
         pairs: Pairs | None = None,
     ) -> Lesson:
-        """Distil a copy of a student by `stages.self_forcing_stage`: `steps` of its own; `lr` of student and critic."""
+        """Distil a copy of a student by `stage3.self_forcing_stage`: `steps` of its own; `lr` of student and critic."""
         optim = OptimConfig(betas=(0.0, 0.999), warmup=3, ema=last_part(steps, 4))
         # It ends on a step of the student: no step of the critic need follow.
         turns = (steps - 1) * config.ratio + 1
@@ -217,9 +217,9 @@ class Course:
     def on_policy(
         self, student: Transformer, pairs: Pairs, *, steps: int, guidance: Guidance = MINIATURE_GUIDANCE
     ) -> Lesson:
-        """Regress a copy of a student on the teacher's ends of its own states: `stages.on_policy_stage`."""
+        """Regress a copy of a student on the teacher's ends of its own states: `stage3.on_policy_stage`."""
         optim = OptimConfig(lr=1e-4, betas=(0.9, 0.999), warmup=3, steps=steps, final=0.05, ema=last_part(steps, 10))
-        stage, config = recipes.OnPolicy(steps=steps, seed=self.seed, keep_bar=False), stages.OnPolicyConfig(guidance)
+        stage, config = recipes.OnPolicy(steps=steps, seed=self.seed, keep_bar=False), stage3.OnPolicyConfig(guidance)
         learner, history = stage.train(copy.deepcopy(student), self.load(), pairs, self.clips, config, optim)
         return Lesson(learner.best.eval(), history, [])
 

@@ -20,7 +20,7 @@ from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.options import Command, Parser, option
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.training import dataset, distributed, plan, stages
+from omniforcing_lib.training import dataset, distributed, plan, stage3, stages
 from omniforcing_lib.training.data_recipes import (
     PAIRS,
     DistilConfig,
@@ -31,7 +31,7 @@ from omniforcing_lib.training.data_recipes import (
     TakesPairs,
 )
 from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
-from omniforcing_lib.training.stages import DMDConfig, OnPolicyConfig, StudentClips
+from omniforcing_lib.training.stage3 import DMDConfig, OnPolicyConfig, StudentClips
 from omniforcing_lib.training.train import History, Learner, OptimConfig
 from omniforcing_lib.training.train_config import BATCH, DEVICE, LAYOUT, STUDENT, TrainConfig, average
 from omniforcing_lib.transformer import Transformer, initialise
@@ -137,7 +137,7 @@ class Stage3(DistilConfig):
         clips: StudentClips,
         config: DMDConfig,
         optim: OptimConfig | None = None,
-        sampler: stages.Sampler | None = None,
+        sampler: stage3.Sampler | None = None,
         pairs: Pairs | StoredPairs | None = None,
     ) -> tuple[Learner, History]:
         """Train a student and its critic by Stage 3, as `optim` says, or by this config's own decay and average.
@@ -148,7 +148,7 @@ class Stage3(DistilConfig):
         optim = optim or replace(own, ema=average(self.steps // self.ratio, 1 / 4))
         learner = Learner(student, replace(optim, lr=self.lr), self.group)
         critic = Learner(critic, replace(optim, lr=self.critic_lr, ema=0.0), self.group)
-        step = stages.self_forcing_stage(learner, critic, teacher, clips, config, sampler=sampler, pairs=pairs)
+        step = stage3.self_forcing_stage(learner, critic, teacher, clips, config, sampler=sampler, pairs=pairs)
         return learner, self.fit(step, {"student": learner, "critic": critic}, "stage 3")
 
 
@@ -218,7 +218,7 @@ class OnPolicy(TakesPairs):
         """Train a student on its own states, as `optim` says, or by this config's own rates."""
         own = replace(self.optim, lr=self.lr, betas=(0.9, 0.999), warmup=3, steps=self.steps, final=self.final)
         learner = Learner(student, optim or replace(own, ema=average(self.steps, 1 / 10)), self.group)
-        step = stages.on_policy_stage(learner, teacher, pairs, clips, config, first_blocks=first_blocks)
+        step = stage3.on_policy_stage(learner, teacher, pairs, clips, config, first_blocks=first_blocks)
         return learner, self.fit(step, {"student": learner}, "on policy")
 
 

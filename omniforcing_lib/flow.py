@@ -21,7 +21,6 @@ from omniforcing_lib.layout import AV
 
 RELEASED_STEPS = (1000, 909, 725, 421, 0)
 PAPER_STEPS = (1000, 757, 522, 0)
-FAST_STEPS = (1000, 750, 500, 0)
 DISTILLED_SIGMAS = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
 """Noise levels that LTX-2's distilled files are sampled at, without guidance (specification 1.10)."""
 ZEROS, ONES = AV(0.0, 0.0), AV(1.0, 1.0)

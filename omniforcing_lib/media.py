@@ -27,7 +27,7 @@ from av.error import FFmpegError
 from av.stream import Disposition, Stream
 from av.video.reformatter import Colorspace, VideoReformatter
 
-from omniforcing_lib.files import replacing, write_bytes
+from omniforcing_lib.files import replacing
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.video_decode import BT709, SCALER, Fit, Shown, Track, on_show
 
@@ -394,14 +394,6 @@ def write_pieces(
             piece = None  # freed before the next one is made
             piece = next(pieces, None)
     return Path(path)
-
-
-def write_wav(path: str | Path, samples: np.ndarray, rate: int = CLOCK.sample_rate) -> Path:
-    """Write sound as a 16-bit wav file, atomically, and return its path.
-
-    Shapes: samples float [N], or [N, 2] for stereo, in [-1, 1], `rate` per second.
-    """
-    return write_bytes(path, wav_bytes(samples, rate))
 
 
 def wav_bytes(samples: np.ndarray, rate: int = CLOCK.sample_rate) -> bytes:

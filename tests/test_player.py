@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import nbformat
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from omniforcing_lib.layout import Clock
 from series import widgets
 
 FPS, RATE = 24, 16_000
@@ -33,6 +35,8 @@ class Piece(NamedTuple):
 
 class FakeStream:
     """Chunks of 6 frames, each frame of its own grey level."""
+
+    codec = SimpleNamespace(clock=Clock())
 
     def __init__(self, chunks=3, fail=False):
         self.prompt, self.chunks, self.fail, self.gate = "a red ball, bell", chunks, fail, threading.Event()
@@ -205,7 +209,7 @@ widgets.Player(live)""",
 
 
 class Flashes:
-    prompt = "flashes"
+    codec, prompt = codec, "flashes"
 
     def __iter__(self):
         frames, samples = np.zeros((24, 64, 64, 3), np.uint8), np.zeros(16000)

@@ -30,7 +30,6 @@ from omniforcing_lib.layout import AV, BlockLayout, Clock
 from studies.probes import SIDES
 
 CLOCK = Clock()
-"""Mask -> stream of its rows, stream of its columns."""
 INK, GREY, PALE = "#23272f", "#8b919b", "#e6e8ec"
 STREAM = AV("#2f6fba", "#e07b21")
 SINK = "#2f9e5f"
@@ -87,7 +86,7 @@ class Timed(Protocol):
 
 
 @styled
-def rulers(layouts: BlockLayout | Mapping[str, BlockLayout], seconds: int, clock: Clock = CLOCK) -> Figure:
+def rulers(layouts: BlockLayout | Mapping[str, BlockLayout], seconds: int) -> Figure:
     """Draw the block table as two aligned rulers of latents, for one layout or for several by name (paper Sec. 3.1).
 
     Each block carries its number and how many latents it holds; sinks stand before time, of which they hold none.
@@ -96,19 +95,19 @@ def rulers(layouts: BlockLayout | Mapping[str, BlockLayout], seconds: int, clock
     fig = figure(0.45 + 1.35 * len(named))
     panels = fig.subplots(len(named), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, layout) in zip(panels, named.items(), strict=True):
-        _ruler(axes, layout, seconds, clock)
+        _ruler(axes, layout, seconds)
         table = f"first block {tuple(layout.first)}, then {tuple(layout.step)}, {layout.sinks} sinks"
         axes.set_title(f"{name}: {table}" if name else table)
     panels[-1].set_xlabel("seconds")
     return fig
 
 
-def _ruler(axes: Axes, layout: BlockLayout, seconds: int, clock: Clock) -> None:
+def _ruler(axes: Axes, layout: BlockLayout, seconds: int) -> None:
     label = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-    for k, block in enumerate(layout.blocks(clock.latents(seconds).video)):
+    for k, block in enumerate(layout.blocks(CLOCK.latents(seconds).video)):
         for stream, bottom in ((0, 1.0), (1, 0.0)):
-            # One latent a range, so that `clock.seconds` gives the edges of each.
-            latents = [clock.seconds(AV(range(i, i + 1), range(i, i + 1)))[stream] for i in block[stream]]
+            # One latent a range, so that `Clock.seconds` gives the edges of each.
+            latents = [CLOCK.seconds(AV(range(i, i + 1), range(i, i + 1)))[stream] for i in block[stream]]
             edges, colour = np.array(latents, float), STREAM[stream]
             sides = (edges[0, 0], edges[-1, 1], bottom, bottom + 0.8)
             box(axes, *sides, edge="none", facecolor=(*to_rgb(colour), 0.16 + 0.14 * (k % 2)))
@@ -128,12 +127,12 @@ def _ruler(axes: Axes, layout: BlockLayout, seconds: int, clock: Clock) -> None:
 
 
 @styled
-def overview(layout: BlockLayout, seconds: int = 5, clock: Clock = CLOCK) -> Figure:
+def overview(layout: BlockLayout) -> Figure:
     """Draw the method in three rows over time: the teacher's clip, the student's blocks, what a viewer gets of them."""
     fig = figure(2.7)
     axes = fig.subplots()
-    teacher, student, shown, half, lag = 3.2, 1.6, 0.0, 0.4, 0.35
-    blocks = [clock.seconds(block) for block in layout.blocks(clock.latents(seconds).video)]
+    seconds, teacher, student, shown, half, lag = 5, 3.2, 1.6, 0.0, 0.4, 0.35
+    blocks = [CLOCK.seconds(block) for block in layout.blocks(CLOCK.latents(seconds).video)]
     for stream, lift in ((0, half), (1, 0)):
         colour = STREAM[stream]
         pale = (*to_rgb(colour), 0.2)
@@ -225,9 +224,6 @@ def contact_sheet(
     clips: Sequence[AV[np.ndarray]],
     titles: Sequence[str],
     events: Sequence[AV[Sequence[Timed]]] = (),
-    *,
-    columns: int = 2,
-    clock: Clock = CLOCK,
 ) -> Figure:
     """Draw several clips as small strips, frames above waveform; with `events`, impacts and onsets of each are marked.
 
@@ -235,15 +231,15 @@ def contact_sheet(
     """
     if len(clips) != len(titles) or not clips:
         raise ValueError(f"expected a title for each clip, found {len(clips)} clips and {len(titles)} titles")
-    rows = -(-len(clips) // columns)
+    rows = -(-len(clips) // 2)
     fig = figure(0.1 + (1.35 if events else 1.2) * rows)
-    panels = fig.subplots(rows, columns, squeeze=False).ravel()
+    panels = fig.subplots(rows, 2, squeeze=False).ravel()
     for axes in panels:
         axes.set_axis_off()
     for axes, clip, title, marks in zip_longest(panels[: len(clips)], clips, titles, events):
-        _film(axes, clip, 9 if marks else 7, clock)
+        _film(axes, clip, 9 if marks else 7, CLOCK)
         _mark(axes, marks or AV((), ()), size=4)
-        axes.set(xlim=(0, len(clip.video) / clock.fps), ylim=(-0.15, 2.15) if marks else (0, 2))
+        axes.set(xlim=(0, len(clip.video) / CLOCK.fps), ylim=(-0.15, 2.15) if marks else (0, 2))
         axes.set_title(title, weight="normal", pad=7 if marks else 2)
     return fig
 
@@ -483,7 +479,7 @@ def _mean_by_block(each: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @styled
-def block_times(milliseconds: Mapping[str, Sequence[float]], *, budget_ms: float = 1000.0) -> Figure:
+def block_times(milliseconds: Mapping[str, Sequence[float]]) -> Figure:
     """Draw the time of every block in order, and beside it how much slower the slow ones are than the median."""
     fig = figure(2.7)
     order, tail = fig.subplots(1, 2, width_ratios=(2, 1))
@@ -492,7 +488,7 @@ def block_times(milliseconds: Mapping[str, Sequence[float]], *, budget_ms: float
         middle, slow = np.percentile(times, (50, 95))
         order.plot(times, ".", color=colour, label=f"{name}: median {middle:.0f} ms, 95 % under {slow:.0f} ms")
         tail.plot(np.linspace(0, 100, len(times)), np.sort(times) / middle, color=colour)
-    order.axhline(budget_ms, color=INK, linewidth=1, linestyle=":", label=f"real time: {budget_ms:.0f} ms")
+    order.axhline(1000, color=INK, linewidth=1, linestyle=":", label="real time: 1000 ms")
     order.set(xlabel="block", ylabel="ms a block", yscale="log", title="every block, in order")
     _plain(order.yaxis)
     tail.set(xlabel="% of the blocks", ylabel="time / median", title="sorted")

@@ -113,8 +113,8 @@ class Player(AnyWidget):
     fps = Int().tag(sync=True)
     sample_rate = Int().tag(sync=True)
 
-    def __init__(self, stream: Streamer, *, clock: Clock = CLOCK) -> None:
-        self.stream = stream
+    def __init__(self, stream: Streamer) -> None:
+        self.stream, clock = stream, stream.codec.clock
         super().__init__(prompt=stream.prompt, fps=clock.fps, sample_rate=clock.sample_rate)
         self._chunks, self._sent, self._wish = iter(stream), AV(0, 0), None
         self._maker, self._making = ThreadPoolExecutor(1), Lock()

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2.formats import RELEASED_CODE
 from omniforcing_lib.rope import Rotation, rotate
 from omniforcing_lib.transformer import Transformer, empty
+from studies import rows
 from studies.probes import steps
 
 CLOCK = Clock()
@@ -239,21 +239,15 @@ def astray(
     x = latents.map(noised, noise_like(latents, torch.Generator().manual_seed(seed)), AV(level, level))
     spans, grid = latents.map(lambda part: range(part.shape[1])), tuple(x.video.shape[2:4])
     ropes = [(model.rotations(spans, grid, 0).own, model.config.rope_type) for model in (right, wrong)]
-    correlations: AV[list[float]] = AV([], [])
+    with rows.watched(right, "attn1") as video, rows.watched(right) as audio:
+        true = right(x, AV(level, level), text)
 
-    def note(stream: int, attention: Attention, args: tuple, kwargs: dict) -> None:
-        logits = [_some_logits(attention, args[0][:1], tables[stream], rope_type) for tables, rope_type in ropes]
-        correlations[stream].append(torch.corrcoef(torch.stack(logits))[0, 1].item())
+    def correlation(calls: list[rows.Seen], stream: int) -> float:
+        parts = [[_some_logits(c.attention, c.x[:1], tables[stream], kind) for tables, kind in ropes] for c in calls]
+        return sum(torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in parts) / len(parts)
 
-    watched = [
-        (s, attn) for block in right.transformer_blocks for s, attn in enumerate((block.attn1, block.audio_attn1))
-    ]
-    hooks = [attn.register_forward_pre_hook(partial(note, s), with_kwargs=True) for s, attn in watched]
-    true = right(x, AV(level, level), text)
-    for hook in hooks:
-        hook.remove()
     apart = true.map(lambda a, b: ((a - b).norm() / a.norm()).item(), wrong(x, AV(level, level), text))
-    return Astray(correlations.map(lambda layers: sum(layers) / len(layers)), apart)
+    return Astray(AV(video, audio).map(correlation, AV(0, 1)), apart)
 
 
 def _some_logits(attention: Attention, x: Tensor, by: Rotation, rope_type: str, most: int = 128) -> Tensor:

@@ -110,11 +110,6 @@ class Watched(NamedTuple):
         """Frames per second of a median block after the first, decoding included."""
         return len(self.chunks[-1].frames) / statistics.median(self.seconds[1:])
 
-    @property
-    def first_chunk_s(self) -> float:
-        """Seconds until block 0 and block 1 are made and decoded (specification 6.5)."""
-        return sum(self.seconds[:2])
-
     def seconds_to(self, frames: int) -> float:
         """Seconds until so many frames are there to be shown; a decoder that looks ahead holds some back."""
         there = accumulate(len(chunk.frames) for chunk in self.chunks)

@@ -115,10 +115,10 @@ def sums(errors: np.ndarray) -> np.ndarray:
     return np.stack([np.nansum(errors, axis=1), np.isfinite(errors).sum(axis=1)], axis=1)
 
 
-def pooled(errors: np.ndarray, *, draws: int = 1000, seed: int = 0) -> Estimate:
+def pooled(errors: np.ndarray) -> Estimate:
     """Average errors over clips and blocks, with a 95 % bootstrap interval over clips. Shapes: [n, K]."""
     tallies = [{"error": (part, whole)} for part, whole in sums(errors).tolist()]
-    return evaluate.estimates(tallies, draws=draws, seed=seed)["error"]
+    return evaluate.estimates(tallies)["error"]
 
 
 def gap(a: np.ndarray, b: np.ndarray, *, paired: bool = False, draws: int = 2000, seed: int = 0) -> Estimate:
@@ -131,8 +131,7 @@ def gap(a: np.ndarray, b: np.ndarray, *, paired: bool = False, draws: int = 2000
     rng = np.random.default_rng(seed)
     picks = [rng.integers(len(x), size=(draws, len(x))) for x in (a, b)]
     drawn = [_ratio(x[pick]) for x, pick in zip((a, b), [picks[0]] * 2 if paired else picks, strict=True)]
-    low, high = np.nanquantile(drawn[0] - drawn[1], (0.025, 0.975))
-    return Estimate(float(_ratio(a) - _ratio(b)), float(low), float(high))
+    return Estimate.of(_ratio(a) - _ratio(b), drawn[0] - drawn[1])
 
 
 def _ratio(counts: np.ndarray) -> np.ndarray:
@@ -154,9 +153,7 @@ def kept(first: Sequence[Tally], last: Sequence[Tally], *, draws: int = 1000, se
         with np.errstate(invalid="ignore", divide="ignore"):
             apart = name in ("loudness_db", "offset_ms")
             change, drawn = (b - a, drawn_b - drawn_a) if apart else (b / a, drawn_b / drawn_a)
-        drawn = drawn[np.isfinite(drawn)]
-        low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (math.nan, math.nan)
-        result[name] = Estimate(float(change), float(low), float(high))
+        result[name] = Estimate.of(change, drawn)
     return result
 
 

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """One call of audio self-attention: its module, input, rotation and mask."""
+    """One call of a self-attention: its module, input, rotation and mask."""
 
     attention: Attention
     x: Tensor
@@ -47,15 +47,16 @@ class Seen(NamedTuple):
 
 
 @contextmanager
-def watched(model: Transformer) -> Iterator[list[Seen]]:
-    """Note what audio self-attention is called with, layer by layer, while the context is open."""
+def watched(model: Transformer, name: str = "audio_attn1") -> Iterator[list[Seen]]:
+    """Note what an attention, that of the audio to itself, is called with, layer by layer, within `with`."""
     calls: list[Seen] = []
 
     def note(attention: Attention, args: tuple, kwargs: dict) -> None:
         mask = kwargs["visibility"]
         calls.append(Seen(attention, args[0], kwargs["rotations"][0], None if mask is None else mask.dense))
 
-    hooks = [block.audio_attn1.register_forward_pre_hook(note, with_kwargs=True) for block in model.transformer_blocks]
+    layers = [getattr(block, name) for block in model.transformer_blocks]
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     try:
         yield calls
     finally:

@@ -32,19 +32,6 @@ EDGE_S = 0.1
 # Of two partners that are equally near, a corner's two tones, the one of the same wall is taken.
 OTHER_WALL_S = 0.01
 SILENCE_DB = -120.0
-MEASURES = (
-    "one_ball",
-    "colour",
-    "timbre",
-    "sync_f1",
-    "sync_precision",
-    "sync_recall",
-    "offset_ms",
-    "wall_pitch",
-    "speed_cv",
-    "motion",
-    "loudness_db",
-)
 Tally = dict[str, tuple[float, float]]
 
 
@@ -101,14 +88,14 @@ def read_all(clips: Sequence[AV[np.ndarray]], name: str = "clips", clock: Clock 
     return [read(clip, clock) for clip in tqdm(clips, desc=f"reading {name}", delay=2, leave=False)]
 
 
-def match(seen: Sequence[Impact], heard: Sequence[detect.Onset], tolerance_s: float = TOLERANCE_S) -> list[Pair]:
+def match(seen: Sequence[Impact], heard: Sequence[detect.Onset]) -> list[Pair]:
     """Assign onsets to impacts one to one within the tolerance: most pairs first, then least delay."""
     delay = np.abs(np.subtract.outer([s.time_s for s in seen], [h.time_s for h in heard]))
     walls = ([WALLS.index(e.wall) for e in events] for events in (seen, heard))
     # A pair beyond the tolerance costs more than any number of pairs within.
-    cost = np.where(delay <= tolerance_s, delay + OTHER_WALL_S * np.not_equal.outer(*walls), 1e3)
+    cost = np.where(delay <= TOLERANCE_S, delay + OTHER_WALL_S * np.not_equal.outer(*walls), 1e3)
     rows, columns = linear_sum_assignment(cost)
-    return [Pair(seen[i], heard[j]) for i, j in zip(rows, columns, strict=True) if delay[i, j] <= tolerance_s]
+    return [Pair(seen[i], heard[j]) for i, j in zip(rows, columns, strict=True) if delay[i, j] <= TOLERANCE_S]
 
 
 def _without(events: Sequence[Impact | detect.Onset], paired: Iterable, end_s: float) -> tuple:
@@ -207,6 +194,13 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    @classmethod
+    def of(cls, value: float, drawn: np.ndarray | Sequence[float]) -> Estimate:
+        """Give a value with the middle 95 % of what was drawn; what is not finite is left out."""
+        drawn = np.asarray(drawn)[np.isfinite(drawn)]
+        low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (math.nan, math.nan)
+        return cls(float(value), float(low), float(high))
+
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
             return "–"
@@ -252,8 +246,7 @@ def estimates(counts: Sequence[Tally], *, draws: int = 1000, seed: int = 0) -> d
         part, whole = np.array([count[name] for count in counts], dtype=float).T
         parts, wholes = part[picks].sum(1), whole[picks].sum(1)
         drawn = parts[wholes > 0] / wholes[wholes > 0]
-        low, high = np.quantile(drawn, (0.025, 0.975)) if len(drawn) else (math.nan, math.nan)
-        result[name] = Estimate(_ratio(part.sum(), whole.sum()), float(low), float(high))
+        result[name] = Estimate.of(_ratio(part.sum(), whole.sum()), drawn)
     return result
 
 

@@ -200,8 +200,7 @@ def energy(real: np.ndarray, other: np.ndarray, draws: int = 500) -> Estimate:
         pairs = max(count**2 - np.square(times).sum(), 1)
         return float(2 * (across.mean(0) @ times) / count - times @ inside @ times / pairs + fixed)
 
-    low, high = np.quantile([drawn() for _ in range(draws)], (0.025, 0.975))
-    return Estimate(whole, float(low), float(high))
+    return Estimate.of(whole, [drawn() for _ in range(draws)])
 
 
 class Described(NamedTuple):
@@ -269,8 +268,7 @@ def _reached(real: np.ndarray, other: np.ndarray, k: int = NEIGHBOURS) -> np.nda
     return (cdist(real / scale, other / scale) <= _radius(other / scale, k)).any(1)
 
 
-def _estimated(values: np.ndarray, measure: Callable[[np.ndarray], float], draws: int = 500) -> Estimate:
+def _estimated(values: np.ndarray, measure: Callable[[np.ndarray], float]) -> Estimate:
     """Measure a set, with a 95 % bootstrap interval over its rows."""
-    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    low, high = np.quantile([measure(values[pick]) for pick in picks], (0.025, 0.975))
-    return Estimate(float(measure(values)), float(low), float(high))
+    picks = np.random.default_rng(0).integers(len(values), size=(500, len(values)))
+    return Estimate.of(measure(values), [measure(values[pick]) for pick in picks])

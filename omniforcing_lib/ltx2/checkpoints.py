@@ -161,18 +161,16 @@ def save(
     causal: RolloutConfig | None = None,
     notes: Mapping[str, object] | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    to: str = "ltx2",
     version: str = "miniature",
 ) -> Path:
-    """Write a transformer, atomically; fp8 weights and their scales are kept as they are.
+    """Write a transformer as an LTX-2 single file, atomically; fp8 weights and their scales are kept as they are.
 
     Args:
         model: on any device, offloaded or not.
-        path: a .safetensors file, or for diffusers a folder that is not there yet.
+        path: a .safetensors file.
         causal: how a student generates.
         notes: go to the metadata as JSON.
         dtype: of the tensors.
-        to: "ltx2" is an LTX-2 single file, "diffusers" a folder for `LTX2VideoTransformer3DModel.from_pretrained`.
         version: which model it is, `model_version` of the metadata; a student has its teacher's.
 
     Raises:
@@ -182,7 +180,7 @@ def save(
     for name, tensor in model.state_dict().items():
         is_fp8 = tensor.dtype == low_memory.FP8 or name.endswith(SCALE)
         state[name] = tensor.detach().to("cpu", tensor.dtype if is_fp8 else dtype)
-    return exports.write(state, model.config, causal, _origin(version, notes or {}), files.given(path), to)
+    return exports.write(state, model.config, causal, _origin(version, notes or {}), files.given(path), "ltx2")
 
 
 def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: str = "ltx2") -> Path:
@@ -190,8 +188,8 @@ def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: st
 
     Args:
         model: what `load` takes.
-        out: as `save`'s path.
-        to: as `save`'s.
+        out: a .safetensors file, or for diffusers a folder that is not there yet.
+        to: "ltx2" is an LTX-2 single file, "diffusers" a folder for `LTX2VideoTransformer3DModel.from_pretrained`.
 
     Raises:
         ValueError: the checkpoint does not fit its own config, or the format cannot hold it.

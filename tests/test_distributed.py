@@ -26,7 +26,8 @@ from omniforcing_lib.training import distributed
 from omniforcing_lib.training.distributed import ALONE, MicroBatch
 
 HERE = Path(__file__).parent
-JOBS = [("ode", 20, None, {}), ("forcing", 20, None, {})]
+LENGTH = 10  # steps; in Stage 3 the student learns in every fourth
+JOBS = [("ode", LENGTH, None, {}), ("forcing", LENGTH, None, {})]
 Metrics = dict[str, list[float]]
 
 
@@ -62,21 +63,21 @@ def logged(folder: Path) -> Metrics:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Metrics]:
-    return {name: team.run(name, ALONE, 20) for name in ("ode", "forcing")}
+    return {name: team.run(name, ALONE, LENGTH) for name in ("ode", "forcing")}
 
 
 def test_two_processes_learn_what_one_learns_and_hand_a_run_on(alone, tmp_path):
-    """Stages 2 and 3 over 20 steps; a run begun by one goes on in two, and in one again (1e-5 in fp32)."""
+    """Stages 2 and 3 over 10 steps; a run begun by one goes on in two, and in one again (1e-5 in fp32)."""
     folder = tmp_path / "run"
-    team.run("ode", ALONE, 6, str(folder))
-    *both, passed = together(2, tmp_path / "out", [*JOBS, ("ode", 13, str(folder), {})])
+    team.run("ode", ALONE, 3, str(folder))
+    *both, passed = together(2, tmp_path / "out", [*JOBS, ("ode", 6, str(folder), {})])
     for (name, *_), found in zip(JOBS, both, strict=True):
         assert apart(found, alone[name]) < 1e-5
-    assert len(passed["norm"]) == 7
-    assert [path.name for path in folder.glob("state*")] == ["state-00000013"]
-    assert {path.suffix for path in (folder / "state-00000013").iterdir()} == {".safetensors", ".json"}
-    team.run("ode", ALONE, 20, str(folder))
-    assert [path.name for path in folder.glob("state*")] == ["state-00000020"]
+    assert len(passed["norm"]) == 3
+    assert [path.name for path in folder.glob("state*")] == ["state-00000006"]
+    assert {path.suffix for path in (folder / "state-00000006").iterdir()} == {".safetensors", ".json"}
+    team.run("ode", ALONE, LENGTH, str(folder))
+    assert [path.name for path in folder.glob("state*")] == ["state-00000010"]
     assert apart(logged(folder), alone["ode"]) < 1e-5
 
 
@@ -128,10 +129,10 @@ def until(path: Path, lines: int) -> None:
 def test_a_run_of_two_processes_goes_on_in_four_and_in_one(alone, tmp_path):
     """Stage 3; the four hold two replicas of two shards, and recompute and accumulate as they like."""
     folder = tmp_path / "run"
-    together(2, tmp_path / "two", [("forcing", 8, str(folder), {})])
-    together(4, tmp_path / "four", [("forcing", 14, str(folder), {"replicas": 2, "recompute": True})])
-    team.run("forcing", ALONE, 20, str(folder))
-    assert [path.name for path in folder.glob("state*")] == ["state-00000020"]
+    together(2, tmp_path / "two", [("forcing", 4, str(folder), {})])
+    together(4, tmp_path / "four", [("forcing", 7, str(folder), {"replicas": 2, "recompute": True})])
+    team.run("forcing", ALONE, LENGTH, str(folder))
+    assert [path.name for path in folder.glob("state*")] == ["state-00000010"]
     history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     found = {name: [row[name] for row in history if name in row] for name in alone["forcing"]}
     assert apart(found, alone["forcing"]) < 1e-5

@@ -105,15 +105,15 @@ def run(stage, steps: int, **how: object) -> dict[str, torch.Tensor]:
 @each_stage
 def test_killed_and_resumed_ends_as_unbroken(stage, tmp_path):
     """Weights, averages and optimiser states are the same to the bit, wherever the run was cut."""
-    unbroken = run(stage, 4)
-    for cut in (1, 3):
+    unbroken = run(stage, 3)
+    for cut in (1, 2):
         checks = iter(range(cut))
         run(
-            stage, 5, folder=tmp_path / str(cut), every=100, stop=lambda checks=checks, cut=cut: next(checks) == cut - 1
+            stage, 4, folder=tmp_path / str(cut), every=100, stop=lambda checks=checks, cut=cut: next(checks) == cut - 1
         )
         notes = json.loads((tmp_path / str(cut) / f"state-{cut:08d}" / "notes.json").read_text())
         assert notes["step"] == cut
-        assert same(run(stage, 4, folder=tmp_path / str(cut)), unbroken)
+        assert same(run(stage, 3, folder=tmp_path / str(cut)), unbroken)
 
 
 def test_a_finished_run_does_not_train_again(tmp_path):

@@ -128,8 +128,7 @@ class Transformer(nn.Module):
         else:
             latents = x.map(lambda part: range(part.shape[1]))
         # 2. What every layer needs of sigma, text, time and causality.
-        ropes = self.rotations(latents, grid, sinks)
-        condition = self._conditions(sigma, text, ropes, sinks, masks, cache, blocks, sigma_key)
+        condition = self._conditions(sigma, text, latents, grid, sinks, masks, cache, blocks, sigma_key)
         # 3. Latents become tokens.
         hidden = self._tokens(x, latents, sinks)
         # 4. The layers.
@@ -153,7 +152,8 @@ class Transformer(nn.Module):
         self,
         sigma: Sigma,
         text: AV[Tensor],
-        ropes: Ropes,
+        latents: AV[range],
+        grid: tuple[int, int],
         sinks: int,
         masks: Masks | None,
         cache: KVCache | None,
@@ -167,6 +167,7 @@ class Transformer(nn.Module):
         timestep = cache.timesteps.get(key, embed) if cache else embed()
         cached_text = cache and cache.knows_text(key)
         contexts: AV[Tensor | None] = AV(None, None) if cached_text else text.map(self._project_text, self._modulators)
+        ropes = self.rotations(latents, grid, sinks)
         sees = ((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a)) if masks else ((None, None), (None, None))
         shared = {"blocks": blocks, "sigma_key": key, "prompt_key": cache and cache.prompt_key(key)}
         parts = zip(timestep, contexts, ropes.own, ropes.cross, sees, strict=True)

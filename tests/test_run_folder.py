@@ -260,7 +260,7 @@ def free_pairs(monkeypatch):
 
     def pairs(teacher, prompts, guidance, step_list, seeds, latents, grid, *, first, progress):
         made.extend(seeds)
-        shapes = dataset.latent_shapes(teacher, latents, grid)
+        shapes = teacher.config.latent_shapes(latents, grid)
         states = shapes.map(lambda shape: draw(len(seeds), len(step_list), *shape, seed=seeds[0]))
         index = torch.arange(first, first + len(seeds)) % len(prompts)
         return Pairs(states, RolloutConfig(steps=tuple(step_list)).sigmas.float(), index)

@@ -45,7 +45,7 @@ def stage(name: str, group: DistributedContext, **changes: object) -> tuple[dict
         return {"student": student}, stages.ode_stage(student, pairs(), prompts(), CAUSAL, batch=4)
     student, critic = learner(config, 2, 1), learner(replace(config, ema=0.0), 0)
     teacher = group.shard(model(0).requires_grad_(False).eval(), amp=config.amp)
-    step = stage3.self_forcing_stage(student, critic, teacher, clips(4), DMDConfig(ratio=4))
+    step = stage3.SelfForcing(student, critic, teacher, clips(4), DMDConfig(ratio=4))
     return {"student": student, "critic": critic}, step
 
 

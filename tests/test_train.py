@@ -64,13 +64,13 @@ def clips(batch: int = 2, causal: RolloutConfig = CAUSAL, frames: int = FRAMES) 
 def self_forcing_stage(batch: int = 2, ratio: int = 2, **config: object) -> tuple[dict[str, Learner], train.Step]:
     student, critic = new_learner(seed=1), new_learner(replace(QUICK, ema=0.0), sinks=0)
     teacher = new_learner(sinks=0).model.requires_grad_(False).eval()
-    step = stage3.self_forcing_stage(student, critic, teacher, clips(batch), DMDConfig(ratio=ratio, **config))
+    step = stage3.SelfForcing(student, critic, teacher, clips(batch), DMDConfig(ratio=ratio, **config))
     return {"student": student, "critic": critic}, step
 
 
 def on_policy_stage(**config: object) -> tuple[dict[str, Learner], train.Step]:
     student, teacher = new_learner(seed=1), new_learner(sinks=0).model.requires_grad_(False).eval()
-    step = stage3.on_policy_stage(student, teacher, pairs(), clips(), OnPolicyConfig(**{"stride": 4} | config))
+    step = stage3.OnPolicy(student, teacher, pairs(), clips(), OnPolicyConfig(**{"stride": 4} | config))
     return {"student": student}, step
 
 
@@ -141,7 +141,7 @@ def test_seeds_of_steps_are_all_different():
 @pytest.mark.parametrize("stage", [flow_stage, ode_stage], ids=["flow", "ode"])
 def test_losses_fall_on_a_clip_or_two(stage):
     learners, step = stage()
-    history = train.fit(step, learners, 80, progress=False)
+    history = train.fit(step, learners, 60, progress=False)
     for name in ("video", "audio"):
         first = sum(map(float, history.numbers[name][:10])) / 10
         assert history.mean(name, 20) < 0.8 * first
@@ -184,7 +184,7 @@ def test_every_exit_step_is_drawn_for_the_student_and_for_the_critic():
 
     student, critic = new_learner(seed=1), new_learner(sinks=0)
     teacher = new_learner(sinks=0).model.requires_grad_(False)
-    step = stage3.self_forcing_stage(student, critic, teacher, clips(1, causal), DMDConfig(ratio=1), sampler=sampler)
+    step = stage3.SelfForcing(student, critic, teacher, clips(1, causal), DMDConfig(ratio=1), sampler=sampler)
     for i in range(30):
         step(i, torch.Generator().manual_seed(train.mixed(0, i)))
     for drawn in left.values():
@@ -202,7 +202,7 @@ def test_stage_3_pulls_from_what_the_critic_says_to_what_the_guided_teacher_says
         return text, made.map(lambda clip: clip * model.proj_out.weight.mean())
 
     students, critic, teacher = new_learner(seed=1), new_learner(sinks=0, seed=2), new_learner(sinks=0, seed=3).model
-    stage3.self_forcing_stage(students, critic, teacher, clips(1), sampler=sampler)(0, torch.Generator())
+    stage3.SelfForcing(students, critic, teacher, clips(1), sampler=sampler)(0, torch.Generator())
     ((x_hat, fake, real, sigma, eps),) = calls
     x = x_hat.map(noised, eps, both(sigma))
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_only_guidance_moves_the_student_where_critic_and_teacher_agree(cfg):
     student, critic = new_learner(seed=1), new_learner(sinks=0)
     teacher = new_learner(sinks=0).model.requires_grad_(False).eval()
     config = DMDConfig(guidance=Guidance(cfg=AV(cfg, cfg)))
-    step = stage3.self_forcing_stage(student, critic, teacher, clips(), config)
+    step = stage3.SelfForcing(student, critic, teacher, clips(), config)
     norm = float(step(0, torch.Generator().manual_seed(0))["norm"])
     assert norm == 0 if cfg == 1 else norm > 1e-3
 
@@ -258,7 +258,7 @@ def test_on_policy_block_0_is_left_to_the_trajectories():
     for blocks, expected in ((1, {1: {False}, 2: {False}}), (2, {1: {True}, 2: {True}})):
         moved = {1: set(), 2: set()}
         frames = layout.block(blocks - 1).video.stop
-        step = stage3.on_policy_stage(student, teacher, pairs(), clips(2, causal, frames), config)
+        step = stage3.OnPolicy(student, teacher, pairs(), clips(2, causal, frames), config)
         for i in range(6):
             student.model.load_state_dict(teacher.state_dict())
             exit_step = 1 + int(torch.randint(2, (), generator=torch.Generator().manual_seed(i)))
@@ -283,9 +283,7 @@ def test_block_0_learns_from_trajectories_of_its_own_alone():
     def losses_of(states: AV[torch.Tensor], first: Pairs | None) -> list[float]:
         taught = Pairs(states, causal.sigmas.float(), torch.arange(3) % 2)
         config = OnPolicyConfig(guidance=Guidance(), stride=4, regression=1.0, first_blocks=2)
-        step = stage3.on_policy_stage(
-            new_learner(seed=1), teacher, taught, clips(2, causal), config, first_blocks=first
-        )
+        step = stage3.OnPolicy(new_learner(seed=1), teacher, taught, clips(2, causal), config, first_blocks=first)
         metrics = step(0, torch.Generator().manual_seed(0))
         return [float(metrics[name]) for name in ("video", "audio")]
 
@@ -331,8 +329,8 @@ def test_what_has_left_the_window_is_not_recomputed():
         replace(CAUSAL, window=0),
     )
     for begin in (
-        lambda: stage3.self_forcing_stage(student, other, other.model, clips(1, causal)),
-        lambda: stage3.on_policy_stage(student, other.model, pairs(), clips(1, causal)),
+        lambda: stage3.SelfForcing(student, other, other.model, clips(1, causal)),
+        lambda: stage3.OnPolicy(student, other.model, pairs(), clips(1, causal)),
     ):
         with pytest.raises(ValueError, match="3 blocks, a window of 0; train clips of 2 blocks"):
             begin()
@@ -340,7 +338,7 @@ def test_what_has_left_the_window_is_not_recomputed():
 
 def test_states_on_policy_need_a_level_between_noise_and_data():
     with pytest.raises(ValueError, match="three steps or more"):
-        stage3.on_policy_stage(None, None, None, clips(1, replace(CAUSAL, steps=(1000, 0))))
+        stage3.OnPolicy(None, None, None, clips(1, replace(CAUSAL, steps=(1000, 0))))
 
 
 def test_regression_beside_dmd_adds_its_own_loss():
@@ -350,7 +348,7 @@ def test_regression_beside_dmd_adds_its_own_loss():
         student, critic = new_learner(seed=1), new_learner(sinks=0)
         teacher = new_learner(sinks=0).model.requires_grad_(False).eval()
         config = DMDConfig(guidance=Guidance(), regression=weight)
-        step = stage3.self_forcing_stage(student, critic, teacher, clips(), config, pairs=pairs())
+        step = stage3.SelfForcing(student, critic, teacher, clips(), config, pairs=pairs())
         norms.append(float(step(0, torch.Generator().manual_seed(0))["norm"]))
     assert norms[0] == 0 < norms[1]
 
@@ -359,7 +357,7 @@ def test_the_critic_learns_in_every_step_and_the_student_in_every_fifth():
     learners, _ = self_forcing_stage()
     student, critic = learners.values()
     teacher = new_learner(sinks=0).model.requires_grad_(False)
-    step = stage3.self_forcing_stage(student, critic, teacher, clips(1), DMDConfig(ratio=5))
+    step = stage3.SelfForcing(student, critic, teacher, clips(1), DMDConfig(ratio=5))
     for i in range(6):
         before = {name: p.model.proj_out.weight.detach().clone() for name, p in learners.items()}
         numbers = step(i, torch.Generator().manual_seed(i))

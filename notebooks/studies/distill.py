@@ -205,7 +205,7 @@ class Course:
         sampler: stage3.Sampler | None = None,
         pairs: Pairs | None = None,
     ) -> Lesson:
-        """Distil a copy of a student by `stage3.self_forcing_stage`: `steps` of its own; `lr` of student and critic."""
+        """Distil a copy of a student by `stage3.SelfForcing`: `steps` of its own; `lr` of student and critic."""
         optim = OptimConfig(betas=(0.0, 0.999), warmup=3, ema=last_part(steps, 4))
         # It ends on a step of the student: no step of the critic need follow.
         turns = (steps - 1) * config.ratio + 1
@@ -217,7 +217,7 @@ class Course:
     def on_policy(
         self, student: Transformer, pairs: Pairs, *, steps: int, guidance: Guidance = MINIATURE_GUIDANCE
     ) -> Lesson:
-        """Regress a copy of a student on the teacher's ends of its own states: `stage3.on_policy_stage`."""
+        """Regress a copy of a student on the teacher's ends of its own states: `stage3.OnPolicy`."""
         optim = OptimConfig(lr=1e-4, betas=(0.9, 0.999), warmup=3, steps=steps, final=0.05, ema=last_part(steps, 10))
         stage, config = recipes.OnPolicy(steps=steps, seed=self.seed, keep_bar=False), stage3.OnPolicyConfig(guidance)
         learner, history = stage.train(copy.deepcopy(student), self.load(), pairs, self.clips, config, optim)

@@ -148,7 +148,7 @@ class Stage3(DistilConfig):
         optim = optim or replace(own, ema=average(self.steps // self.ratio, 1 / 4))
         learner = Learner(student, replace(optim, lr=self.lr), self.group)
         critic = Learner(critic, replace(optim, lr=self.critic_lr, ema=0.0), self.group)
-        step = stage3.self_forcing_stage(learner, critic, teacher, clips, config, sampler=sampler, pairs=pairs)
+        step = stage3.SelfForcing(learner, critic, teacher, clips, config, sampler=sampler, pairs=pairs)
         return learner, self.fit(step, {"student": learner, "critic": critic}, "stage 3")
 
 
@@ -218,7 +218,7 @@ class OnPolicy(TakesPairs):
         """Train a student on its own states, as `optim` says, or by this config's own rates."""
         own = replace(self.optim, lr=self.lr, betas=(0.9, 0.999), warmup=3, steps=self.steps, final=self.final)
         learner = Learner(student, optim or replace(own, ema=average(self.steps, 1 / 10)), self.group)
-        step = stage3.on_policy_stage(learner, teacher, pairs, clips, config, first_blocks=first_blocks)
+        step = stage3.OnPolicy(learner, teacher, pairs, clips, config, first_blocks=first_blocks)
         return learner, self.fit(step, {"student": learner}, "on policy")
 
 

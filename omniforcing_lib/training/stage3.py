@@ -17,7 +17,7 @@ from omniforcing_lib.rollout import RolloutConfig, fresh_noise, join, rollout
 from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
 from omniforcing_lib.training.distributed import MicroBatch
 from omniforcing_lib.training.stages import block_numbers, pick, regression_terms
-from omniforcing_lib.training.train import Learner, Metrics, Step
+from omniforcing_lib.training.train import Learner, Metrics
 from omniforcing_lib.transformer import Transformer
 
 Sampler = Callable[[Transformer, torch.Generator, int], tuple[AV[Tensor], AV[Tensor]]]
@@ -98,16 +98,8 @@ class DMDConfig:
     regression: float = 1.0
 
 
-def self_forcing_stage(
-    student: Learner,
-    critic: Learner,
-    teacher: Transformer,
-    clips: StudentClips,
-    config: DMDConfig = DMDConfig(),
-    *,
-    sampler: Sampler | None = None,
-    pairs: Pairs | StoredPairs | None = None,
-) -> Step:
+@dataclass
+class SelfForcing:
     """Stage 3: joint self-forcing DMD through the rolling cache (paper Sec. 3.3).
 
     Every step trains the critic on the student's own clips; every `ratio`-th trains the student first. All blocks of
@@ -121,18 +113,14 @@ def self_forcing_stage(
     Raises:
         ValueError: the batch cannot be cut as asked, or blocks leave the window, so that they can't be recomputed.
     """
-    return _SelfForcing(student, critic, teacher, clips, config, sampler, pairs).step
 
-
-@dataclass
-class _SelfForcing:
     student: Learner
     critic: Learner
     teacher: Transformer
     clips: StudentClips
-    config: DMDConfig
-    sampler: Sampler | None
-    pairs: Pairs | StoredPairs | None
+    config: DMDConfig = DMDConfig()
+    sampler: Sampler | None = None
+    pairs: Pairs | StoredPairs | None = None
 
     def __post_init__(self) -> None:
         both, batch, prompts, pairs = (self.student, self.critic), self.clips.batch, self.clips.prompts, self.pairs
@@ -145,7 +133,7 @@ class _SelfForcing:
         self.train_student = recorded(self._train_student, *both, live=live)
         self.train_critic = recorded(self._train_critic, *both, live=live)
 
-    def step(self, i: int, generator: torch.Generator) -> Metrics:
+    def __call__(self, i: int, generator: torch.Generator) -> Metrics:
         """Train the student at every `ratio`-th step, and the critic at every one."""
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())
         exits = torch.randint(len(self.clips.causal.steps) - 1, (2,), generator=on_cpu).tolist()
@@ -216,18 +204,11 @@ class OnPolicyConfig:
     weights: AV[float] = ONES
 
 
-def on_policy_stage(
-    student: Learner,
-    teacher: Transformer,
-    pairs: Pairs | StoredPairs,
-    clips: StudentClips,
-    config: OnPolicyConfig = OnPolicyConfig(),
-    *,
-    first_blocks: Pairs | StoredPairs | None = None,
-) -> Step:
+@dataclass
+class OnPolicy:
     """Stage 3 without a critic: regress the student, on its own past, on the teacher's end of its own states.
 
-    The student rolls out as in `self_forcing_stage`, up to an exit step after the first. The states that its blocks
+    The student rolls out as in `SelfForcing`, up to an exit step after the first. The states that its blocks
     leave from are together a noised clip; the guided teacher follows its ODE from there to the end, and each block
     learns to jump to that end. So Stage 2's regression is made at the states that the student really reaches (as
     DAgger does, Ross et al. 2011). The end is a function of the state: no mode is sought, and nothing is averaged
@@ -248,17 +229,13 @@ def on_policy_stage(
         ValueError: the student has one step only, so that all its states are pure noise; or blocks leave the window,
             so that they can't be recomputed.
     """
-    return _OnPolicy(student, teacher, pairs, clips, config, first_blocks).step
 
-
-@dataclass
-class _OnPolicy:
     student: Learner
     teacher: Transformer
     pairs: Pairs | StoredPairs
     clips: StudentClips
-    config: OnPolicyConfig
-    first_blocks: Pairs | StoredPairs | None
+    config: OnPolicyConfig = OnPolicyConfig()
+    first_blocks: Pairs | StoredPairs | None = None
 
     def __post_init__(self) -> None:
         clips, own, prompts, causal = self.clips, self.first_blocks, self.clips.prompts, self.clips.causal
@@ -277,7 +254,7 @@ class _OnPolicy:
         live = prompts.live or self.pairs.live or (own is not None and own.live)
         self.learn = recorded(self._learn, self.student, live=live)
 
-    def step(self, i: int, generator: torch.Generator) -> Metrics:
+    def __call__(self, i: int, generator: torch.Generator) -> Metrics:
         """Draw the exit step, after the first one, and learn."""
         on_cpu = torch.Generator().manual_seed(generator.initial_seed())
         return self.learn(generator, 1 + int(torch.randint(len(self.entries) - 2, (), generator=on_cpu)))
@@ -314,5 +291,5 @@ class _OnPolicy:
 
 @torch.no_grad()
 def health(clips: AV[Tensor]) -> dict[str, Tensor]:
-    """Tell at a glance whether clips move and sound: see `self_forcing_stage`. Shapes: AV([B, F, ...], [B, T, C])."""
+    """Tell at a glance whether clips move and sound: see `SelfForcing`. Shapes: AV([B, F, ...], [B, T, C])."""
     return {"motion": clips.video.diff(dim=1).abs().mean(), "loudness": clips.audio.square().mean()}

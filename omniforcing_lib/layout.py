@@ -110,15 +110,11 @@ class Clock:
 
     def midpoints(self, latents: AV[range]) -> AV[list[float]]:
         """Middle of each latent in seconds: the temporal RoPE position (specification 1.8)."""
-        return self.bounds(latents).map(
-            lambda steps, rate: [(a + b) / 2 / rate for a, b in steps], AV(self.fps, self.mel_rate)
-        )
-
-    def bounds(self, latents: AV[range]) -> AV[list[tuple[int, int]]]:
-        """First and last + 1 pixel frame (video) and mel frame (audio) of each latent."""
+        strides, rates = AV(self.video_stride, self.audio_stride), AV(self.fps, self.mel_rate)
         return latents.map(
-            lambda span, stride: [(_grow_edge(i, stride), _grow_edge(i + 1, stride)) for i in span],
-            AV(self.video_stride, self.audio_stride),
+            lambda span, stride, rate: [(_grow_edge(i, stride) + _grow_edge(i + 1, stride)) / 2 / rate for i in span],
+            strides,
+            rates,
         )
 
     def edges(self, latents: AV[Tensor]) -> AV[Tensor]:

@@ -1,9 +1,9 @@
 """Read any video file as a clip on our clock, and write clips as mp4 files whose sound stays in place.
 
 A clip is `AV(frames, samples)`: frames uint8 [F, H, W, 3] at `clock.fps`, samples float32 [N] mono in [-1, 1] at
-`clock.sample_rate`. Both start with the first picture shown, and F frames go with `samples_of(F)` samples. Pictures and
-sound are placed by their timestamps and not by counting, because AAC begins with samples of its own (priming) whose
-number only the timestamps tell.
+`clock.sample_rate`. Both start with the first picture shown, and F frames go with `clock.samples_of(F)` samples.
+Pictures and sound are placed by their timestamps and not by counting, because AAC begins with samples of its own
+(priming) whose number only the timestamps tell.
 """
 
 from __future__ import annotations
@@ -64,11 +64,6 @@ class _Sound(NamedTuple):
     notes: list[str]
 
 
-def samples_of(frames: int, clock: Clock = CLOCK) -> int:
-    """Count the samples of `frames` pixel frames: one mel hop for the first, so 24K + 1 frames have 16000K + 160."""
-    return clock.samples_of(frames)
-
-
 def read_clip(
     path: str | Path,
     *,
@@ -88,7 +83,7 @@ def read_clip(
         size: height and width of its frames; None keeps the file's own.
         seconds: reads the first K seconds (24K + 1 frames), None all.
 
-    Shapes: frames uint8 [F, H, W, 3], samples float32 [samples_of(F)] in [-1, 1].
+    Shapes: frames uint8 [F, H, W, 3], samples float32 [clock.samples_of(F)] in [-1, 1].
 
     Raises:
         ValueError: the file is missing, is no media file, has no picture, is truncated, shorter than `seconds` or too
@@ -233,7 +228,7 @@ def _read_sound(
     *,
     to_the_end: bool,
 ) -> _Sound:
-    length = samples_of(frames, clock)
+    length = clock.samples_of(frames)
     if not container.streams.audio:
         return _Sound(np.zeros(length, np.float32), Fraction(0), ["no sound: silence instead"])
     stream = _default(container.streams.audio)

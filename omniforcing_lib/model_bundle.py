@@ -24,7 +24,7 @@ from einops import rearrange
 from torch import Tensor
 
 from omniforcing_lib import backends, files
-from omniforcing_lib.bounce import clips, codecs, world
+from omniforcing_lib.bounce import codecs, sampling, world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig
@@ -227,8 +227,8 @@ class ModelBundle:
     def examples(self, count: int, seed: int, seconds: int) -> Examples:
         """Encode clips of the world that training never drew; without a ground truth, draw random latents."""
         if self.has_ground_truth and isinstance(self.codec, codecs.TinyCodec):
-            real = clips.held_out(count, seed, seconds)
-            return Examples(real.clips, real.prompts, clips.encoded(self.codec, real.clips))
+            real = sampling.held_out(count, seed, seconds)
+            return Examples(real.clips, real.prompts, sampling.encoded(self.codec, real.clips))
         shapes = self.config.latent_shapes(self.codec.clock.latents(seconds), self.codec.grid)
         latents = block_noise(range(seed * count, (seed + 1) * count), 0, shapes)
         prompts = [self.names[i % len(self.names)] for i in range(count)]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from omniforcing_lib.bounce import clips, codecs
+from omniforcing_lib.bounce import codecs, sampling
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.flow import noise_like, noised
@@ -183,8 +183,8 @@ def test_fp8_changes_the_blocks_linear_layers_and_nothing_else(path):
 def test_the_shipped_teacher_in_fp8_stays_near_itself():
     """On clips of the world its velocity moves by at most 12 % (rms), and its distance to the truth by a fifth."""
     wide, narrow = checkpoints.load("teacher"), checkpoints.load("teacher", weights="fp8")
-    real = clips.held_out(2, 0, 3)
-    latents, text = clips.encoded(codecs.shipped_codec(), real.clips), TinyText().encode(real.prompts)
+    real = sampling.held_out(2, 0, 3)
+    latents, text = sampling.encoded(codecs.shipped_codec(), real.clips), TinyText().encode(real.prompts)
     for level in (0.2, 0.5, 0.8):
         sigma = AV(torch.full((2,), level), torch.full((2,), level))
         noise = noise_like(latents, torch.Generator().manual_seed(1))

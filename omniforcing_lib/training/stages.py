@@ -66,10 +66,12 @@ def flow_stage(
         blocks, count = block_numbers(causal, frames, prompts.device), causal.layout.count(frames)
 
     def terms(generator: torch.Generator, micro_batch: MicroBatch) -> Metrics:
+        # 1. Clips, with their prompts but for a share that is dropped.
         index = pick(len(clips), batch, generator)
         x0 = clips.latents.map(lambda x: x[micro_batch.of(index)].float())
         dropped = torch.rand(batch, generator=generator, device=generator.device) < drop
         text = prompts.take(micro_batch.of(torch.where(dropped, -1, clips.prompt[index])))
+        # 2. A noise level per clip; under masks the blocks before the one that is learnt stay clean.
         level, eps = training_sigma(batch, generator), micro_batch.noise(x0, generator)
         sigma, noisy, shares = both(micro_batch.of(level)), None, both(micro_batch.share)
         if causal is not None:
@@ -77,6 +79,7 @@ def flow_stage(
             shares = blocks.map(lambda of: micro_batch.of(of == block).sum() / (of == block).sum().clamp_min(1))
             noisy = blocks.map(lambda of: micro_batch.of(of == block).float())
             sigma = blocks.map(lambda of: micro_batch.of(level[:, None] * (of >= block)))
+        # 3. The model's velocity against eps - x0.
         with learner.autocast():
             velocity = learner.model(x0.map(noised, eps, sigma), sigma, text, **masked)
         return losses.flow_matching(velocity, x0, eps, noisy).map(torch.mul, shares)._asdict()
@@ -133,6 +136,7 @@ def regression_terms(
     learnt = block_of.map(lambda blocks: blocks >= first)
 
     def terms(generator: torch.Generator, micro_batch: MicroBatch) -> Metrics:
+        # 1. Trajectories, and a noise level per block: one of those that they were kept at.
         index = pick(len(pairs), batch, generator)
         block_levels = torch.randint(len(sigmas), (batch, count), generator=generator, device=generator.device)
         levels, counts = block_of.map(lambda blocks: block_levels[:, blocks]), learnt
@@ -140,13 +144,15 @@ def regression_terms(
             block = torch.randint(count, (batch, 1), generator=generator, device=generator.device)
             levels = levels.map(lambda number, of: number.masked_fill(of < block, len(sigmas) - 1), block_of)
             counts = block_of.map(lambda of: of == block)
+        # 2. Their states at these levels: what the student sees.
         level = levels.map(micro_batch.of)
         states, prompt = pairs.take(micro_batch.of(index))
         x = states.map(take_level, level)
         sigma = level.map(lambda number: sigmas[number])
         with learner.autocast():
             velocity = learner.model(x, sigma, prompts.take(prompt), masks=mask)
-        # Only noisy latents count, so each micro-batch counts by how many of the batch's it has.
+        # 3. Its x0 against the trajectories' ends. Only noisy latents count, so each micro-batch counts by how many of
+        #    the batch's it has.
         noisy = levels.map(lambda number, counts: (sigmas[number] > 1e-6) & counts, counts)
         x0_hat, counted = x.map(x0_of, velocity, sigma), sigma.map(lambda level, n: level * micro_batch.of(n), noisy)
         loss = losses.ode_regression(x0_hat, states.map(lambda s: s[:, -1]), counted)

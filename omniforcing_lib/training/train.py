@@ -165,9 +165,11 @@ class Learner:
         micro-batch draws from the generator as it is now. Gradients are summed over the processes after each
         micro-batch, so no process holds them whole.
         """
+        # 1. Cut the batch; every micro-batch begins with the same state of the generator.
         self.optimiser.zero_grad(set_to_none=True)
         micro_batches, sums = self.group.micro_batches(batch, self.config.accumulate), []
         start = generator.get_state() if len(micro_batches) > 1 else None
+        # 2. Forward and backward, micro-batch by micro-batch.
         for micro_batch in micro_batches:
             if start is not None:
                 generator.set_state(start)
@@ -175,6 +177,7 @@ class Learner:
             # FSDP averages over the processes, and these losses are shares of a sum.
             (self.group.size * losses.total(AV(metrics["video"], metrics["audio"]), weights)).backward()
             sums.append(torch.stack([value.detach().float() for value in metrics.values()]))
+        # 3. Sums over all processes, and one step of the optimiser.
         totals = self.group.all_reduce(sum(sums))
         return dict(zip(metrics, totals, strict=True)) | {"norm": self._descend()}
 

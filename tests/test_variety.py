@@ -30,6 +30,7 @@ def readings(first: int, keep: str = "all") -> tuple[evaluate.Reading, ...]:
     return tuple(evaluate.read(world.render(s, seconds=2)) for s in scenes[:COUNT])
 
 
+@cache
 def found(keep: str = "all") -> dict[str, float]:
     other = readings(FIRST + 5_000, keep)
     return {name: e.mean for name, e in variety.measures(readings(FIRST), other).items()}

@@ -224,6 +224,8 @@ def contact_sheet(
     clips: Sequence[AV[np.ndarray]],
     titles: Sequence[str],
     events: Sequence[AV[Sequence[Timed]]] = (),
+    *,
+    clock: Clock = CLOCK,
 ) -> Figure:
     """Draw several clips as small strips, frames above waveform; with `events`, impacts and onsets of each are marked.
 
@@ -237,9 +239,9 @@ def contact_sheet(
     for axes in panels:
         axes.set_axis_off()
     for axes, clip, title, marks in zip_longest(panels[: len(clips)], clips, titles, events):
-        _film(axes, clip, 9 if marks else 7, CLOCK)
+        _film(axes, clip, 9 if marks else 7, clock)
         _mark(axes, marks or AV((), ()), size=4)
-        axes.set(xlim=(0, len(clip.video) / CLOCK.fps), ylim=(-0.15, 2.15) if marks else (0, 2))
+        axes.set(xlim=(0, len(clip.video) / clock.fps), ylim=(-0.15, 2.15) if marks else (0, 2))
         axes.set_title(title, weight="normal", pad=7 if marks else 2)
     return fig
 

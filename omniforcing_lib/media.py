@@ -65,11 +65,7 @@ class _Sound(NamedTuple):
 
 
 def read_clip(
-    path: str | Path,
-    *,
-    clock: Clock = CLOCK,
-    size: tuple[int, int] | None = (64, 64),
-    seconds: int | None = None,
+    path: str | Path, *, clock: Clock = CLOCK, size: tuple[int, int] | None = (64, 64), seconds: int | None = None
 ) -> AV[np.ndarray]:
     """Read a video file of any rate, size and sound as a clip on `clock`.
 
@@ -161,11 +157,7 @@ def _default(streams: Sequence[S]) -> S:
 
 
 def _read_picture(
-    path: Path,
-    container: InputContainer,
-    fps: int,
-    size: tuple[int, int] | None,
-    wanted: int | None,
+    path: Path, container: InputContainer, fps: int, size: tuple[int, int] | None, wanted: int | None
 ) -> _Picture:
     # 1. Choose the track. For FFmpeg a music file's cover is a video stream, and a text file is a video of letters.
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -220,13 +212,7 @@ def _bounded(
 
 
 def _read_sound(
-    path: Path,
-    container: InputContainer,
-    clock: Clock,
-    origin: Fraction,
-    frames: int,
-    *,
-    to_the_end: bool,
+    path: Path, container: InputContainer, clock: Clock, origin: Fraction, frames: int, *, to_the_end: bool
 ) -> _Sound:
     length = clock.samples_of(frames)
     if not container.streams.audio:

@@ -330,13 +330,7 @@ def leak_heatmap(matrices: np.ndarray | Mapping[str, np.ndarray]) -> Figure:
 
 @styled
 def curves(
-    series: Mapping[str, tuple],
-    *,
-    xlabel: str,
-    ylabel: str,
-    title: str = "",
-    log: str = "",
-    hline: float | None = None,
+    series: Mapping[str, tuple], *, xlabel: str, ylabel: str, title: str = "", log: str = "", hline: float | None = None
 ) -> Figure:
     """Draw lines by name, each (x, y) or (x, y, (low, high)); `log` names logarithmic axes: "", "x", "y" or "xy"."""
     fig = figure(2.7, width=6)

@@ -159,12 +159,7 @@ def _failing_line(error: PapermillExecutionError) -> str:
 
 
 def reproduce(
-    profile: str = "cpu",
-    *,
-    only: str = "",
-    parameters: Sequence[str] = (),
-    out: str = "",
-    folder: Path = NOTEBOOKS,
+    profile: str = "cpu", *, only: str = "", parameters: Sequence[str] = (), out: str = "", folder: Path = NOTEBOOKS
 ) -> Path:
     """Run the series in a profile and write executed notebooks, HTML, metrics, REPORT.md and index.html.
 

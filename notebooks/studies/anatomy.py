@@ -194,12 +194,7 @@ def score_rows(table: evaluate.Table) -> list[dict[str, object]]:
 
 @torch.no_grad()
 def velocity_loss(
-    model: Model,
-    latents: AV[Tensor],
-    prompts: Sequence[str],
-    *,
-    seed: int = 0,
-    sigmas: Sequence[float] = SIGMAS,
+    model: Model, latents: AV[Tensor], prompts: Sequence[str], *, seed: int = 0, sigmas: Sequence[float] = SIGMAS
 ) -> AV[Tensor]:
     """Measure how far a model's velocity is from eps - x0, clip by clip, on average over noise levels.
 

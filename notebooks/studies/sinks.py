@@ -53,11 +53,7 @@ PAPER = {
     24: Reported(9.15, 0.110),
 }
 """Largest gradient norm and one-step loss at sigma 0.5 by number of sinks."""
-PAPER_OTHERS = {
-    "counted": Reported(None, 0.402),
-    "qk_norm": Reported(None, 0.232),
-    "tanh_gate": Reported(None, 1.258),
-}
+PAPER_OTHERS = {"counted": Reported(None, 0.402), "qk_norm": Reported(None, 0.232), "tanh_gate": Reported(None, 1.258)}
 """The same for S = 16 with counted positions and for other stabilisers without sinks."""
 
 

@@ -17,11 +17,7 @@ DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
 _GATE = "transformer_blocks.0.attn1.to_gate_logits.weight"
 KEYFRAMES = "keyframes_abs_pos_embedding"
 """Bare name of the one tensor that a file may promise and not hold: it counts as zeros then (specification 1.12)."""
-RELEASED_CODE = {
-    "rope_type": "interleaved",
-    "frequencies_precision": "float32",
-    "av_ca_timestep_scale_multiplier": 1,
-}
+RELEASED_CODE = {"rope_type": "interleaved", "frequencies_precision": "float32", "av_ca_timestep_scale_multiplier": 1}
 """What OmniForcing's released causal code runs LTX-2's weights with, whatever the file says (specification 1.9)."""
 TAOMATE_CODE = RELEASED_CODE | {"rope_type": "split"}
 """What TaoMate's causal code runs LTX-2.3's weights with."""

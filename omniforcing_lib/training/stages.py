@@ -12,12 +12,7 @@ import torch
 from torch import Tensor
 
 from omniforcing_lib import losses, masks
-from omniforcing_lib.flow import (
-    ONES,
-    both,
-    noised,
-    x0_of,
-)
+from omniforcing_lib.flow import ONES, both, noised, x0_of
 from omniforcing_lib.graphs import recorded
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig

@@ -153,11 +153,7 @@ class Learner:
         return self._descend()
 
     def learn(
-        self,
-        batch: int,
-        generator: torch.Generator,
-        terms: Callable[[MicroBatch], Metrics],
-        weights: AV[float] = ONES,
+        self, batch: int, generator: torch.Generator, terms: Callable[[MicroBatch], Metrics], weights: AV[float] = ONES
     ) -> Metrics:
         """Take one step down a batch, micro-batch by micro-batch; return its sums and the gradient `norm`.
 

@@ -141,7 +141,7 @@ def test_seeds_of_steps_are_all_different():
 @pytest.mark.parametrize("stage", [flow_stage, ode_stage], ids=["flow", "ode"])
 def test_losses_fall_on_a_clip_or_two(stage):
     learners, step = stage()
-    history = train.fit(step, learners, 60, progress=False)
+    history = train.fit(step, learners, 80, progress=False)
     for name in ("video", "audio"):
         first = sum(map(float, history.numbers[name][:10])) / 10
         assert history.mean(name, 20) < 0.8 * first

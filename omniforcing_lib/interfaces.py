@@ -74,21 +74,11 @@ class Codec(Protocol):
 class TextEncoder(Protocol):
     """Turn prompts into the context that both streams attend to; "" is the unconditional prompt."""
 
-    @property
-    def channels(self) -> int:
-        """Width of the context, the model's `caption_channels`."""
-        ...
-
-    @property
-    def length(self) -> int:
-        """Tokens of the context."""
-        ...
-
     def encode(
         self, prompts: Sequence[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> AV[Tensor]:
         """Encode a batch of prompts.
 
-        Shapes: pair [B, length, channels].
+        Shapes: pair [B, L, C], C the model's `caption_channels`.
         """
         ...

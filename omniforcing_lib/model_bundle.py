@@ -100,11 +100,6 @@ class StandInText:
     widths: AV[int]
     length: int = 16
 
-    @property
-    def channels(self) -> int:
-        """Width of the video's context."""
-        return self.widths.video
-
     def encode(
         self, prompts: Sequence[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> AV[Tensor]:

@@ -11,8 +11,8 @@ from tiny_ltx2 import MODEL, diffusers_folder, gemma_folder, whole_file
 
 from omniforcing_lib import model_bundle
 from omniforcing_lib.__main__ import Generate
-from omniforcing_lib.layout import AV, Clock
-from omniforcing_lib.ltx2 import gemma, parts
+from omniforcing_lib.layout import Clock
+from omniforcing_lib.ltx2 import gemma
 from omniforcing_lib.ltx2.gemma import GemmaText
 
 LENGTH = 16
@@ -46,29 +46,30 @@ def test_contexts_are_those_of_diffusers_pipeline(files):
         video, audio, seen = connectors(hidden, mask, padding_side="left")
     assert seen.all() and not mask.all()
     assert torch.allclose(ours.video, video, atol=1e-5) and torch.allclose(ours.audio, audio, atol=1e-5)
-    assert ours.map(lambda t: t.shape[1:]) == text.widths.map(lambda width: (LENGTH, width))
+    assert ours.map(lambda t: t.shape) == (video.shape, audio.shape) and video.shape[1] == LENGTH
     assert not torch.allclose(ours.video[0], ours.video[1], atol=1e-2)
 
 
 def test_a_single_file_and_a_folder_give_the_same_contexts(files):
     one, other = encoder(files), encoder(files, "diffusers")
-    assert one.widths == other.widths
-    assert all(torch.equal(a, b) for a, b in zip(one.encode(PROMPTS), other.encode(PROMPTS), strict=True))
-    assert one.channels == (MODEL.caption_channels if "text_proj_in.weight" in one._modules[2].state_dict() else 24)
+    contexts = one.encode(PROMPTS)
+    assert all(torch.equal(a, b) for a, b in zip(contexts, other.encode(PROMPTS), strict=True))
+    width = contexts.video.shape[-1]
+    assert width == (MODEL.caption_channels if "text_proj_in.weight" in one._modules[2].state_dict() else 24)
 
 
 def test_a_cached_prompt_loads_nothing(files, tmp_path, monkeypatch):
     """The second encoder, a new process for all it knows, reads what the first one wrote; one file a prompt."""
     first = encoder(files, cache=tmp_path)
     made = first.encode(PROMPTS)
-    assert first.loaded and len(list(tmp_path.iterdir())) == len(PROMPTS)
+    assert first._modules and len(list(tmp_path.iterdir())) == len(PROMPTS)
     first.unload()
-    assert not first.loaded
+    assert first._modules is None
     second = encoder(files, cache=tmp_path)
     monkeypatch.setattr(GemmaText, "_load", lambda self: pytest.fail("the encoder was loaded"))
     for text in (first, second):
         again = text.encode(PROMPTS[::-1])
-        assert not text.loaded and all(torch.equal(a, b.flip(0)) for a, b in zip(again, made, strict=True))
+        assert text._modules is None and all(torch.equal(a, b.flip(0)) for a, b in zip(again, made, strict=True))
     half = second.encode(PROMPTS[:1], dtype=torch.bfloat16)
     assert half.video.dtype == torch.bfloat16
 
@@ -89,7 +90,7 @@ def test_the_encoder_is_gone_before_the_model_is_loaded(files, tmp_path, monkeyp
     found = SimpleNamespace(text=text, device="cpu", choose_attention=lambda: None)
     monkeypatch.setattr(model_bundle, "of", lambda *_, **__: found)
     Generate(prompt="a red ball", out="x.mp4").bundle(PROMPTS)
-    assert len(list(tmp_path.iterdir())) == len(PROMPTS) and not text.loaded
+    assert len(list(tmp_path.iterdir())) == len(PROMPTS) and text._modules is None
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_context(files, tmp_path, recwarn):
@@ -142,4 +143,3 @@ def test_a_bad_cache_or_model_is_refused_by_name(files, tmp_path):
         GemmaText(tmp_path, files / "ltx2.safetensors")
     with pytest.raises(ValueError, match="registers"):
         encoder(files, length=12).encode(["a ball"])
-    assert parts.context_widths(files / "diffusers") == AV(*text.widths)

@@ -292,6 +292,6 @@ def test_files_of_the_published_size_load_strictly_whole_and_split(published, mo
         source = [published["transformer"], published["text"]] if name == "transformer" else published[name]
         with torch.device("meta"):
             connectors = parts.load(source, "connectors")
-            assert parts.context_widths(source) == (4096, 2048) and connectors.config.text_proj_in_factor == 49
+            assert connectors.config.text_proj_in_factor == 49
     with torch.device("meta"):
         assert parts.load([published["vae"]], "vae").config.decoder_block_out_channels == (256, 512, 512, 1024)

@@ -67,27 +67,12 @@ class GemmaText:
         self._modules: tuple[object, nn.Module, nn.Module] | None = None
 
     @cached_property
-    def widths(self) -> AV[int]:
-        """Width of the context of each stream."""
-        return parts.context_widths(self.ltx2)
-
-    @property
-    def channels(self) -> int:
-        """Width of the video's context."""
-        return self.widths.video
-
-    @cached_property
     def identity(self) -> str:
         """Fingerprint of all files that make a context, of its length and its precision."""
         connectors = [p.glob("connectors/*") if p.is_dir() else [p] for p in parts.paths(self.ltx2)]
         gemma = self.gemma.iterdir() if self.gemma.is_dir() else [self.gemma]
         files = {path for path in chain(gemma, *connectors) if path.suffix in (".safetensors", ".json", ".model")}
         return fingerprint(files, f"{self.length} {self.place['dtype']} tokens")
-
-    @property
-    def loaded(self) -> bool:
-        """Tell whether the encoder is in memory."""
-        return self._modules is not None
 
     def encode(
         self, prompts: Sequence[str], device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32

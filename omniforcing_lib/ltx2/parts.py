@@ -12,14 +12,12 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from omniforcing_lib import files, safetensors_io
-from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import part_configs as configs
 from omniforcing_lib.ltx2.formats import group, version_number
 from omniforcing_lib.safetensors_io import Reader
@@ -117,18 +115,6 @@ def _from_folder(folder: Path) -> tuple[str | None, dict[str, object], dict[str,
     config = {name: value for name, value in described.items() if not name.startswith("_")}
     reader = Reader(entries)
     return described.get("_class_name"), config, {name: reader.get(name) for name in entries}, None
-
-
-def context_widths(source: Source) -> AV[int]:
-    """Read how wide a text context is in each stream, from the connectors' own description; nothing is loaded."""
-    if folder := _folder(source):
-        config = safetensors_io.read_json(folder / "connectors" / "config.json")
-        sizes = ("num_attention_heads", "attention_head_dim")
-        return AV(*(prod(config[f"{stream}_connector_{size}"] for size in sizes) for stream in AV._fields))
-    entries = opened(source).entries
-    return AV(
-        *(entries[f"{prefix}transformer_1d_blocks.0.attn1.to_q.weight"].shape[0] for prefix in configs.CONNECTORS)
-    )
 
 
 def paths(source: Source) -> list[Path]:

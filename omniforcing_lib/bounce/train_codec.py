@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -26,6 +26,9 @@ from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.layout import AV, Clock
 
 NOISE = AV(0.2, 0.25)
+BOTH = AV(True, True)
+Draw = Callable[[int], world.Scene]
+"""How a seed becomes a scene: `world.scene`, or `functools.partial(world.scene, hum=True)`."""
 
 
 class Batch(NamedTuple):
@@ -71,13 +74,20 @@ def _partials(scene: world.Scene, times: np.ndarray) -> np.ndarray:
 
 
 def batches(
-    codec: TinyCodec, rng: np.random.Generator, *, size: int, seconds: int, device: torch.device | str, pooled: int
+    codec: TinyCodec,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    seconds: int,
+    device: torch.device | str,
+    pooled: int,
+    draw: Draw = world.scene,
 ) -> Iterator[Batch]:
     """Yield batches of clips for ever, drawn from the last `pooled` clips; every eighth batch is fresh."""
     pool: deque[Batch] = deque(maxlen=max(1, pooled // size))
     for step in count():
         if len(pool) < pool.maxlen or step % 8 == 0:
-            pool.append(render(codec, rng.integers(world.HELD_OUT, size=size).tolist(), seconds, device))
+            pool.append(render(codec, rng.integers(world.HELD_OUT, size=size).tolist(), seconds, device, draw))
             yield pool[-1]
             continue
         rows = [(int(rng.integers(len(pool))), int(rng.integers(size))) for _ in range(size)]
@@ -87,9 +97,11 @@ def batches(
         )
 
 
-def render(codec: TinyCodec, seeds: Sequence[int], seconds: int, device: torch.device | str) -> Batch:
+def render(
+    codec: TinyCodec, seeds: Sequence[int], seconds: int, device: torch.device | str, draw: Draw = world.scene
+) -> Batch:
     """Render the clips of these seeds and their true knots."""
-    scenes, clock = [world.scene(seed) for seed in seeds], codec.clock
+    scenes, clock = [draw(seed) for seed in seeds], codec.clock
     knots = true_knots(scenes, len(clock.mels(range(clock.latents(seconds).audio))), clock)
     clip = world.render_batch(scenes, seconds, device, clock=clock)
     return Batch(clip, torch.tensor(knots, dtype=torch.float32, device=device))
@@ -107,6 +119,8 @@ def train_codec(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    draw: Draw = world.scene,
+    learns: AV[bool] = BOTH,
 ) -> TinyCodec:
     """Train a codec and measure it; `codec.metrics` holds the measures on clips that it has not seen.
 
@@ -121,28 +135,38 @@ def train_codec(
         seed: of everything random.
         device: where to train.
         progress: whether to show a bar.
+        draw: how a seed becomes a scene.
+        learns: which streams' networks learn; those of the other stay as they are, to the bit.
     """
     rng, dice = np.random.default_rng(seed), torch.Generator(device).manual_seed(seed)
     if codec is None:
         codec = seeded(seed)
-    codec = codec.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
-    adam = torch.optim.AdamW(codec.parameters(), rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    codec = codec.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    networks = [_networks(codec, stream) for stream, yes in enumerate(learns) if yes]
+    for network in networks:
+        network.train().requires_grad_(True)
+    learning = [p for network in networks for p in network.parameters()]
+    adam = torch.optim.AdamW(learning, rate, betas=(0.9, 0.98), weight_decay=1e-4)
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1)
-    source = batches(codec, rng, size=batch, seconds=seconds, device=device, pooled=pooled)
+    source = batches(codec, rng, size=batch, seconds=seconds, device=device, pooled=pooled, draw=draw)
     for step in (bar := tqdm(range(steps), desc="codec", disable=not progress)):
         ramp = min(1.0, 4 * step / steps)
-        losses = codec_losses(codec, next(source), noise.map(lambda most, ramp=ramp: most * ramp), dice)
+        losses = codec_losses(codec, next(source), noise.map(lambda most, ramp=ramp: most * ramp), dice, learns)
         adam.zero_grad()
         (losses.video + losses.audio).backward()
-        for stream in range(2):
-            networks = codec.encoders[stream], codec.decoders[stream]
-            torch.nn.utils.clip_grad_norm_([p for network in networks for p in network.parameters()], 1.0)
+        for network in networks:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         adam.step()
         cycle.step()
         bar.set_postfix(losses.map(lambda loss: f"{loss.item():.4f}")._asdict(), refresh=False)
-    settle(codec, range(world.HELD_OUT - 96, world.HELD_OUT), device)
-    codec.metrics = measure(codec, range(world.HELD_OUT, world.HELD_OUT + 16), device) | {"steps": steps}
+    settle(codec, range(world.HELD_OUT - 96, world.HELD_OUT), device, draw=draw, learns=learns)
+    codec.metrics = measure(codec, range(world.HELD_OUT, world.HELD_OUT + 16), device, draw=draw) | {"steps": steps}
     return codec
+
+
+def _networks(codec: TinyCodec, stream: int) -> nn.ModuleList:
+    """Give encoder, decoder and scale of a stream."""
+    return nn.ModuleList([codec.encoders[stream], codec.decoders[stream], codec.scales[stream]])
 
 
 def seeded(seed: int) -> TinyCodec:
@@ -152,13 +176,20 @@ def seeded(seed: int) -> TinyCodec:
         return TinyCodec()
 
 
-def codec_losses(codec: TinyCodec, batch: Batch, noise: AV[float], dice: torch.Generator) -> AV[Tensor]:
-    """Return the loss of each stream on one batch, through noisy latents."""
-    frames = _moments(batch.clip.video, codec.clock.video_stride, dice)
-    with torch.autocast(frames.device.type, torch.bfloat16):
-        drawn = codec.frames(_shaken(codec.tokens(frames), noise.video, dice))
-    latents = codec.encode(AV(frames[:, :0], batch.clip.audio)).audio
-    return AV(video_loss(drawn, frames), knot_loss(codec, _shaken(latents, noise.audio, dice), batch.knots))
+def codec_losses(
+    codec: TinyCodec, batch: Batch, noise: AV[float], dice: torch.Generator, learns: AV[bool] = BOTH
+) -> AV[Tensor]:
+    """Return the loss of each stream on one batch, through noisy latents; 0 for a stream that does not learn."""
+    losses = [batch.knots.new_zeros(())] * 2
+    if learns.video:
+        frames = _moments(batch.clip.video, codec.clock.video_stride, dice)
+        with torch.autocast(frames.device.type, torch.bfloat16):
+            drawn = codec.frames(_shaken(codec.tokens(frames), noise.video, dice))
+        losses[0] = video_loss(drawn, frames)
+    if learns.audio:
+        latents = codec.encode(AV(batch.clip.video[:, :0], batch.clip.audio)).audio
+        losses[1] = knot_loss(codec, _shaken(latents, noise.audio, dice), batch.knots)
+    return AV(*losses)
 
 
 def _moments(frames: Tensor, stride: int, dice: torch.Generator) -> Tensor:
@@ -190,23 +221,32 @@ def knot_loss(codec: TinyCodec, latents: Tensor, true: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def settle(codec: TinyCodec, seeds: Sequence[int], device: torch.device | str, *, seconds: int = 2) -> None:
+def settle(
+    codec: TinyCodec,
+    seeds: Sequence[int],
+    device: torch.device | str,
+    *,
+    seconds: int = 2,
+    draw: Draw = world.scene,
+    learns: AV[bool] = BOTH,
+) -> None:
     """Set the scales from many clips at once, so that every channel has mean 0 and standard deviation 1."""
-    for scale in codec.scales:
-        scale.reset_running_stats()
-        scale.momentum = None
-    codec.train()
+    for scale, yes in zip(codec.eval().scales, learns, strict=True):
+        if yes:
+            scale.reset_running_stats()
+            scale.momentum = None
+            scale.train()
     for start in range(0, len(seeds), 16):
-        codec.encode(render(codec, seeds[start : start + 16], seconds, device).clip)
+        codec.encode(render(codec, seeds[start : start + 16], seconds, device, draw).clip)
     codec.eval()
 
 
 @torch.no_grad()
 def measure(
-    codec: TinyCodec, seeds: Sequence[int], device: torch.device | str, *, seconds: int = 3
+    codec: TinyCodec, seeds: Sequence[int], device: torch.device | str, *, seconds: int = 3, draw: Draw = world.scene
 ) -> dict[str, float]:
     """Measure the round trip in decibels: pixels, pixels with noise on the latents, knots."""
-    batch = render(codec, seeds, seconds, device)
+    batch = render(codec, seeds, seconds, device, draw)
     latents, dice = codec.encode(batch.clip), torch.Generator(device).manual_seed(0)
     shaken = latents.map(lambda z: z + 0.1 * torch.randn(z.shape, generator=dice, device=z.device))
     stride = codec.clock.audio_stride

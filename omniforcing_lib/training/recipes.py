@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import ClassVar
@@ -173,7 +174,8 @@ class TrainConfig(Command):
         self, learner: Learner, history: History, names: Sequence[str], causal: RolloutConfig | None = None
     ) -> Path:
         """Write what was learnt, with its settings, the steps taken, last means of the named metrics and its scores."""
-        model, teacher = self.group.gather_model(learner.best, torch.bfloat16), getattr(self, "teacher", "")
+        model = self.group.gather_model(learner.best, torch.bfloat16)
+        teacher = getattr(self, "teacher", "") or getattr(self, "start", "")
         if model is None:
             return Path(self.out)
         version = checkpoints.read(teacher).metadata.get("model_version", "LTX-2") if teacher else MODEL_VERSION
@@ -201,7 +203,7 @@ def known(value: object, content: str) -> object:
     Raises:
         ValueError: it is not there, and no stage makes it; or it cannot be read.
     """
-    if content == "checkpoint":
+    if content == "checkpoint" and value:
         return records.by_content(value, checkpoints.read(value).fingerprint)
     if content and value and (content == "data" or records.complete(value)):
         return records.content(value)
@@ -214,7 +216,20 @@ def average(steps: int, share: float = 1 / 20) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealClipsConfig(TrainConfig):
+class WorldConfig(Command):
+    """Say which world is learnt from: Bounce as shipped, or the extended one (see `world.scene`)."""
+
+    hum: bool = option("a steady tone lies under the bounces", False)
+    hidden: bool = option("the box goes on to the right, out of sight", False)
+
+    @property
+    def draw(self) -> Callable[..., world.Scene]:
+        """Draw a scene of this world by its seed."""
+        return partial(world.scene, hum=self.hum, hidden=self.hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealClipsConfig(WorldConfig, TrainConfig):
     """Say which clips of the world are learnt from."""
 
     codec: str = option(".safetensors file of the world's codec", CODEC, content="data")
@@ -234,7 +249,7 @@ class RealClipsConfig(TrainConfig):
                 f"--seed {self.seed} draws clips that are held out; (seed + 1) x clips is at most {world.HELD_OUT}"
             )
         codec = load_codec(self.codec, self.place)
-        return world_clips(codec, range(first, last), seconds, progress=self.group.is_main)
+        return world_clips(codec, range(first, last), seconds, progress=self.group.is_main, draw=self.draw)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,11 +262,15 @@ class TrainTeacher(RealClipsConfig):
     batch: int = option(BATCH, 16)
     seconds: int = option("length of a clip in seconds", 5)
     lr: float = option("peak learning rate", 1.5e-3)
+    start: str = option("checkpoint that is trained further; without one random weights", "", content="checkpoint")
 
     def _run(self) -> Path:
         prompts = self.contexts()
         clips = self.real_clips(prompts, self.seconds)
-        model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(self.seed)).to(self.place)
+        if self.start:
+            model = self.load(self.start)
+        else:
+            model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(self.seed)).to(self.place)
         optim = replace(self.optim, lr=self.lr, steps=self.steps, ema=average(self.steps))
         learner = Learner(model, replace(optim, warmup=min(500, self.steps // 10)), self.group)
         history = self.fit(stages.flow_stage(learner, clips, prompts, self.batch), {"teacher": learner}, "teacher")
@@ -260,13 +279,19 @@ class TrainTeacher(RealClipsConfig):
 
 @torch.no_grad()
 def world_clips(
-    codec: TinyCodec, seeds: Sequence[int], seconds: int, *, batch: int = 64, progress: bool = True
+    codec: TinyCodec,
+    seeds: Sequence[int],
+    seconds: int,
+    *,
+    batch: int = 64,
+    progress: bool = True,
+    draw: Callable[[int], world.Scene] = world.scene,
 ) -> Clips:
     """Render and encode clips of the world where the codec is; prompts are numbered as in `world.prompts()`."""
     names, device = world.prompts(), next(codec.parameters()).device
     latents, numbers = [], []
     for start in tqdm(range(0, len(seeds), batch), desc="rendering clips", disable=not progress, leave=False):
-        scenes = [world.scene(seed) for seed in seeds[start : start + batch]]
+        scenes = [draw(seed) for seed in seeds[start : start + batch]]
         latents.append(codec.encode(world.render_batch(scenes, seconds, device)))
         numbers += [names.index(f"a {s.colour} ball, {s.timbre}") for s in scenes]
     return Clips(AV(*map(torch.cat, zip(*latents, strict=True))), torch.tensor(numbers, device=device))
@@ -615,18 +640,24 @@ class OnPolicy(TakesPairs):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCodec(Command):
+class TrainCodec(WorldConfig):
     """Train the codec on clips of the world."""
 
     out: str = option(".safetensors file to write", "codec.safetensors", writes=".safetensors")
     steps: int = option("steps of the optimiser", 4_000)
     seed: int = option("seed of everything random", 0, low=0, high=2**32 - 1)
     device: str = option(DEVICE, "cpu")
+    start: str = option("codec that is trained further; without one random weights", "")
+    lr: float = option("peak learning rate", 2.5e-3)
+    streams: str = option("whose networks learn", "both", choices=("both", "video", "audio"))
 
     def _run(self) -> Path:
         from omniforcing_lib.bounce.train_codec import train_codec
 
-        return save_codec(train_codec(seed=self.seed, steps=self.steps, device=self.device), self.out)
+        start = load_codec(self.start) if self.start else None
+        learns = AV(self.streams != "audio", self.streams != "video")
+        how = {"steps": self.steps, "rate": self.lr, "seed": self.seed, "device": self.device}
+        return save_codec(train_codec(start, draw=self.draw, learns=learns, **how), self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

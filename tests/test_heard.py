@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib.bounce import detect, evaluate, heard, world
+from omniforcing_lib import files, stream
+from omniforcing_lib.bounce import codecs, detect, evaluate, heard, world
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.training import recipes
@@ -115,6 +116,22 @@ def test_a_clip_below_a_second_is_refused_with_its_length():
     short = AV(real()[0].video[:9], real()[0].audio[:5920])
     with pytest.raises(ValueError, match=r"whole seconds, found a clip of 0\.37 s"):
         heard.hum_tally(heard.hear(evaluate.read(short)))
+
+
+@torch.inference_mode()
+def test_the_codec_of_the_extended_world_keeps_its_hum_and_its_returns():
+    """The codec of the plain world, which has never heard a hum, loses it."""
+    kept = {}
+    for name in ("codec", "codec_hum"):
+        codec = codecs.load_codec(files.DATA / f"{name}.safetensors")
+        made = stream.to_clips(codec.decode(codec.encode(world.render_batch(scenes(), 5))))
+        hearings = [heard.hear(evaluate.read(clip)) for clip in made]
+        counts = [
+            heard.hum_tally(h, s.hum_cents) | heard.reentry_tally(h) for h, s in zip(hearings, scenes(), strict=True)
+        ]
+        kept[name] = evaluate.estimates(counts, draws=1)
+    assert kept["codec_hum"]["hum_kept"].mean == kept["codec_hum"]["reentry_right"].mean == 1
+    assert kept["codec"]["hum_kept"].mean == 0
 
 
 def test_a_teacher_goes_on_from_a_checkpoint_in_the_world_that_is_asked_for(tmp_path, monkeypatch):

@@ -27,6 +27,9 @@ from omniforcing_lib.layout import AV, Clock
 
 NOISE = AV(0.2, 0.25)
 BOTH = AV(True, True)
+BETA, FURTHER_BETA = 0.2, 4.0
+"""Errors of loudness below it are squared, see `knot_loss`. A codec that is trained further begins with squares: they
+seek a mean, so that a note which seldom sounds is learnt; absolute values seek the median, which is silence."""
 Draw = Callable[[int], world.Scene]
 """How a seed becomes a scene: `world.scene`, or `functools.partial(world.scene, hum=True)`."""
 
@@ -139,6 +142,7 @@ def train_codec(
         learns: which streams' networks learn; those of the other stay as they are, to the bit.
     """
     rng, dice = np.random.default_rng(seed), torch.Generator(device).manual_seed(seed)
+    further = 0.0 if codec is None else FURTHER_BETA
     if codec is None:
         codec = seeded(seed)
     codec = codec.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -148,10 +152,13 @@ def train_codec(
     learning = [p for network in networks for p in network.parameters()]
     adam = torch.optim.AdamW(learning, rate, betas=(0.9, 0.98), weight_decay=1e-4)
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1)
+    if learns.audio:
+        waken(codec, range(world.HELD_OUT - 16, world.HELD_OUT), device, draw)
     source = batches(codec, rng, size=batch, seconds=seconds, device=device, pooled=pooled, draw=draw)
     for step in (bar := tqdm(range(steps), desc="codec", disable=not progress)):
         ramp = min(1.0, 4 * step / steps)
-        losses = codec_losses(codec, next(source), noise.map(lambda most, ramp=ramp: most * ramp), dice, learns)
+        beta = max(BETA, further * (1 - ramp))
+        losses = codec_losses(codec, next(source), noise.map(lambda most, ramp=ramp: most * ramp), dice, learns, beta)
         adam.zero_grad()
         (losses.video + losses.audio).backward()
         for network in networks:
@@ -162,6 +169,23 @@ def train_codec(
     settle(codec, range(world.HELD_OUT - 96, world.HELD_OUT), device, draw=draw, learns=learns)
     codec.metrics = measure(codec, range(world.HELD_OUT, world.HELD_OUT + 16), device, draw=draw) | {"steps": steps}
     return codec
+
+
+@torch.no_grad()
+def waken(codec: TinyCodec, seeds: Sequence[int], device: torch.device | str, draw: Draw) -> list[int]:
+    """Start the oscillators anew that sound in a world and that the codec has unlearnt; give their numbers.
+
+    A softplus far below zero passes no gradient: without this they would stay silent for ever.
+    """
+    batch, last = render(codec, seeds, 2, device, draw), codec.decoders[1].layers[-1]
+    decoded = codec.knots(codec.encode(AV(batch.clip.video[:, :0], batch.clip.audio)).audio)
+    true, own = (knots.amax((0, 1)) for knots in (batch.knots, decoded))
+    silent = (true > codec.config.quiet) & (own < true / 1000)
+    rows = silent.repeat(codec.decoders[1].knots)
+    dice = torch.Generator().manual_seed(0)
+    drawn = last.weight[~rows].std() * torch.randn(last.weight[rows].shape, generator=dice).to(device)
+    last.weight[rows], last.bias[rows] = drawn, codec.decoders[1].BIAS
+    return silent.nonzero().flatten().tolist()
 
 
 def _networks(codec: TinyCodec, stream: int) -> nn.ModuleList:
@@ -177,7 +201,12 @@ def seeded(seed: int) -> TinyCodec:
 
 
 def codec_losses(
-    codec: TinyCodec, batch: Batch, noise: AV[float], dice: torch.Generator, learns: AV[bool] = BOTH
+    codec: TinyCodec,
+    batch: Batch,
+    noise: AV[float],
+    dice: torch.Generator,
+    learns: AV[bool] = BOTH,
+    beta: float = BETA,
 ) -> AV[Tensor]:
     """Return the loss of each stream on one batch, through noisy latents; 0 for a stream that does not learn."""
     losses = [batch.knots.new_zeros(())] * 2
@@ -188,7 +217,7 @@ def codec_losses(
         losses[0] = video_loss(drawn, frames)
     if learns.audio:
         latents = codec.encode(AV(batch.clip.video[:, :0], batch.clip.audio)).audio
-        losses[1] = knot_loss(codec, _shaken(latents, noise.audio, dice), batch.knots)
+        losses[1] = knot_loss(codec, _shaken(latents, noise.audio, dice), batch.knots, beta)
     return AV(*losses)
 
 
@@ -213,11 +242,14 @@ def video_loss(decoded: Tensor, true: Tensor) -> Tensor:
     return (weight * (error.abs() / 2 + 4 * error**2)).mean()
 
 
-def knot_loss(codec: TinyCodec, latents: Tensor, true: Tensor) -> Tensor:
-    """Compare amplitudes on the codec's own scale of loudness. Shapes: latents [B, T, c], true [B, m, k] -> []."""
+def knot_loss(codec: TinyCodec, latents: Tensor, true: Tensor, beta: float = BETA) -> Tensor:
+    """Compare amplitudes on the codec's own scale of loudness, errors below `beta` squared.
+
+    Shapes: latents [B, T, c], true [B, m, k] -> [].
+    """
     decoded = codec.knots(latents)[:, codec.clock.audio_stride - 1 :]
     loud = AV(decoded, true).map(lambda knots: torch.log1p(knots / codec.config.quiet))
-    return F.smooth_l1_loss(*loud, beta=0.2) + F.l1_loss(decoded, true) * 10
+    return F.smooth_l1_loss(*loud, beta=beta) * max(1.0, beta) + F.l1_loss(decoded, true) * 10
 
 
 @torch.no_grad()

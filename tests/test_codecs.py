@@ -192,3 +192,17 @@ def test_training_is_the_same_twice_and_learns(monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
     three = train_codec(steps=12, batch=2, seconds=1, pooled=2, seed=4, progress=False)
     assert three.metrics["psnr_db"] > one.metrics["psnr_db"]
+
+
+def test_only_the_stream_that_learns_changes_and_in_the_world_that_is_drawn() -> None:
+    drawn: list[int] = []
+
+    def hums(seed: int) -> world.Scene:
+        drawn.append(seed)
+        return world.scene(seed, hum=True, hidden=True)
+
+    how = {"steps": 2, "batch": 2, "seconds": 1, "pooled": 2, "progress": False, "draw": hums}
+    before, after = load_codec(FILE).state_dict(), train_codec(load_codec(FILE), learns=AV(False, True), **how)
+    changed = {name.split(".")[1] for name, x in after.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed == {"1"}  # encoders.1, decoders.1, scales.1
+    assert {*drawn} >= {*range(world.HELD_OUT - 96, world.HELD_OUT + 16)}  # scales and measures, too

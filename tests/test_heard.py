@@ -5,9 +5,13 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
-from omniforcing_lib.bounce import detect, evaluate, heard, world
+from omniforcing_lib import files, stream
+from omniforcing_lib.bounce import codecs, detect, evaluate, heard, world
 from omniforcing_lib.layout import AV
+from omniforcing_lib.ltx2 import checkpoints
+from omniforcing_lib.training import recipes
 
 SEEDS = range(60_000, 60_008)
 
@@ -112,3 +116,29 @@ def test_a_clip_below_a_second_is_refused_with_its_length():
     short = AV(real()[0].video[:9], real()[0].audio[:5920])
     with pytest.raises(ValueError, match=r"whole seconds, found a clip of 0\.37 s"):
         heard.hum_tally(heard.hear(evaluate.read(short)))
+
+
+@torch.inference_mode()
+def test_the_codec_of_the_extended_world_keeps_its_hum_and_its_returns():
+    """The codec of the plain world, which has never heard a hum, loses it."""
+    kept = {}
+    for name in ("codec", "codec_hum"):
+        codec = codecs.load_codec(files.DATA / f"{name}.safetensors")
+        made = stream.to_clips(codec.decode(codec.encode(world.render_batch(scenes(), 5))))
+        hearings = [heard.hear(evaluate.read(clip)) for clip in made]
+        counts = [
+            heard.hum_tally(h, s.hum_cents) | heard.reentry_tally(h) for h, s in zip(hearings, scenes(), strict=True)
+        ]
+        kept[name] = evaluate.estimates(counts, draws=1)
+    assert kept["codec_hum"]["hum_kept"].mean == kept["codec_hum"]["reentry_right"].mean == 1
+    assert kept["codec"]["hum_kept"].mean == 0
+
+
+def test_a_teacher_goes_on_from_a_checkpoint_in_the_world_that_is_asked_for(tmp_path, monkeypatch):
+    asked, scene = [], world.scene
+    monkeypatch.setattr(world, "scene", lambda seed, **how: asked.append(how) or scene(seed, **how))
+    how = {"start": "teacher", "hum": True, "hidden": True, "clips": 2, "batch": 2, "seconds": 1, "score": 0}
+    path = recipes.TrainTeacher(out=str(tmp_path / "further.safetensors"), steps=1, lr=1e-9, **how).run()
+    assert asked == [{"hum": True, "hidden": True}] * 2
+    start, further = (checkpoints.load(name) for name in ("teacher", path))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(start.parameters(), further.parameters(), strict=True))

@@ -186,6 +186,9 @@ class AudioEncoder(nn.Module):
 class AudioDecoder(nn.Module):
     """Turn each latent into knots: amplitudes of the bank at the end of each of its hops."""
 
+    BIAS = -2.0
+    """Of the last layer at the start: nearly silent, where a softplus still passes a gradient."""
+
     def __init__(self, config: CodecConfig, knots: int) -> None:
         super().__init__()
         self.knots, self.quiet = knots, config.quiet
@@ -196,7 +199,7 @@ class AudioDecoder(nn.Module):
             nn.SiLU(),
             nn.Linear(config.hidden, knots * config.oscillators),
         )
-        nn.init.constant_(self.layers[-1].bias, -2.0)
+        nn.init.constant_(self.layers[-1].bias, self.BIAS)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return amplitudes in [0, 1]. Shapes: [B, T, c] -> [B, pT, k]."""

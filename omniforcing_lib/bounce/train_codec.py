@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -26,6 +26,12 @@ from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.layout import AV, Clock
 
 NOISE = AV(0.2, 0.25)
+BOTH = AV(True, True)
+BETA, FURTHER_BETA = 0.2, 4.0
+"""Errors of loudness below it are squared, see `knot_loss`. A codec that is trained further begins with squares: they
+seek a mean, so that a note which seldom sounds is learnt; absolute values seek the median, which is silence."""
+Draw = Callable[[int], world.Scene]
+"""How a seed becomes a scene: `world.scene`, or `functools.partial(world.scene, hum=True)`."""
 
 
 class Batch(NamedTuple):
@@ -71,13 +77,20 @@ def _partials(scene: world.Scene, times: np.ndarray) -> np.ndarray:
 
 
 def batches(
-    codec: TinyCodec, rng: np.random.Generator, *, size: int, seconds: int, device: torch.device | str, pooled: int
+    codec: TinyCodec,
+    rng: np.random.Generator,
+    *,
+    size: int,
+    seconds: int,
+    device: torch.device | str,
+    pooled: int,
+    draw: Draw = world.scene,
 ) -> Iterator[Batch]:
     """Yield batches of clips for ever, drawn from the last `pooled` clips; every eighth batch is fresh."""
     pool: deque[Batch] = deque(maxlen=max(1, pooled // size))
     for step in count():
         if len(pool) < pool.maxlen or step % 8 == 0:
-            pool.append(render(codec, rng.integers(world.HELD_OUT, size=size).tolist(), seconds, device))
+            pool.append(render(codec, rng.integers(world.HELD_OUT, size=size).tolist(), seconds, device, draw))
             yield pool[-1]
             continue
         rows = [(int(rng.integers(len(pool))), int(rng.integers(size))) for _ in range(size)]
@@ -87,9 +100,11 @@ def batches(
         )
 
 
-def render(codec: TinyCodec, seeds: Sequence[int], seconds: int, device: torch.device | str) -> Batch:
+def render(
+    codec: TinyCodec, seeds: Sequence[int], seconds: int, device: torch.device | str, draw: Draw = world.scene
+) -> Batch:
     """Render the clips of these seeds and their true knots."""
-    scenes, clock = [world.scene(seed) for seed in seeds], codec.clock
+    scenes, clock = [draw(seed) for seed in seeds], codec.clock
     knots = true_knots(scenes, len(clock.mels(range(clock.latents(seconds).audio))), clock)
     clip = world.render_batch(scenes, seconds, device, clock=clock)
     return Batch(clip, torch.tensor(knots, dtype=torch.float32, device=device))
@@ -107,6 +122,8 @@ def train_codec(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: bool = True,
+    draw: Draw = world.scene,
+    learns: AV[bool] = BOTH,
 ) -> TinyCodec:
     """Train a codec and measure it; `codec.metrics` holds the measures on clips that it has not seen.
 
@@ -121,28 +138,59 @@ def train_codec(
         seed: of everything random.
         device: where to train.
         progress: whether to show a bar.
+        draw: how a seed becomes a scene.
+        learns: which streams' networks learn; those of the other stay as they are, to the bit.
     """
     rng, dice = np.random.default_rng(seed), torch.Generator(device).manual_seed(seed)
+    further = 0.0 if codec is None else FURTHER_BETA
     if codec is None:
         codec = seeded(seed)
-    codec = codec.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
-    adam = torch.optim.AdamW(codec.parameters(), rate, betas=(0.9, 0.98), weight_decay=1e-4)
+    codec = codec.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    networks = [_networks(codec, stream) for stream, yes in enumerate(learns) if yes]
+    for network in networks:
+        network.train().requires_grad_(True)
+    learning = [p for network in networks for p in network.parameters()]
+    adam = torch.optim.AdamW(learning, rate, betas=(0.9, 0.98), weight_decay=1e-4)
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1)
-    source = batches(codec, rng, size=batch, seconds=seconds, device=device, pooled=pooled)
+    if learns.audio:
+        waken(codec, range(world.HELD_OUT - 16, world.HELD_OUT), device, draw)
+    source = batches(codec, rng, size=batch, seconds=seconds, device=device, pooled=pooled, draw=draw)
     for step in (bar := tqdm(range(steps), desc="codec", disable=not progress)):
         ramp = min(1.0, 4 * step / steps)
-        losses = codec_losses(codec, next(source), noise.map(lambda most, ramp=ramp: most * ramp), dice)
+        beta = max(BETA, further * (1 - ramp))
+        losses = codec_losses(codec, next(source), noise.map(lambda most, ramp=ramp: most * ramp), dice, learns, beta)
         adam.zero_grad()
         (losses.video + losses.audio).backward()
-        for stream in range(2):
-            networks = codec.encoders[stream], codec.decoders[stream]
-            torch.nn.utils.clip_grad_norm_([p for network in networks for p in network.parameters()], 1.0)
+        for network in networks:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         adam.step()
         cycle.step()
         bar.set_postfix(losses.map(lambda loss: f"{loss.item():.4f}")._asdict(), refresh=False)
-    settle(codec, range(world.HELD_OUT - 96, world.HELD_OUT), device)
-    codec.metrics = measure(codec, range(world.HELD_OUT, world.HELD_OUT + 16), device) | {"steps": steps}
+    settle(codec, range(world.HELD_OUT - 96, world.HELD_OUT), device, draw=draw, learns=learns)
+    codec.metrics = measure(codec, range(world.HELD_OUT, world.HELD_OUT + 16), device, draw=draw) | {"steps": steps}
     return codec
+
+
+@torch.no_grad()
+def waken(codec: TinyCodec, seeds: Sequence[int], device: torch.device | str, draw: Draw) -> list[int]:
+    """Start the oscillators anew that sound in a world and that the codec has unlearnt; give their numbers.
+
+    A softplus far below zero passes no gradient: without this they would stay silent for ever.
+    """
+    batch, last = render(codec, seeds, 2, device, draw), codec.decoders[1].layers[-1]
+    decoded = codec.knots(codec.encode(AV(batch.clip.video[:, :0], batch.clip.audio)).audio)
+    true, own = (knots.amax((0, 1)) for knots in (batch.knots, decoded))
+    silent = (true > codec.config.quiet) & (own < true / 1000)
+    rows = silent.repeat(codec.decoders[1].knots)
+    dice = torch.Generator().manual_seed(0)
+    drawn = last.weight[~rows].std() * torch.randn(last.weight[rows].shape, generator=dice).to(device)
+    last.weight[rows], last.bias[rows] = drawn, codec.decoders[1].BIAS
+    return silent.nonzero().flatten().tolist()
+
+
+def _networks(codec: TinyCodec, stream: int) -> nn.ModuleList:
+    """Give encoder, decoder and scale of a stream."""
+    return nn.ModuleList([codec.encoders[stream], codec.decoders[stream], codec.scales[stream]])
 
 
 def seeded(seed: int) -> TinyCodec:
@@ -152,13 +200,25 @@ def seeded(seed: int) -> TinyCodec:
         return TinyCodec()
 
 
-def codec_losses(codec: TinyCodec, batch: Batch, noise: AV[float], dice: torch.Generator) -> AV[Tensor]:
-    """Return the loss of each stream on one batch, through noisy latents."""
-    frames = _moments(batch.clip.video, codec.clock.video_stride, dice)
-    with torch.autocast(frames.device.type, torch.bfloat16):
-        drawn = codec.frames(_shaken(codec.tokens(frames), noise.video, dice))
-    latents = codec.encode(AV(frames[:, :0], batch.clip.audio)).audio
-    return AV(video_loss(drawn, frames), knot_loss(codec, _shaken(latents, noise.audio, dice), batch.knots))
+def codec_losses(
+    codec: TinyCodec,
+    batch: Batch,
+    noise: AV[float],
+    dice: torch.Generator,
+    learns: AV[bool] = BOTH,
+    beta: float = BETA,
+) -> AV[Tensor]:
+    """Return the loss of each stream on one batch, through noisy latents; 0 for a stream that does not learn."""
+    losses = [batch.knots.new_zeros(())] * 2
+    if learns.video:
+        frames = _moments(batch.clip.video, codec.clock.video_stride, dice)
+        with torch.autocast(frames.device.type, torch.bfloat16):
+            drawn = codec.frames(_shaken(codec.tokens(frames), noise.video, dice))
+        losses[0] = video_loss(drawn, frames)
+    if learns.audio:
+        latents = codec.encode(AV(batch.clip.video[:, :0], batch.clip.audio)).audio
+        losses[1] = knot_loss(codec, _shaken(latents, noise.audio, dice), batch.knots, beta)
+    return AV(*losses)
 
 
 def _moments(frames: Tensor, stride: int, dice: torch.Generator) -> Tensor:
@@ -182,31 +242,43 @@ def video_loss(decoded: Tensor, true: Tensor) -> Tensor:
     return (weight * (error.abs() / 2 + 4 * error**2)).mean()
 
 
-def knot_loss(codec: TinyCodec, latents: Tensor, true: Tensor) -> Tensor:
-    """Compare amplitudes on the codec's own scale of loudness. Shapes: latents [B, T, c], true [B, m, k] -> []."""
+def knot_loss(codec: TinyCodec, latents: Tensor, true: Tensor, beta: float = BETA) -> Tensor:
+    """Compare amplitudes on the codec's own scale of loudness, errors below `beta` squared.
+
+    Shapes: latents [B, T, c], true [B, m, k] -> [].
+    """
     decoded = codec.knots(latents)[:, codec.clock.audio_stride - 1 :]
     loud = AV(decoded, true).map(lambda knots: torch.log1p(knots / codec.config.quiet))
-    return F.smooth_l1_loss(*loud, beta=0.2) + F.l1_loss(decoded, true) * 10
+    return F.smooth_l1_loss(*loud, beta=beta) * max(1.0, beta) + F.l1_loss(decoded, true) * 10
 
 
 @torch.no_grad()
-def settle(codec: TinyCodec, seeds: Sequence[int], device: torch.device | str, *, seconds: int = 2) -> None:
+def settle(
+    codec: TinyCodec,
+    seeds: Sequence[int],
+    device: torch.device | str,
+    *,
+    seconds: int = 2,
+    draw: Draw = world.scene,
+    learns: AV[bool] = BOTH,
+) -> None:
     """Set the scales from many clips at once, so that every channel has mean 0 and standard deviation 1."""
-    for scale in codec.scales:
-        scale.reset_running_stats()
-        scale.momentum = None
-    codec.train()
+    for scale, yes in zip(codec.eval().scales, learns, strict=True):
+        if yes:
+            scale.reset_running_stats()
+            scale.momentum = None
+            scale.train()
     for start in range(0, len(seeds), 16):
-        codec.encode(render(codec, seeds[start : start + 16], seconds, device).clip)
+        codec.encode(render(codec, seeds[start : start + 16], seconds, device, draw).clip)
     codec.eval()
 
 
 @torch.no_grad()
 def measure(
-    codec: TinyCodec, seeds: Sequence[int], device: torch.device | str, *, seconds: int = 3
+    codec: TinyCodec, seeds: Sequence[int], device: torch.device | str, *, seconds: int = 3, draw: Draw = world.scene
 ) -> dict[str, float]:
     """Measure the round trip in decibels: pixels, pixels with noise on the latents, knots."""
-    batch = render(codec, seeds, seconds, device)
+    batch = render(codec, seeds, seconds, device, draw)
     latents, dice = codec.encode(batch.clip), torch.Generator(device).manual_seed(0)
     shaken = latents.map(lambda z: z + 0.1 * torch.randn(z.shape, generator=dice, device=z.device))
     stride = codec.clock.audio_stride

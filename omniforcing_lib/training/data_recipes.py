@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,20 @@ PAIRS = ".safetensors file or folder of shards; what is not there is made and ke
 
 
 @dataclass(frozen=True, kw_only=True)
-class RealClipsConfig(TrainConfig):
+class WorldConfig(Command):
+    """Say which world is learnt from: Bounce as shipped, or the extended one (see `world.scene`)."""
+
+    hum: bool = option("a steady tone lies under the bounces", False)
+    hidden: bool = option("the box goes on to the right, out of sight", False)
+
+    @property
+    def draw(self) -> Callable[..., world.Scene]:
+        """Draw a scene of this world by its seed."""
+        return partial(world.scene, hum=self.hum, hidden=self.hidden)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealClipsConfig(WorldConfig, TrainConfig):
     """Say which clips of the world are learnt from."""
 
     codec: str = option(".safetensors file of the world's codec", CODEC, content="data")
@@ -47,18 +61,24 @@ class RealClipsConfig(TrainConfig):
                 f"--seed {self.seed} draws clips that are held out; (seed + 1) x clips is at most {world.HELD_OUT}"
             )
         codec = load_codec(self.codec, self.place)
-        return world_clips(codec, range(first, last), seconds, progress=self.group.is_main)
+        return world_clips(codec, range(first, last), seconds, progress=self.group.is_main, draw=self.draw)
 
 
 @torch.no_grad()
 def world_clips(
-    codec: TinyCodec, seeds: Sequence[int], seconds: int, *, batch: int = 64, progress: bool = True
+    codec: TinyCodec,
+    seeds: Sequence[int],
+    seconds: int,
+    *,
+    batch: int = 64,
+    progress: bool = True,
+    draw: Callable[[int], world.Scene] = world.scene,
 ) -> Clips:
     """Render and encode clips of the world where the codec is; prompts are numbered as in `world.prompts()`."""
     names, device = world.prompts(), next(codec.parameters()).device
     latents, numbers = [], []
     for start in tqdm(range(0, len(seeds), batch), desc="rendering clips", disable=not progress, leave=False):
-        scenes = [world.scene(seed) for seed in seeds[start : start + batch]]
+        scenes = [draw(seed) for seed in seeds[start : start + batch]]
         latents.append(codec.encode(world.render_batch(scenes, seconds, device)))
         numbers += [names.index(f"a {s.colour} ball, {s.timbre}") for s in scenes]
     return Clips(AV(*map(torch.cat, zip(*latents, strict=True))), torch.tensor(numbers, device=device))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from omniforcing_lib import files
-from omniforcing_lib.bounce.codecs import save_codec
+from omniforcing_lib.bounce.codecs import load_codec, save_codec
 from omniforcing_lib.config import MINIATURE, ModelConfig
 from omniforcing_lib.flow import Guidance
 from omniforcing_lib.layout import AV
@@ -29,6 +29,7 @@ from omniforcing_lib.training.data_recipes import (
     MakePairs,
     RealClipsConfig,
     TakesPairs,
+    WorldConfig,
 )
 from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
 from omniforcing_lib.training.stage3 import DMDConfig, OnPolicyConfig, StudentClips
@@ -38,18 +39,24 @@ from omniforcing_lib.transformer import Transformer, initialise
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCodec(Command):
+class TrainCodec(WorldConfig):
     """Train the codec on clips of the world."""
 
     out: str = option(".safetensors file to write", "codec.safetensors", writes=".safetensors")
     steps: int = option("steps of the optimiser", 4_000)
     seed: int = option("seed of everything random", 0, low=0, high=2**32 - 1)
     device: str = option(DEVICE, "cpu")
+    start: str = option("codec that is trained further; without one random weights", "")
+    lr: float = option("peak learning rate", 2.5e-3)
+    streams: str = option("whose networks learn", "both", choices=("both", "video", "audio"))
 
     def _run(self) -> Path:
         from omniforcing_lib.bounce.train_codec import train_codec
 
-        return save_codec(train_codec(seed=self.seed, steps=self.steps, device=self.device), self.out)
+        start = load_codec(self.start) if self.start else None
+        learns = AV(self.streams != "audio", self.streams != "video")
+        how = {"steps": self.steps, "rate": self.lr, "seed": self.seed, "device": self.device}
+        return save_codec(train_codec(start, draw=self.draw, learns=learns, **how), self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +69,15 @@ class TrainTeacher(RealClipsConfig):
     batch: int = option(BATCH, 16)
     seconds: int = option("length of a clip in seconds", 5)
     lr: float = option("peak learning rate", 1.5e-3)
+    start: str = option("checkpoint that is trained further; without one random weights", "", content="checkpoint")
 
     def _run(self) -> Path:
         prompts = self.contexts()
         clips = self.real_clips(prompts, self.seconds)
-        model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(self.seed)).to(self.place)
+        if self.start:
+            model = self.load(self.start)
+        else:
+            model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(self.seed)).to(self.place)
         optim = replace(self.optim, lr=self.lr, steps=self.steps, ema=average(self.steps))
         learner = Learner(model, replace(optim, warmup=min(500, self.steps // 10)), self.group)
         history = self.fit(stages.flow_stage(learner, clips, prompts, self.batch), {"teacher": learner}, "teacher")

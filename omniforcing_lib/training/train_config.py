@@ -163,7 +163,8 @@ class TrainConfig(Command):
         self, learner: Learner, history: History, names: Sequence[str], causal: RolloutConfig | None = None
     ) -> Path:
         """Write what was learnt, with its settings, the steps taken, last means of the named metrics and its scores."""
-        model, teacher = self.group.gather_model(learner.best, torch.bfloat16), getattr(self, "teacher", "")
+        model = self.group.gather_model(learner.best, torch.bfloat16)
+        teacher = getattr(self, "teacher", "") or getattr(self, "start", "")
         if model is None:
             return Path(self.out)
         version = checkpoints.read(teacher).metadata.get("model_version", "LTX-2") if teacher else MODEL_VERSION
@@ -191,7 +192,7 @@ def known(value: object, content: str) -> object:
     Raises:
         ValueError: it is not there, and no stage makes it; or it cannot be read.
     """
-    if content == "checkpoint":
+    if content == "checkpoint" and value:
         return records.by_content(value, checkpoints.read(value).fingerprint)
     if content and value and (content == "data" or records.complete(value)):
         return records.content(value)

@@ -15,7 +15,7 @@ from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import LTX2_GUIDANCE
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig
-from studies import cost, dry_run
+from studies import cost, dry_run, gpu_bench
 
 PAPER, FULL = RolloutConfig(), ModelConfig().with_sinks(16)
 ONE = replace(FULL, num_layers=1)
@@ -32,11 +32,15 @@ def test_a_pass_launches_fewer_than_2500_kernels(full):
     assert full.steady.kernels.total() < 2500 and full.first.kernels.total() < 2800
 
 
+def test_the_prediction_counts_the_elementwise_work_of_all_layers(full):
+    assert gpu_bench.elementwise() == full.steady.elementwise()
+
+
 def test_a_fused_pass_moves_a_third_of_the_elementwise_bytes():
     """Against the same pass with a kernel for each operation; layers are alike, so two of them tell."""
     two = dry_run.model_of(replace(FULL, num_layers=2))
     plain, fused_ = (dry_run.stream_pass(two, PAPER, fuse=fuse).steady for fuse in (False, True))
-    assert fused_.elementwise() < plain.elementwise() * 0.35
+    assert fused_.elementwise()[1] < plain.elementwise()[1] * 0.35
     assert plain.kernels.total() > 2 * fused_.kernels.total() and plain.flops == fused_.flops
 
 
@@ -70,7 +74,7 @@ def test_the_masked_pass_and_the_teacher_mix_no_devices():
 
 
 def test_decoders_run_without_the_host():
-    ledger = dry_run.decoding(dry_run.decoders(), PAPER, 3)
+    ledger, _ = dry_run.decoding(dry_run.decoders(), PAPER, 3)[-1]
     assert ledger.kernels["convolution"] > 100 and ledger.flops.total() > 30e12
 
 

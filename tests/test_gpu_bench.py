@@ -14,14 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from omniforcing_lib import graphs, stream
+from omniforcing_lib import graphs, rope, stream
 from omniforcing_lib.__main__ import main
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.layout import AV
 from omniforcing_lib.masks import block_mask
 from omniforcing_lib.stream import Chunk
 from series import claims, gpu_results
-from studies import bench, gpu_bench, gpu_phases
+from studies import bench, dry_run, gpu_bench, gpu_phases
 
 ROOT = Path(__file__).parents[1]
 SMALL = gpu_phases.SIZES["miniature"]
@@ -256,15 +256,14 @@ def test_the_page_says_what_was_measured_or_what_is_predicted():
     assert page == gpu_results.fill(page)
 
 
-def test_elementwise_work_is_counted_and_products_and_views_are_not():
-    x = torch.empty(8, 8, device="meta")
-    with gpu_bench.Traffic() as traffic:
-        y = torch.nn.functional.linear(x, x)[:4].flatten()
-    assert (traffic.kernels, traffic.nbytes) == (0, 0)
-    with traffic:
-        y.add_(1)
-        y.to(torch.bfloat16)
-    assert (traffic.kernels, traffic.nbytes) == (2, 32 * (4 + 4) + 32 * (4 + 2))
+def test_the_prediction_is_of_the_code_as_it_runs_whatever_ran_before():
+    """A dry run that failed within a fused function, and the mode of the caller, change no count."""
+    counts = gpu_bench.elementwise.__wrapped__()
+    with pytest.raises(RuntimeError), dry_run.counting() as ledger:
+        ledger.fused(lambda x: x + torch.ones(2, 3))(dry_run.empty(3, 4))
+    assert not rope.is_compiling() and not ledger.fuses_now
+    with torch.inference_mode():
+        assert gpu_bench.elementwise.__wrapped__() == counts
     assert gpu_bench.SIZES["19b"].config == ModelConfig()
 
 

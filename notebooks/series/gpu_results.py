@@ -102,10 +102,10 @@ def prediction() -> str:
 
     (card, rates), (kernels, nbytes) = next(iter(gpu_bench.ASSUMED.items())), gpu_bench.elementwise()
     how = (
-        f"Predicted for an {card}, not measured. Counted: the matrix products of the 19B at 512 x 768 pixels with a "
-        f"prompt of 1024 tokens and a window of 4 s, the products of LTX-2's decoders, and {kernels:,} other kernels "
-        f"a pass that move {nbytes / 1e9:.0f} GB. Assumed: {rates.linear / 1e12:.0f} TFLOP/s in linear layers, "
-        f"{rates.attention / 1e12:.0f} in attention, {rates.convolution / 1e12:.0f} in convolutions, "
-        f"{rates.memory / 1e12:.1f} TB/s; nothing overlaps, and nothing is lost between kernels, as with CUDA graphs."
+        f"Predicted for an {card}, not measured. Counted in dry runs of the 19B at 512 x 768 pixels, with a prompt of "
+        f"1024 tokens and a window of 4 s: matrix products, {kernels:,} other kernels a pass that move "
+        f"{nbytes / 1e9:.0f} GB, and both kinds of work in LTX-2's decoders. Assumed: {rates.linear / 1e12:.0f} "
+        f"TFLOP/s in linear layers, {rates.attention / 1e12:.0f} in attention, {rates.convolution / 1e12:.0f} in "
+        f"convolutions, {rates.memory / 1e12:.1f} TB/s; nothing overlaps, and no time is lost between kernels."
     )
     return f"{how}\n\n{markdown_table(gpu_bench.predicted())}"

@@ -78,9 +78,10 @@ class Ledger(TorchDispatchMode):
         """Tell whether a function runs that is one kernel."""
         return self._inside is not None
 
-    def elementwise(self) -> int:
-        """Bytes of all that is no product."""
-        return sum(n for name, n in self.bytes.items() if not any(p in name for p in _PRODUCTS))
+    def elementwise(self) -> tuple[int, int]:
+        """Count kernels and bytes of all that is no product."""
+        others = [name for name in self.kernels if not any(p in name for p in _PRODUCTS)]
+        return sum(self.kernels[name] for name in others), sum(self.bytes[name] for name in others)
 
     def __torch_dispatch__(self, func: Callable, types: Sequence, args: tuple = (), kwargs: dict | None = None):
         """Run one operation and count it."""
@@ -139,11 +140,14 @@ class Ledger(TorchDispatchMode):
 
         def run(*args: object, **more: object) -> object:
             self._inside, before, rope.is_compiling = [], rope.is_compiling, lambda: True
-            out = plain(*args, **more)
-            written, self._inside, rope.is_compiling = self._inside, None, before
-            targets = {x.untyped_storage()._cdata for x, _ in written}
+            try:
+                out, written = plain(*args, **more), self._inside
+            finally:
+                self._inside, rope.is_compiling = None, before
             inputs = [x for x in tree_leaves((args, more)) if isinstance(x, Tensor)]
             kept = {x.untyped_storage()._cdata for x in inputs}
+            written = [(x, size) for x, size in written if x.untyped_storage()._cdata in kept]
+            targets = {x.untyped_storage()._cdata for x, _ in written}
             outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
             outputs = [x for x in outputs if x.untyped_storage()._cdata not in kept]
             inputs = [x for x in inputs if x.untyped_storage()._cdata not in targets]
@@ -320,13 +324,15 @@ def decoders() -> nn.ModuleList:
         return nn.ModuleList([*halves, LTX2Vocoder()]).eval()
 
 
-def decoding(parts: nn.ModuleList, causal: RolloutConfig, horizon: int, *, grid: tuple[int, int] = GRID) -> Ledger:
-    """Count the decoding of a block in mid-stream, to frames and samples on the GPU; the vocoder computes in fp32."""
+def decoding(
+    parts: nn.ModuleList, causal: RolloutConfig, horizon: int, *, grid: tuple[int, int] = GRID
+) -> list[tuple[Ledger, int]]:
+    """Count the decoding of each block until mid-stream, and the frames that it gives; the vocoder computes in fp32."""
     codec = LTX2Codec(*parts, (32 * grid[0], 32 * grid[1]), horizon=horizon)
-    state, channels = codec.start(), codec.channels
+    state, channels, done = codec.start(), codec.channels, []
     for k in range(causal.window + 2):
         video, audio = causal.layout.block(k).map(len)
         block = AV(empty(1, video, *grid, channels.video), empty(1, audio, channels.audio))
         with counting(None) as ledger:
-            codec.decode(block, state)
-    return ledger
+            done.append((ledger, codec.decode(block, state).video.shape[1]))
+    return done

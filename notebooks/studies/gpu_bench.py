@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate, product
@@ -19,16 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from omniforcing_lib import files
-from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.layout import PAPER
 from omniforcing_lib.rollout import RolloutConfig
-from omniforcing_lib.transformer import Transformer
-from studies import bench, cost, gpu_phases
+from studies import bench, cost, dry_run, gpu_phases
 from studies.gpu_phases import PASSES, PHASES, SIZES, Size
 from studies.store import git_state, plain, slug
 
@@ -133,65 +128,25 @@ ASSUMED = {"H100": Rates(620e12, 450e12, 235e12, 2.6e12)}
 HORIZONS = (3, 1)
 
 
-class Traffic(TorchDispatchMode):
-    """Count kernels and bytes of all that is no matrix product, on the meta device: every kernel reads and writes once.
-
-    Attributes:
-        kernels: calls of kernels that touch memory.
-        nbytes: bytes of their inputs and outputs.
-    """
-
-    OTHERS = ("linear", "mm", "addmm", "scaled_dot_product_attention", "empty")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernels, self.nbytes = 0, 0
-
-    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
-        """Run a kernel and count it, unless it is a product or gives a view."""
-        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
-        given, made = ([t for t in tree_leaves(part) if isinstance(t, Tensor)] for part in ((args, kwargs), out))
-        here = {t.untyped_storage()._cdata for t in given}
-        is_view = not name.endswith("_") and all(t.untyped_storage()._cdata in here for t in made)
-        if made and not is_view and name not in self.OTHERS:
-            self.kernels += 1
-            self.nbytes += sum(t.nbytes for t in (*given, *made))
-        return out
-
-
 @lru_cache
+@torch.inference_mode(False)
 def elementwise() -> tuple[int, int]:
-    """Count kernels and bytes of a steady pass of the 19B that are no products: norms, modulation, rotation, gates.
+    """Count kernels and bytes of a steady pass of the 19B that are no products, fused as they are on a GPU.
 
-    A pass of one layer and one of two are counted: layers are alike.
+    A pass of one layer and one of two are counted in dry runs: layers are alike.
     """
-    at, counts = SIZES["19b"], []
-    for layers in (1, 2):
-        config = replace(at.config.with_sinks(PAPER.sinks), num_layers=layers)
-        with torch.device("meta"):
-            model = Transformer(config).to(gpu_phases.HALF).requires_grad_(False)
-            call = bench.open_block(model, RolloutConfig(), at.grid, 6, at.text)
-        call()  # what is held from then on is computed once
-        with Traffic() as traffic:
-            call()
-        counts.append((traffic.kernels, traffic.nbytes))
-    kernels, nbytes = (one + (at.config.num_layers - 1) * (two - one) for one, two in zip(*counts, strict=True))
+    config, causal = SIZES["19b"].config.with_sinks(PAPER.sinks), RolloutConfig()
+    models = [dry_run.model_of(replace(config, num_layers=layers)) for layers in (1, 2)]
+    counts = [dry_run.stream_pass(model, causal).steady.elementwise() for model in models]
+    kernels, nbytes = (one + (config.num_layers - 1) * (two - one) for one, two in zip(*counts, strict=True))
     return kernels, nbytes
 
 
 @lru_cache
-def decoded(horizon: int) -> tuple[list[float], list[int]]:
-    """Count FLOPs of decoding blocks 0 to 3 by LTX-2's decoders, and the frames shown; later ones are like block 3."""
-    at, flops, frames = SIZES["19b"]._replace(device="meta"), [], []
-    codec = gpu_phases.codec_of(at, gpu_phases.codec_parts(at), horizon)
-    state = codec.start()
-    for k in range(4):
-        video, audio = PAPER.block(k).map(len)
-        shapes = AV((1, video, *at.grid, at.config.in_channels), (1, audio, at.config.audio_in_channels))
-        with FlopCounterMode(display=False) as counter:
-            frames.append(codec.decode(shapes.map(partial(torch.empty, device="meta")), state).video.shape[1])
-        flops.append(counter.get_total_flops())
-    return flops, frames
+@torch.inference_mode(False)
+def decoded(horizon: int) -> list[tuple[dry_run.Ledger, int]]:
+    """Count how LTX-2's decoders decode the first blocks, and the frames of each; later ones are like the last."""
+    return dry_run.decoding(dry_run.decoders(), RolloutConfig(), horizon)
 
 
 def predicted(card: str = "H100") -> list[dict[str, str]]:
@@ -202,24 +157,24 @@ def predicted(card: str = "H100") -> list[dict[str, str]]:
     at, rates, rows = SIZES["19b"], ASSUMED[card], []
     tokens, moved = at.grid[0] * at.grid[1], elementwise()[1]
     for passes, horizon in product(("4 passes", "3 passes", "2 passes"), HORIZONS):
-        causal, (flops, frames) = PASSES[passes], decoded(horizon)
-        steady = causal.window + 2
-        works = [cost.block_work(at.config, causal, tokens, k, at.text) for k in (0, 1, 2, steady)]
-        parts = [
-            {
+        causal, shown, seconds = PASSES[passes], [], []
+        for k, (ledger, frames) in enumerate(decoded(horizon)):
+            work = cost.block_work(at.config, causal, tokens, k, at.text)
+            parts = {
                 "linear": work.linear / rates.linear,
                 "attention": work.attention / rates.attention,
                 "elementwise": work.passes * moved / rates.memory,
-                "decoding": count / rates.convolution,
+                "decoding": ledger.flops.total() / rates.convolution + ledger.elementwise()[1] / rates.memory,
             }
-            for work, count in zip(works, flops, strict=True)
-        ]
-        seconds, shown = (list(accumulate(each)) for each in ((sum(part.values()) for part in parts), frames))
-        first = {n: seconds[next(k for k, there in enumerate(shown) if there >= n)] for n in (1, bench.CLOCK.fps)}
+            seconds, shown = [*seconds, sum(parts.values())], [*shown, frames]
+        soon = {
+            n: sum(seconds[: 1 + next(k for k, there in enumerate(accumulate(shown)) if there >= n)])
+            for n in (1, bench.CLOCK.fps)
+        }
         rows.append(
             {"stream": f"{passes}, horizon {horizon}"}
-            | {f"{name}, ms": f"{1e3 * part:.0f}" for name, part in parts[-1].items()}
-            | {"frames a second": f"{frames[-1] / sum(parts[-1].values()):.0f}"}
-            | {"first frame, s": f"{first[1]:.2f}", "first second, s": f"{first[bench.CLOCK.fps]:.2f}"}
+            | {f"{name}, ms": f"{1e3 * part:.0f}" for name, part in parts.items()}
+            | {"frames a second": f"{frames / seconds[-1]:.0f}"}
+            | {"first frame, s": f"{soon[1]:.2f}", "first second, s": f"{soon[bench.CLOCK.fps]:.2f}"}
         )
     return rows

@@ -71,6 +71,11 @@ def on_gpu(device: str | torch.device) -> bool:
     return torch.device(device).type == "cuda"
 
 
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Give a CUDA stream for work beside the current one; None where there is no GPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 def use(name: str) -> None:
     """Name the backend of this process: `auto`, `sdpa`, `flash` or `flex`.
 

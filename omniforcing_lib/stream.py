@@ -93,8 +93,8 @@ class Streamer:
         text: encodes prompts.
         prompt: what to show; change it with `set_prompt`.
         seed: of all noise.
-        ahead: make the next block in a thread while this one is decoded and shown; a new prompt then shows one block
-            later. No further block is made, however slow the consumer is.
+        ahead: make the next block in a thread while this one is decoded, on a GPU by a CUDA stream of its own, and
+            shown; a new prompt then shows one block later. No further block is made, however slow the consumer is.
         capture: replay steady passes as CUDA graphs (see `graphs.Captured`), on a GPU that holds all weights.
 
     Attributes:
@@ -119,6 +119,8 @@ class Streamer:
         self._decoder = self.codec.start()
         self._maker = ThreadPoolExecutor(1, "blocks") if self.ahead else None
         self._coming: Future[LatentChunk] | None = None
+        # on a GPU decoding has a CUDA stream of its own, beside the one that makes blocks
+        self._beside = backends.side_stream(self.model.proj_out.weight.device)
         self._latents: dict[int, AV[Tensor]] = {}  # of the blocks that the next block sees
         self._made, self._last = 0, math.inf  # blocks made so far, and the most that may be
         tokens = len(self.causal.layout.block(1).video) * math.prod(self.codec.grid)
@@ -165,10 +167,12 @@ class Streamer:
         self._check_open()
         # 1. Take the block that was made ahead, or make one; ahead, the next one is begun before this one is decoded.
         chunk = self._coming.result() if self._coming else self._make()
+        if self._beside:
+            self._beside.wait_stream(torch.cuda.current_stream(self._beside.device))
         self._coming = self._maker.submit(self._make) if self._maker and self._made < self._last else None
         # 2. Decode it where the decoder stands.
         start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
-        with threads(self._threads):
+        with threads(self._threads), torch.cuda.stream(self._beside):
             clip = to_arrays(self.codec.decode(chunk.latents, self._decoder))
         self.block += 1
         return Chunk(clip.video, clip.audio, start_s, chunk.prompt)
@@ -177,10 +181,11 @@ class Streamer:
     def finish(self) -> Chunk | None:
         """Give what a codec that looks ahead still owes of the blocks so far; None where it owes nothing."""
         start_s = self._decoder.shown(self.codec.clock) / self.codec.clock.fps
-        rest = self.codec.finish(self._decoder)
-        if rest is None:
-            return None
-        clip = to_arrays(rest)
+        with torch.cuda.stream(self._beside):
+            rest = self.codec.finish(self._decoder)
+            if rest is None:
+                return None
+            clip = to_arrays(rest)
         return Chunk(clip.video, clip.audio, start_s, self.prompt)
 
     def clip(self, seconds: int) -> Iterator[AV[np.ndarray]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
@@ -224,6 +225,36 @@ def test_a_stream_made_ahead_is_the_same_stream(stream):
         after = take(early, 2)
     assert same(after[:1], reference[3:4]) and not same(after[1:], reference[4:])
     assert [chunk.prompt for chunk in after] == [PROMPT, OTHER]
+
+
+def test_on_a_gpu_a_block_is_decoded_beside_the_next_one(stream, monkeypatch):
+    """Decoding has a CUDA stream of its own, which waits for this block's latents and not for the next block."""
+    told, current = [], []
+
+    class Side:
+        device = "cuda:0"
+
+        def wait_stream(self, other):
+            told.append(f"wait for {other}")
+
+    @contextmanager
+    def on(side):
+        current.append(side)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(live.backends, "side_stream", lambda device: Side())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the maker's")
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    with stream(ahead=True) as early:
+        make, decode = early._maker.submit, early.codec.decode
+        monkeypatch.setattr(early._maker, "submit", lambda work: told.append("make") or make(work))
+        decoded = lambda *args: told.append(f"decode beside: {bool(current)}") or decode(*args)  # noqa: E731
+        monkeypatch.setattr(early.codec, "decode", decoded)
+        chunks = take(early, 2)
+    assert told == ["wait for the maker's", "make", "decode beside: True"] * 2
+    monkeypatch.undo()
+    assert same(chunks, take(stream(), 2))
 
 
 def test_what_fails_ahead_fails_in_the_consumer(stream, monkeypatch):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+from copy import copy, deepcopy
+from dataclasses import fields
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
@@ -15,6 +16,7 @@ from diffusers.loaders.single_file_utils import convert_ltx2_audio_vae_to_diffus
 from diffusers.models.autoencoders.autoencoder_mmaudio import mel_filterbank
 from safetensors.torch import load_file
 from tiny_ltx2 import SIZE, VAE, configs, diffusers_folder, modules, shaken, tiny_decoder_file, whole_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from omniforcing_lib.files import write_tensors
 from omniforcing_lib.layout import AV, PAPER, RELEASED, Clock
@@ -153,6 +155,44 @@ def test_a_shorter_horizon_is_sooner_and_less_exact():
     assert errors[0] < errors[1] < errors[2] < float("inf")
     delays = [codec_of(horizon=horizon).delays.video for horizon in (0, 2, None)]
     assert delays[0] < delays[1] < delays[2] and delays[1] == Fraction(2 * 8, 24)
+
+
+def overlapped(codec: LTX2Codec) -> LTX2Codec:
+    """Decode the overlap again at every step, where the codec carries what lies before."""
+    video = codec.overlaps.video
+    how = (getattr(video, f.name) for f in fields(Overlap))
+    made = copy(codec)
+    made.overlaps = codec.overlaps._replace(video=Overlap(*how))
+    return made
+
+
+@pytest.mark.parametrize(("causal", "horizon"), [(True, None), (False, 0), (False, 2)])
+def test_a_stream_decodes_what_is_new_and_what_the_horizon_held_back(causal, horizon):
+    """Three latents a step: as much work as three latents of a long clip, and one more for each that waits."""
+    codec, z = codec_of(causal=causal, horizon=horizon), torch.randn(1, 24, 2, 2, 16)
+
+    def work(call) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        return counter.get_total_flops()
+
+    def step(overlap: Overlap) -> int:
+        state = Tail()
+        return [work(partial(overlap.step, state, part)) for part in z.split(3, 1)][-1]
+
+    whole = codec.overlaps.video.decode
+    three = work(lambda: whole(z[:, :7])) - work(lambda: whole(z[:, :4]))
+    done = step(codec.overlaps.video)
+    assert done <= three * (3 + (horizon or 0)) / 3 < step(overlapped(codec).overlaps.video)
+    assert done == three or horizon
+
+
+def test_what_is_carried_costs_little_fidelity():
+    """Against a step that decodes the overlap again, at the same horizon; what a shorter horizon costs is ten times."""
+    for horizon in (0, 2, 4):
+        codec = codec_of(horizon=horizon)
+        carried, again = (stream_error(c, latents(3)) for c in (codec, overlapped(codec)))
+        assert again - 1 < carried < float("inf")
 
 
 def grown(decoder: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:

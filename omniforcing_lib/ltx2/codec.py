@@ -1,9 +1,10 @@
 """LTX-2's own autoencoders and vocoder (diffusers' classes) behind the `Codec` protocol, whole or as a stream.
 
-A stream is decoded by overlap and crop (`overlap`). LTX-2's video decoder is not causal: its convolutions look some
-22 latents, 7 seconds, ahead. `horizon` shortens that wait at a loss of fidelity that `stream_error` measures. Its audio
-decoder is causal, and its vocoder looks a fraction of a second ahead. Frames and samples of one time leave together;
-with a `TinyDecoder` frames leave at once, and their samples follow.
+LTX-2's video decoder is not causal: its convolutions look some 22 latents, 7 seconds, ahead. `horizon` shortens that
+wait at a loss of fidelity that `stream_error` measures. In a stream its convolutions carry their past (`carried`). Its
+audio decoder is causal, and its vocoder looks a fraction of a second ahead; both decode by overlap and crop
+(`overlap`). Frames and samples of one time leave together; with a `TinyDecoder` frames leave at once, and their samples
+follow.
 
 Letters: B batch, F video latents, T audio latents, f frames, n samples, t mel frames, m mel bins, c channels.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import parts
+from omniforcing_lib.ltx2.carried import Carried
 from omniforcing_lib.ltx2.overlap import Chain, Layer, Overlap, Tail, convolution, repeated, transposed
 from omniforcing_lib.ltx2.tiny import TinyDecoder, load_tiny_decoder
 
@@ -58,6 +60,7 @@ class LTX2DecodeState:
         tails = {"video": self.video, "mel": self.mel, "wave": self.wave}
         counts = [n for tail in tails.values() for n in (tail.start, tail.given)]
         stored = {name: tail.kept for name, tail in tails.items() if tail.kept is not None}
+        stored |= {f"video.{i}": tensor for i, tensor in enumerate(self.video.layers)}
         if self.waiting is not None:
             stored |= {f"held_{name}": part for name, part in self.waiting._asdict().items()}
         stored["counts"] = torch.tensor([*counts, *self.given])
@@ -70,6 +73,7 @@ class LTX2DecodeState:
         *counts, frames, samples = stored["counts"].tolist()
         spans = zip(("video", "mel", "wave"), counts[::2], counts[1::2], strict=True)
         tails = {name: Tail(stored.get(name), start, given) for name, start, given in spans}
+        tails["video"].layers = [stored[f"video.{i}"] for i in range(sum(n.startswith("video.") for n in stored))]
         waiting = AV(stored["held_video"], stored["held_audio"]) if "held_video" in stored else None
         return cls(**tails, waiting=waiting, given=AV(frames, samples))
 
@@ -123,9 +127,9 @@ class LTX2Codec(nn.Module):
             found = f"latents of {tiny.channels} channels and horizon {horizon}"
             raise ValueError(f"a tiny decoder takes the VAE's {self.channels.video} channels and no horizon; {found}")
         strides = AV(self.clock.video_stride, self.clock.audio_stride)
-        chain = video_chain(video.decoder)
+        how = self._frames, video_chain(video.decoder), strides.video, strides.video - 1, (*self.size, 3), horizon
         self.overlaps = AV(
-            tiny or Overlap(self._frames, chain, strides.video, strides.video - 1, (*self.size, 3), horizon),
+            tiny or (Overlap(*how) if _diffuses(video.decoder) else Carried(*how, decoder=video.decoder)),
             Overlap(self._mel, audio_chain(audio.decoder), strides.audio, strides.audio - 1, (2, config.mel_bins)),
         )
         self.waves = Overlap(self._samples, vocoder_chain(vocoder), self.clock.hop, shape=(2,))
@@ -234,11 +238,12 @@ class LTX2Codec(nn.Module):
         state.given = state.given.map(int.__add__, count)
         return ready.map(lambda part, n: part[:, :n], count)
 
-    def _frames(self, latents: Tensor) -> Tensor:
+    def _frames(self, latents: Tensor, decoder: Callable[..., Tensor] | None = None) -> Tensor:
         raw = latents * self.video.latents_std / self.video.config.scaling_factor + self.video.latents_mean
         # the same noise for the same latents, wherever a diffusion decoder runs
         noise = {"generator": torch.Generator().manual_seed(0)} if _diffuses(self.video.decoder) else {}
-        pixels = self.video.decoder(_like(rearrange(raw, "b f h w c -> b c f h w"), self.video), **noise)
+        decoder = decoder or self.video.decoder
+        pixels = decoder(_like(rearrange(raw, "b f h w c -> b c f h w"), self.video), **noise)
         return rearrange(pixels, "b c f h w -> b f h w c").float().clamp(-1, 1)
 
     def _mel(self, latents: Tensor) -> Tensor:

@@ -67,11 +67,13 @@ class Tail:
         kept: the inputs that later outputs still need, [B, n, ...].
         start: number of the first of them in the stream.
         given: outputs given so far.
+        layers: what the decoder's layers carry, see `carried`.
     """
 
     kept: Tensor | None = None
     start: int = 0
     given: int = 0
+    layers: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -126,13 +128,17 @@ class Overlap:
         if ready == state.given:
             state.kept = kept
             return new.new_zeros(len(new), 0, *self.shape)
+        outputs, keep = self._decoded(state, kept, ready)
+        state.kept, state.start, state.given = kept[:, keep - state.start :], keep, ready
+        return outputs
+
+    def _decoded(self, state: Tail, kept: Tensor, ready: int) -> tuple[Tensor, int]:
+        """Give the outputs up to the first `ready`, and the number of the first input that later ones need."""
         # The decoder drops outputs of the first input that it is given: begin one input earlier than needed.
         begin = max(state.start, self.span(range(state.given, ready)).start - 1)
         outputs = self.decode(kept[:, begin - state.start :])
-        outputs = outputs[:, state.given - self.up * begin : ready - self.up * begin]
         keep = max(begin, self.span(range(ready, ready + 1)).start - 1)
-        state.kept, state.start, state.given = kept[:, keep - state.start :], keep, ready
-        return outputs
+        return outputs[:, state.given - self.up * begin : ready - self.up * begin], keep
 
     def _ready(self, given: int, seen: int) -> int:
         """Count the outputs that depend on no input after the first `seen`."""

@@ -163,6 +163,5 @@ class Attention(nn.Module):
 
     def _out(self, x: Tensor, attended: Tensor) -> Tensor:
         if self.to_gate_logits is not None:
-            gate = 2 * torch.sigmoid(self.to_gate_logits(x))
-            attended = attended * gate.transpose(1, 2).unsqueeze(-1)
+            return self.to_out[0](fused.gated_heads(attended, self.to_gate_logits(x)))
         return self.to_out[0](attended.transpose(1, 2).flatten(2))

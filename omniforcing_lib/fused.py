@@ -1,4 +1,4 @@
-"""The elementwise work of a block as four functions; on a GPU each is one kernel.
+"""The elementwise work of a block as five functions; on a GPU each is one kernel.
 
 Every function says what is to be computed in plain PyTorch, and is called as it stands on a CPU and wherever gradients
 flow. On a GPU `torch.compile` fuses it once for each kind of input. What is fused reads and writes each tensor once,
@@ -41,8 +41,10 @@ def fuses(x: Tensor) -> bool:
 
 @lru_cache
 def compiled(plain: Callable) -> Callable:
-    """Compile a function for each kind of input that it meets."""
-    return backends.many_kinds(torch.compile(plain, dynamic=False, fullgraph=True))
+    """Compile a function for each kind of input that it meets, as one kernel."""
+    # torch would begin another kernel after 30 operations on a GPU, after 50 on a CPU
+    whole = {"realize_opcount_threshold": 1000}
+    return backends.many_kinds(torch.compile(plain, dynamic=False, fullgraph=True, options=whole))
 
 
 def modulate(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
@@ -140,3 +142,13 @@ def stored(
 def rotated_to(x: Tensor, rotation: Rotation, rope_type: str, out: Tensor) -> None:
     """Rotate keys and write them to `out`. Shapes: x and out [B, H, T, D]."""
     out.copy_(rotate(x, rotation, rope_type))
+
+
+@Fused
+def gated_heads(attended: Tensor, logits: Tensor) -> Tensor:
+    """Scale what each head found by twice the sigmoid of its logit, and join the heads (LTX-2.3).
+
+    Shapes: attended [B, H, T, D], logits [B, T, H] to [B, T, H D].
+    """
+    gate = 2 * torch.sigmoid(logits)
+    return (attended.transpose(1, 2) * gate.unsqueeze(-1)).flatten(2)

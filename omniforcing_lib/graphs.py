@@ -3,8 +3,10 @@
 A small model keeps a GPU waiting for launches. `Recorded` records a piece of a training step, or a pass of a stream, as
 a CUDA graph, and replays it. `Captured` does that for a stream: once the window is full, every pass over a block has
 the same shapes, reads the whole ring and writes one place of it. What still changes from block to block (latents,
-rotations, the place) is copied into fixed buffers. Where that is not so (the first blocks, the first pass under a new
-prompt, a CPU) the model is just called.
+rotations, the place) is copied into fixed buffers. Where that is not so the model is just called: on a CPU, in the
+first pass under a new prompt, and in the first blocks, each of which has shapes of its own and comes once, so that
+nothing would be replayed. A pass over two blocks is called, too: it does the work of two passes and saves their
+launches, which a recorded stream does not pay.
 """
 
 from __future__ import annotations

@@ -44,6 +44,15 @@ def test_a_fused_pass_moves_a_third_of_the_elementwise_bytes():
     assert plain.kernels.total() > 2 * fused_.kernels.total() and plain.flops == fused_.flops
 
 
+def test_gates_of_heads_are_one_kernel_of_each_attention():
+    """In LTX-2.3: six attentions a layer."""
+    kernels = [
+        dry_run.stream_pass(dry_run.model_of(replace(ONE, apply_gated_attention=gated)), PAPER).steady.elementwise()[0]
+        for gated in (False, True)
+    ]
+    assert kernels[1] == kernels[0] + 6
+
+
 def test_products_are_those_that_cost_counts(full):
     step = PAPER.layout.step
     queries = AV(TOKENS * step.video, step.audio)
@@ -134,6 +143,7 @@ def fused_calls(kind):
     yield fused.normed_heads, (x, weights[0], 2, 1e-6, None, rope_type)
     yield fused.stored, (x, draw(1, 12, 64), draw(1, 12, 64), *store)
     yield fused.stored, (x, draw(1, 12, 64), None, *store)
+    yield fused.gated_heads, (draw(1, 12, 2, 32).transpose(1, 2), draw(1, 12, 2))
     yield fused.rotated_to, (draw(1, 2, 12, 32), rotation, rope_type, ring[0][:, :, :12])
 
 
@@ -146,6 +156,7 @@ class Scheduled(Exception):
 def test_the_compiler_makes_one_kernel_of_each_fused_function(monkeypatch, kind):
     """Asked of the scheduler that it has for GPUs; nothing is generated, and no GPU and no Triton is needed."""
     import torch._inductor.config
+    import torch._inductor.ir as ir
     import torch._inductor.scheduler as scheduler
 
     def count(self):
@@ -153,11 +164,12 @@ def test_the_compiler_makes_one_kernel_of_each_fused_function(monkeypatch, kind)
 
     monkeypatch.setattr(scheduler.Scheduler, "codegen", count)
     monkeypatch.setattr(scheduler, "has_triton", lambda *device: True)
+    monkeypatch.setattr(ir, "is_cpu", lambda data: False)  # its limits for a GPU
     torch._dynamo.reset()
     with torch._inductor.config.patch(cpu_backend="triton", fx_graph_cache=False):
         for function, args in fused_calls(kind):
             with pytest.raises(Exception, match=r"Scheduled: 1\b"):
-                torch.compile(function.plain, dynamic=False, fullgraph=True)(*args)
+                fused.compiled.__wrapped__(function.plain)(*args)
         unfused = lambda x, y: x @ y + rms_norm(x, x.shape[-1:])  # noqa: E731
         with pytest.raises(Exception, match=r"Scheduled: [23]\b"):
             torch.compile(unfused, dynamic=False)(draw(64, 64), draw(64, 64))

@@ -75,8 +75,8 @@ def streamer(model, **changes):
     return Streamer(model, replace(CAUSAL, **changes), codec, TinyText(**WORDS), PROMPTS[0], seed=3, capture=False)
 
 
-def stream(model, blocks, switch=None, text=None):
-    live, chunks = streamer(model), []
+def stream(model, blocks, switch=None, text=None, **changes):
+    live, chunks = streamer(model, **changes), []
     for k in range(blocks):
         if k == switch:
             live.text = text or live.text
@@ -135,6 +135,12 @@ def test_a_stream_on_a_gpu_is_recorded_unless_it_is_told_not_to(gpu, model):
 def test_the_first_blocks_are_not_recorded(gpu, model):
     stream(Captured(model), CAUSAL.window + 1)
     assert not Replayer.made
+
+
+def test_a_pass_over_two_blocks_is_called_and_those_over_one_are_recorded(gpu, model):
+    """From block 3 on each block is remembered in the next one's first step; two steps of each are left to record."""
+    assert same(stream(Captured(model), 8, context_pass="fused"), stream(model, 8, context_pass="fused"))
+    assert len(Replayer.made) == 1 and len(Replayer.made[0].runs) == 2 * 5
 
 
 def test_a_stale_buffer_would_be_seen(gpu, model, monkeypatch):

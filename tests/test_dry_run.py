@@ -84,7 +84,9 @@ def test_the_masked_pass_and_the_teacher_mix_no_devices():
 
 def test_decoders_run_without_the_host():
     ledger, _ = dry_run.decoding(dry_run.decoders(), PAPER, 3)[-1]
-    assert ledger.kernels["convolution"] > 100 and ledger.flops.total() > 30e12
+    assert ledger.kernels["convolution"] > 100
+    # 37 TFLOP where the overlap is decoded again, 11 for the three new latents alone
+    assert 11e12 < ledger.flops.total() < 20e12
 
 
 def on_host(model, latents, grid, sinks):

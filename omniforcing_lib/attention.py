@@ -101,7 +101,8 @@ class Attention(nn.Module):
         """
         source, (by_query, by_key) = x if context is None else context, rotations or (None, None)
         # 1. On a GPU the keys of one open block are stored by the kernel that norms and rotates them.
-        if isinstance(cached, Ring) and len(blocks) == 1 and blocks[0].writes and self._fuses(x):
+        is_one = isinstance(cached, Ring) and len(blocks) == 1 and blocks[0].writes
+        if is_one and fused.fuses(x) and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm:
             return self._out(x, attend(*self._stored(x, source, by_query, by_key, cached, blocks[0])))
         # 2. Queries: normed over all heads together, then rotated.
         q = self._normed_heads(self.to_q(x), self.q_norm, by_query)
@@ -144,13 +145,10 @@ class Attention(nn.Module):
             q = fused.normed_heads(q, weights[0], self.heads, eps, by_query, kind)
         return q, *ring.read(places)
 
-    def _fuses(self, x: Tensor) -> bool:
-        """Tell whether norms are fused with what follows; a study may have put another module in their place."""
-        return fused.fuses(x) and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm
-
     def _normed_heads(self, x: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tensor:
-        if self._fuses(x):
+        if type(norm) is nn.RMSNorm:
             return fused.normed_heads(x, norm.weight, self.heads, norm.eps, rotation, self.rope_type)
+        # a study has put another norm in its place
         split = self._heads(norm(x))
         return split if rotation is None else rotate(split, rotation, self.rope_type)
 

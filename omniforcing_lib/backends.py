@@ -68,7 +68,7 @@ def device(name: str) -> torch.device:
 
 def on_gpu(device: str | torch.device) -> bool:
     """Tell whether a device is a GPU, where work is fused and recorded."""
-    return torch.device(device).type == "cuda"
+    return (device if isinstance(device, torch.device) else torch.device(device)).type == "cuda"
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:

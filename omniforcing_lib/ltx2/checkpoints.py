@@ -68,7 +68,7 @@ def load(
     keyframe embedding that the config asks for and the file does not hold, which counts as zeros (specification 1.12).
 
     Args:
-        model: `teacher`, `student` or the path of a file, an index or a folder in any of the five formats.
+        model: `teacher`, `student` or the path of a file, an index or a folder in any format that `formats` knows.
         device: where it runs.
         dtype: of all its weights; on the CPU, weights that have it in the file stay mapped to the file.
         sinks: give a checkpoint this many new sinks; None keeps the file's.

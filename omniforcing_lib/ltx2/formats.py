@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from omniforcing_lib.config import ModelConfig
 
@@ -44,7 +44,6 @@ _TO_DIFFUSERS = {
     "q_norm": "norm_q",
     "k_norm": "norm_k",
 }
-_FROM_DIFFUSERS = {theirs: ours for ours, theirs in _TO_DIFFUSERS.items()}
 
 _OURS_ALONE = (
     "positional_embedding_max_pos",
@@ -106,27 +105,34 @@ FOLDERS = {
 
 @dataclass(frozen=True)
 class Format:
-    """Say how a format calls the transformer's tensors, and whether OmniForcing's causal code made it."""
+    """Say how a format calls the transformer's tensors, and whether OmniForcing's causal code made it.
+
+    Attributes:
+        name: of the format, in words.
+        prefix: of all names.
+        spelling: what the format calls a part of a name, between dots, by the name here.
+        causal_release: it is read with the released causal code's settings.
+    """
 
     name: str
     prefix: str = ""
-    renamed: bool = False
+    spelling: Mapping[str, str] = field(default_factory=dict, hash=False)
     causal_release: bool = False
 
     def bare(self, stored: str) -> str | None:
         """Give the transformer's own name for a stored one; None for what is not the transformer's."""
         if not stored.startswith(self.prefix) or group(stored):
             return None
-        return _parts(stored.removeprefix(self.prefix), _FROM_DIFFUSERS if self.renamed else {})
+        return _parts(stored.removeprefix(self.prefix), {theirs: ours for ours, theirs in self.spelling.items()})
 
     def stored(self, bare: str) -> str:
         """Give the name under which the format keeps a tensor."""
-        return self.prefix + _parts(bare, _TO_DIFFUSERS if self.renamed else {})
+        return self.prefix + _parts(bare, self.spelling)
 
 
 LTX2 = Format("LTX-2 single file", PREFIX)
 STUDENT = Format("student of this project", PREFIX)
-DIFFUSERS = Format("diffusers folder", renamed=True)
+DIFFUSERS = Format("diffusers folder", spelling=_TO_DIFFUSERS)
 RELEASES = (
     Format("OmniForcing release, bidirectional", "model.velocity_model."),
     Format("OmniForcing release, causal", "model.", causal_release=True),
@@ -146,10 +152,10 @@ def detect(names: Iterable[str]) -> Format:
     """
     names = list(names)
     for known in (LTX2, *RELEASES[:2]):
-        if any(name.startswith(known.prefix + "transformer_blocks.0.") for name in names):
+        if any(name.startswith(known.stored("transformer_blocks.0.")) for name in names):
             # the prefix does not tell them apart: OmniForcing's students are of LTX-2.0, which has no gates
             return TAOMATE if known is RELEASES[1] and known.prefix + _GATE in names else known
-    if any(name.split(".")[0] in _FROM_DIFFUSERS for name in names):
+    if any(name.split(".")[0] in _TO_DIFFUSERS.values() for name in names):
         return DIFFUSERS
     if any(name.startswith("transformer_blocks.0.") for name in names):
         return RELEASES[2] if version_of(names) == "2.0" else BARE

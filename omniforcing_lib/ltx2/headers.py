@@ -1,7 +1,7 @@
 """What the files of a checkpoint say of themselves: format, config, names, shapes and dtypes; no tensor is loaded.
 
-Five formats are read: LTX-2 single files (prefix `model.diffusion_model.`, JSON `config` in the metadata), diffusers
-folders, OmniForcing's and TaoMate's releases, and students of this project: LTX-2 files with `audio_sink_tokens` and an
+What is read: LTX-2 single files (prefix `model.diffusion_model.`, JSON `config` in the metadata), diffusers folders,
+OmniForcing's and TaoMate's releases, and students of this project: LTX-2 files with `audio_sink_tokens` and an
 `omniforcing` part in their config. The miniature's files are of the first and the last. Source: specification 1.2.
 """
 
@@ -191,7 +191,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def read(model: str | os.PathLike[str]) -> Checkpoint:
-    """Read format, config, names, shapes and dtypes of any of the five formats; no tensor is loaded.
+    """Read format, config, names, shapes and dtypes of any format that `formats` knows; no tensor is loaded.
 
     Raises:
         ValueError: what is there is damaged, of no known format, or asks for what this model does not do.

@@ -125,7 +125,7 @@ class Targets:
     @staticmethod
     def _check_clip(clip: AV[np.ndarray]) -> None:
         frames, samples = clip
-        whole = len(samples) == media.samples_of(len(frames)) and np.abs(samples).max(initial=0) <= 1
+        whole = len(samples) == Clock().samples_of(len(frames)) and np.abs(samples).max(initial=0) <= 1
         if not (whole and len(frames) and frames.dtype == np.uint8):
             raise Broken(f"a clip of {frames.shape} frames and {samples.shape} samples")
 

@@ -35,7 +35,7 @@ from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.config import MINIATURE
-from omniforcing_lib.layout import AV, PAPER
+from omniforcing_lib.layout import AV, PAPER, Clock
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.stream import Streamer

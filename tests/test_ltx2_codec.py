@@ -122,6 +122,14 @@ def test_a_stored_state_goes_on(codec, tmp_path):
         assert torch.equal(b, c) and len(a) == 1
 
 
+def test_a_stored_state_without_its_layers_is_refused():
+    codec, z, state = codec_of(horizon=1), latents(3), LTX2DecodeState()
+    codec.decode(z, state)
+    stored = {name: t for name, t in state.tensors().items() if not name.startswith("decoder.video.")}
+    with pytest.raises(ValueError, match="begin the stream anew"):
+        codec.decode(z, LTX2DecodeState.from_tensors(stored))
+
+
 def test_memory_of_a_stream_does_not_grow():
     """With the overlap filled, the state holds as much after every second."""
     codec, z = codec_of(), latents(8)

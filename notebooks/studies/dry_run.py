@@ -301,11 +301,11 @@ def masked_pass(model: Transformer, causal: RolloutConfig, seconds: int, *, grid
 
 def teacher_step(model: Transformer, guidance: Guidance, seconds: int, *, grid: tuple[int, int] = GRID) -> Ledger:
     """Count a guided step of the teacher on a clip."""
-    x, words, level = (
-        latents(model, model.clock.latents(seconds), grid=grid),
-        context(model),
-        empty(dtype=torch.float32),
-    )
+    counts, words, level = model.clock.latents(seconds), context(model), empty(dtype=torch.float32)
+    x = latents(model, counts, grid=grid)
+    with counting(host=True):
+        model.rotations(counts.map(range), grid, 0)  # its frequencies are made once, on the host
+    rope.tables.cache_clear()
     with counting(model.proj_out.weight.dtype) as ledger:
         guided_denoiser(model, words, words, guidance)(x, level)
     return ledger

@@ -26,6 +26,8 @@ class Carried(Overlap):
     decoder: nn.Module = field(repr=False)
 
     def _decoded(self, state: Tail, kept: Tensor, ready: int) -> tuple[Tensor, int]:
+        if state.start and not state.layers:
+            raise ValueError("a stored decoding lacks what the convolutions carry; begin the stream anew")
         settled = (ready + self.dropped) // self.up
         spans = state.start, settled, state.start + kept.shape[1]
         step = Step(self.decoder, self.chain, state.layers, *spans, ready)
@@ -71,10 +73,12 @@ class Step:
                 x = self._upsample(upsampler, x)
             for block in stage.resnets:
                 x = self._resnet(block, x)
-        x = self._convolve(decoder.conv_out, decoder.conv_act(decoder.norm_out(x)))
+        x = self._convolve(decoder.conv_out, x, decoder.norm_out, decoder.conv_act)
         return rearrange(x, "b (c q p) f h w -> b c f (h p) (w q)", p=decoder.patch_size, q=decoder.patch_size)
 
-    def _convolve(self, module: nn.Module, x: Tensor) -> Tensor:
+    def _convolve(self, module: nn.Module, x: Tensor, *first: nn.Module) -> Tensor:
+        for pointwise in first:
+            x = pointwise(x)
         (layer, _), (_, stop) = self._pending.pop(0), self._pending[0]
         start, settled, seen = self._spans
         count, before, after = min(stop, seen) - start, -layer.first, layer.last
@@ -87,8 +91,8 @@ class Step:
         return module.conv(x)
 
     def _resnet(self, block: nn.Module, x: Tensor) -> Tensor:
-        new = self._convolve(block.conv1, block.nonlinearity(block.norm1(x)))
-        new = self._convolve(block.conv2, block.nonlinearity(block.norm2(new)))
+        new = self._convolve(block.conv1, x, block.norm1, block.nonlinearity)
+        new = self._convolve(block.conv2, new, block.norm2, block.nonlinearity)
         x = x[:, :, : new.shape[2]]
         if block.conv_shortcut is not None:
             x = block.conv_shortcut(block.norm3(x.movedim(1, -1)).movedim(-1, 1))

@@ -134,7 +134,7 @@ def test_a_short_run_is_read_beside_the_stored_long_one(run, tmp_path, monkeypat
     assert tables == [[beside, other]]
     files.write_text(tmp_path / "data" / "SHA256SUMS", "cd  student.safetensors\n")
     run.summary()
-    assert [*tables[1][0]][2] == "profile cpu; another student.safetensors than data/ has"
+    assert [*tables[1][0]][-1] == "profile cpu; another student.safetensors than data/ has"
     run.profile = profiles.from_name("cpu")
     run.judged.clear()
     run.summary(["new"])

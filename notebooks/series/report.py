@@ -246,9 +246,10 @@ class Run:
         rows = []
         for name in dict.fromkeys([*self.judged, *names]):
             row = {"measure": name, "value": self.quote(name)}
+            row |= self.judged.get(name, {"limit": "", "says": ""}) if self.judged else {}
             if beside:
                 row[beside] = quote(stored[name]) if name in stored else "—"
-            rows.append(row | (self.judged.get(name, {"limit": "", "says": ""}) if self.judged else {}))
+            rows.append(row)
         if rows:
             self.table(rows)
 

@@ -120,14 +120,33 @@ def test_a_short_run_is_read_beside_the_stored_long_one(run, tmp_path, monkeypat
     )
     stored.metric("ratio", 0.469, interval=(0.2, 1.24))
     files.write_json(tmp_path / "reports" / "metrics" / "cpu" / "04.json", stored.metrics)
+    record = {"notebook": "04", "git": {"commit": "1234567"}, "files": {"student.safetensors": "ab"}}
+    files.write_json(tmp_path / "reports" / "run" / "cpu" / "04.json", record)
+    files.write_text(tmp_path / "data" / "SHA256SUMS", "ab  student.safetensors\n")
     run.metric("ratio", 3.5, "x")
     run.metric("new", 2)
     run.check("clocks agree", True)
     run.claim(1, {"ratio": RATIO})
-    run.summary()
-    run.summary(["ratio"])
-    run.profile = profiles.from_name("cpu")
     run.summary(["new"])
-    beside = {"measure": "ratio", "value": "3.5 x", "profile cpu": "0.469 [0.2, 1.24]"}
-    assert tables[0] == [beside, {"measure": "new", "value": "2", "profile cpu": "—"}]
-    assert tables[1:] == [[beside], [{"measure": "new", "value": "2"}]]
+    judged = {"limit": "≤ 1.09", "says": verdicts.NO_POWER}
+    beside = {"measure": "ratio", "value": "3.5 x", "profile cpu": "0.469 [0.2, 1.24]"} | judged
+    other = {"measure": "new", "value": "2", "profile cpu": "—", "limit": "", "says": ""}
+    assert tables == [[beside, other]]
+    files.write_text(tmp_path / "data" / "SHA256SUMS", "cd  student.safetensors\n")
+    run.summary()
+    assert [*tables[1][0]][-1] == "profile cpu; another student.safetensors than data/ has"
+    run.profile = profiles.from_name("cpu")
+    run.judged.clear()
+    run.summary(["new"])
+    assert tables[2:] == [[{"measure": "new", "value": "2"}]]
+
+
+def test_an_interval_that_holds_the_value_is_no_result(run, monkeypatch):
+    tables = []
+    monkeypatch.setattr(report.Run, "table", lambda self, rows: tables.extend(rows))
+    run.metric("more", 1.2, interval=(1.1, 1.3))
+    run.metric("less", 0.8, interval=(0.7, 0.9))
+    run.metric("all alike", 1.0, interval=(1.0, 1.0))
+    run.metric("one seed", 1.2)
+    run.compare("ratio", [*run.metrics], to=1)
+    assert [row["its interval"] for row in tables] == ["above 1", "below 1", "holds 1", "no interval"]

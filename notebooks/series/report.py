@@ -111,6 +111,7 @@ class Run:
     folder: Path
     origin: dict[str, dict] = dataclasses.field(default_factory=dict)
     metrics: dict[str, dict] = dataclasses.field(default_factory=dict)
+    judged: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     illustrated: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
@@ -177,6 +178,7 @@ class Run:
                 entry = self.metrics[name]
                 interval = [float(edge) for edge in entry.get("interval", ())]
                 answers[name] = verdicts.verdict(float(entry["value"]), interval or None, limit)
+                self.judged[name] = {"limit": str(limit), "says": answers[name]}
             status = verdicts.whole(answers)
         self.metrics[f"claim {number:02d}"] = {
             "claim": number,
@@ -221,16 +223,35 @@ class Run:
             raise ValueError("a table needs at least one row")
         display({"text/plain": plain_table(rows), "text/markdown": markdown_table(rows)}, raw=True)
 
+    def compare(self, head: str, names: Sequence[str], to: float = 0.0) -> None:
+        """Show recorded differences, or ratios `to` 1, and on which side of that their whole interval lies."""
+        sides = {name: verdicts.side(self.metrics[name].get("interval"), to) for name in names}
+        self.table([{head: name, "value": self.quote(name), "its interval": told} for name, told in sides.items()])
+
     def summary(self, names: Sequence[str] = ()) -> None:
-        """Show recorded numbers, all or some; in profile smoke those beside them that profile cpu has in `reports`."""
-        numbers = {name: e for name, e in self.metrics.items() if e.get("unit", "check") != "check"}
-        rows = [{"measure": name, "value": quote(numbers[name])} for name in names or numbers if name in numbers]
-        path = ROOT / "reports" / "metrics" / "cpu" / f"{self.name}.json"
+        """Show what claims rest on, with limit and answer, then the recorded numbers `names`.
+
+        In profile smoke what `reports` has of profile cpu stands beside them. The head of that column says so where
+        it was run on other files or with older code.
+        """
+        print(f"{self.name}: some of its numbers; REPORT.md has all")
+        path, beside = ROOT / "reports" / "metrics" / "cpu" / f"{self.name}.json", ""
         if self.profile.name == "smoke" and not self.teacher and path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            for row in rows:
-                row["profile cpu"] = quote(stored[row["measure"]]) if row["measure"] in stored else "—"
-        self.table(rows)
+            stored, record = (
+                json.loads(p.read_text(encoding="utf-8")) if p.exists() else {}
+                for p in (path, ROOT / "reports" / "run" / "cpu" / path.name)
+            )
+            beside = "; ".join(["profile cpu", *origins.differences(record, ROOT)])
+            print("profile cpu: the same in the longer run that reports/ holds, with more clips and training")
+        rows = []
+        for name in dict.fromkeys([*self.judged, *names]):
+            row = {"measure": name, "value": self.quote(name)}
+            row |= self.judged.get(name, {"limit": "", "says": ""}) if self.judged else {}
+            if beside:
+                row[beside] = quote(stored[name]) if name in stored else "—"
+            rows.append(row)
+        if rows:
+            self.table(rows)
 
     def clip(self, name: str, clip: AV[np.ndarray], clock: Clock | None = None) -> None:
         """Write a clip as mp4 beside the run's files and show a player when it is small enough to store.

@@ -98,6 +98,14 @@ def verdict(value: float, interval: Sequence[float] | None, limit: Limit) -> str
     return NOT_SEEN if high < edge else NOT_SEPARATED
 
 
+def side(interval: Sequence[float] | None, of: float = 0.0) -> str:
+    """Say on which side of a value a whole interval lies; one that holds the value is no result."""
+    if not interval:
+        return "no interval"
+    low, high = interval
+    return f"above {of:g}" if low > of else f"below {of:g}" if high < of else f"holds {of:g}"
+
+
 def whole(parts: Mapping[str, str]) -> str:
     """Join the verdicts of a claim's parts: one that holds in part says which part, else the weightiest no stands."""
     if not parts:

@@ -186,9 +186,8 @@ def onset_shift(before: Sequence[AV[np.ndarray]], after: Sequence[AV[np.ndarray]
     return Shift(count, np.array(moves))
 
 
-def score_rows(table: evaluate.Table) -> list[dict[str, object]]:
+def score_rows(table: evaluate.Table, measures: Sequence[str]) -> list[dict[str, object]]:
     """Turn a table of scores into rows, a measure each, mean and 95 % interval."""
-    measures = next(iter(table.rows.values()))
     return [{"measure": m} | {system: str(row[m]) for system, row in table.rows.items()} for m in measures]
 
 

@@ -318,16 +318,16 @@ def block_times(
 def beside_released(
     timed: Mapping[str, Sequence[float]], grid: tuple[int, int], dtype: str = "fp32"
 ) -> list[dict[str, object]]:
-    """Table the seconds of the first ten blocks, of five passes each, with what is known of the released code.
+    """Table the seconds of the first and the tenth block, of five passes each, beside the released code's.
 
-    Its times are known at the ends only, and for frames of `REAL_GRID`.
+    Its times are known for frames of `REAL_GRID`; at another size there is no such column.
     """
-    first, last = RELEASED_BLOCKS[dtype]
-    known = {0: f"{first}", 9: f"{last}"} if grid == REAL_GRID else {}
-    unknown = "between" if known else "not measured at this size"
+    known = zip((0, 9), RELEASED_BLOCKS[dtype], strict=True)
     return [
-        {"block": k, "released code, s": known.get(k, unknown)} | {f"{n}, s": f"{timed[n][k]:.2f}" for n in timed}
-        for k in range(10)
+        {"block": k, "numbers": dtype}
+        | ({"released code, s": f"{seconds}"} if grid == REAL_GRID else {})
+        | {f"{n}, s": f"{timed[n][k]:.2f}" for n in timed}
+        for k, seconds in known
     ]
 
 

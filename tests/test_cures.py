@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from series import claims
 from studies import cures, store
 from studies.cures import Budget, Remedy
 
@@ -32,6 +33,9 @@ def test_runs_are_kept_and_say_what_they_judged(tmp_path):
     assert list(table) == [name for name in cures.REMEDIES if name in names]
     assert all(0 <= row["recall"][0] <= 1 and row["sync_f1"][1] is None for row in table.values())
     assert table["Stage 2"]["angle_sd"] != table["on policy"]["angle_sd"]
+    _, how, rows = claims.remedies(tmp_path)
+    assert "one seed ranks nothing" in how and rows.count("\n") == 1 + len(names)
+    assert f"| DMD and regression | 1 | {table['DMD and regression']['recall'][0]:.4g} |" in rows
     record, *_ = store.read(tmp_path)
     assert record["files"] == store.origin("teacher", "stage2", "codec", "ode_pairs")["files"]
     with pytest.raises(ValueError, match="another folder"):
@@ -43,3 +47,4 @@ def test_unknown_remedies_and_empty_folders_are_refused(tmp_path):
         cures.run(tmp_path, names=("prayer",))
     with pytest.raises(ValueError, match="holds no runs"):
         cures.TRIALS.table(tmp_path)
+    assert claims.remedies(tmp_path / "none") == []

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from series.origins import SCORES
+from series.origins import ROOT, SCORES
 
 Metrics = dict[str, dict[str, dict]]
 """Notebook -> name -> entry, as `report.Run.metric` and `report.Run.claim` record them."""
@@ -18,6 +18,7 @@ _DATA = tomllib.loads(Path(__file__).with_name("claims.toml").read_text(encoding
 CLAIMS: dict[int, dict[str, str]] = dict(enumerate(_DATA["claims"], start=1))
 SYSTEMS: dict[str, str] = _DATA["systems"]
 MEASURES: dict[str, str] = _DATA["measures"]
+REMEDIED: dict[str, str] = _DATA["remedied"]
 
 
 def show(value: object) -> str:
@@ -113,6 +114,23 @@ def quality_rows(stored: Mapping[str, dict]) -> list[dict[str, str]]:
     return rows
 
 
+def remedies(folder: Path) -> list[str]:
+    """Write what the stored remedies against collapse gave (`studies.cures`), best recall first; empty without runs."""
+    if not folder.exists():
+        return []
+    from studies import cures
+
+    table, runs = cures.TRIALS.table(folder), cures.TRIALS.numbers(folder)
+    rows = [
+        {"remedy": name, "seeds": len(runs[name])}
+        | {title: _mean([row[key][0], *(row[key][1] or (row[key][0],) * 2)]) for key, title in REMEDIED.items()}
+        for name, row in sorted(table.items(), key=lambda item: -item[1]["recall"][0])
+    ]
+    how = "Short runs from the shipped Stage 2, each about as long as the DMD run: means over training seeds, with "
+    how += "Student's intervals where there are several. Clips are of selection seeds, and one seed ranks nothing"
+    return ["## Remedies against collapse", f"{how} (`python -m omniforcing_lib cures`).", markdown_table(rows)]
+
+
 def _mean(entry: Sequence[float] | float | None) -> str:
     """Write a mean with its interval, a number, or counts; a dash for what was not measured."""
     if entry is None:
@@ -143,7 +161,7 @@ def markdown(
     ]
     if scores:
         pictures = "Contact sheets of the first clips, impacts and onsets marked: `reports/scores/*.png`."
-        parts += ["## Quality by the protocol", quality(scores), pictures]
+        parts += ["## Quality by the protocol", quality(scores), pictures, *remedies(ROOT / "reports" / "cures")]
     if origins:
         parts += ["## Where the numbers come from", markdown_table(origins)]
     for notebook, entries in metrics.items():

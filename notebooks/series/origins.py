@@ -72,14 +72,14 @@ def renew(root: Path = ROOT) -> list[str]:
 
 
 def rows(names: Iterable[str], profile: str, root: Path = ROOT) -> list[dict[str, str]]:
-    """Table the origin of all that a report quotes: a profile's notebooks `names`, scores, and ablations by commit."""
+    """Table the origin of all that a report quotes: notebooks `names` of a profile, scores, ablations and remedies."""
     stored = root / "reports"
     records = {name: _read(stored / "run" / profile / f"{name}.json") for name in names}
     scores = {name: stored / "scores" / f"{name}.json" for name in SCORES}
     records |= {f"scores/{name}": _read(path) for name, path in scores.items() if path.exists()}
-    ablations = [_read(path) for path in sorted((stored / "ablations").glob("*.json"))]
     told = [{"numbers": name, **_row(record, root)} for name, record in records.items()]
-    seen = {tuple({"numbers": "ablations", **_row(record, root)}.items()) for record in ablations}
+    runs = [(name, _read(path)) for name in ("ablations", "cures") for path in sorted((stored / name).glob("*.json"))]
+    seen = {tuple({"numbers": name, **_row(record, root)}.items()) for name, record in runs}
     return told + [dict(items) for items in sorted(seen)]
 
 

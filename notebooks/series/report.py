@@ -229,11 +229,13 @@ class Run:
         self.table([{head: name, "value": self.quote(name), "its interval": told} for name, told in sides.items()])
 
     def summary(self, names: Sequence[str] = ()) -> None:
-        """Show what claims rest on, with limit and answer, then the recorded numbers `names`.
+        """Show what claims rest on, with limit and answer, then the recorded numbers `names`; or all of them.
 
         In profile smoke what `reports` has of profile cpu stands beside them. The head of that column says so where
         it was run on other files or with older code.
         """
+        numbers = [name for name, entry in self.metrics.items() if "value" in entry and entry.get("unit") != "check"]
+        shown = dict.fromkeys([*self.judged, *names] or numbers)
         print(f"{self.name}: some of its numbers; REPORT.md has all")
         path, beside = ROOT / "reports" / "metrics" / "cpu" / f"{self.name}.json", ""
         if self.profile.name == "smoke" and not self.teacher and path.exists():
@@ -244,7 +246,7 @@ class Run:
             beside = "; ".join(["profile cpu", *origins.differences(record, ROOT)])
             print("profile cpu: the same in the longer run that reports/ holds, with more clips and training")
         rows = []
-        for name in dict.fromkeys([*self.judged, *names]):
+        for name in shown:
             row = {"measure": name, "value": self.quote(name)}
             row |= self.judged.get(name, {"limit": "", "says": ""}) if self.judged else {}
             if beside:

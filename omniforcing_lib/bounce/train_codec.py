@@ -152,7 +152,7 @@ def train_codec(
     learning = [p for network in networks for p in network.parameters()]
     adam = torch.optim.AdamW(learning, rate, betas=(0.9, 0.98), weight_decay=1e-4)
     cycle = torch.optim.lr_scheduler.OneCycleLR(adam, rate, total_steps=steps, pct_start=0.1)
-    if learns.audio:
+    if further and learns.audio:
         waken(codec, range(world.HELD_OUT - 16, world.HELD_OUT), device, draw)
     source = batches(codec, rng, size=batch, seconds=seconds, device=device, pooled=pooled, draw=draw)
     for step in (bar := tqdm(range(steps), desc="codec", disable=not progress)):

@@ -101,8 +101,8 @@ class Attention(nn.Module):
         """
         source, (by_query, by_key) = x if context is None else context, rotations or (None, None)
         # 1. On a GPU the keys of one open block are stored by the kernel that norms and rotates them.
-        is_one = isinstance(cached, Ring) and len(blocks) == 1 and blocks[0].writes
-        if is_one and fused.fuses(x) and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm:
+        one = x.device.type == backends.GPU and isinstance(cached, Ring) and len(blocks) == 1 and blocks[0].writes
+        if one and not torch.is_grad_enabled() and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm:
             return self._out(x, attend(*self._stored(x, source, by_query, by_key, cached, blocks[0])))
         # 2. Queries: normed over all heads together, then rotated.
         q = self._normed_heads(self.to_q(x), self.q_norm, by_query)

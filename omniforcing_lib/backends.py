@@ -21,6 +21,8 @@ from torch import Tensor
 
 NAMES = ("auto", "sdpa", "flash", "flex")
 HALF = (torch.float16, torch.bfloat16)
+GPU = "cuda"
+"""Type of the devices where work is fused and recorded."""
 KINDS = 256
 """Kinds of input (shapes, dtypes, masks) for which one function is compiled."""
 _log = logging.getLogger(__name__)
@@ -68,7 +70,7 @@ def device(name: str) -> torch.device:
 
 def on_gpu(device: str | torch.device) -> bool:
     """Tell whether a device is a GPU, where work is fused and recorded."""
-    return (device if isinstance(device, torch.device) else torch.device(device)).type == "cuda"
+    return (device if isinstance(device, torch.device) else torch.device(device)).type == GPU
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:

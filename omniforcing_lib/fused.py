@@ -23,7 +23,7 @@ from omniforcing_lib.rope import Rotation, rotate
 
 
 class Fused:
-    """Run a function as it stands, or where `fuses` says so as one compiled kernel."""
+    """Run a function as it stands, or on a GPU, where no gradients flow, as one compiled kernel."""
 
     def __init__(self, plain: Callable) -> None:
         update_wrapper(self, plain)
@@ -31,12 +31,9 @@ class Fused:
 
     def __call__(self, x: Tensor, *args: object) -> Any:
         """Call it; `x` decides."""
-        return (compiled(self.plain) if fuses(x) else self.plain)(x, *args)
-
-
-def fuses(x: Tensor) -> bool:
-    """Tell whether work on `x` is fused: on a GPU, without gradients."""
-    return backends.on_gpu(x.device) and not torch.is_grad_enabled()
+        # a small block on a CPU would feel another function call here
+        fuses = x.device.type == backends.GPU and not torch.is_grad_enabled()
+        return (compiled(self.plain) if fuses else self.plain)(x, *args)
 
 
 @lru_cache

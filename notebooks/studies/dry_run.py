@@ -206,15 +206,15 @@ def counting(
     products: torch.dtype | None = torch.bfloat16, *, fuse: bool = True, host: bool = False
 ) -> Iterator[Ledger]:
     """Count what runs within, without gradients, as on a GPU; without `fuse` every operation is a kernel."""
-    ledger, before = Ledger(products, host), (backends.on_gpu, fused.compiled, low_memory.multiplies)
-    backends.on_gpu = lambda device: torch.device(device).type == "meta"
+    ledger, before = Ledger(products, host), (backends.GPU, fused.compiled, low_memory.multiplies)
+    backends.GPU = "meta"
     low_memory.multiplies = lambda device, *question: torch.device(device).type == "meta"
     fused.compiled = ledger.fused if fuse else (lambda plain: plain)
     try:
         with torch.no_grad(), _Kernels(ledger), ledger:
             yield ledger
     finally:
-        backends.on_gpu, fused.compiled, low_memory.multiplies = before
+        backends.GPU, fused.compiled, low_memory.multiplies = before
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

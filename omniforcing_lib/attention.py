@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from omniforcing_lib import backends, fused
+from omniforcing_lib import backends
 from omniforcing_lib.cache import OpenBlock, Prompt, Ring
+from omniforcing_lib.fused import PLAIN, Elementwise
 from omniforcing_lib.masks import AttentionMask, block_mask, take
 from omniforcing_lib.rope import Rotation, rotate
 
@@ -94,6 +95,7 @@ class Attention(nn.Module):
         visibility: AttentionMask | None = None,
         cached: Ring | Prompt | None = None,
         blocks: tuple[OpenBlock, ...] = (),
+        elementwise: Elementwise = PLAIN,
     ) -> Tensor:
         """Attend from `x` to `context` (to itself by default), and to what is `cached` for the open `blocks`.
 
@@ -101,27 +103,30 @@ class Attention(nn.Module):
         """
         source, (by_query, by_key) = x if context is None else context, rotations or (None, None)
         # 1. On a GPU the keys of one open block are stored by the kernel that norms and rotates them.
-        one = x.device.type == backends.GPU and isinstance(cached, Ring) and len(blocks) == 1 and blocks[0].writes
-        if one and not torch.is_grad_enabled() and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm:
-            return self._out(x, attend(*self._stored(x, source, by_query, by_key, cached, blocks[0])))
+        one = elementwise is not PLAIN and isinstance(cached, Ring) and len(blocks) == 1 and blocks[0].writes
+        if one and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm:
+            seen = self._stored(x, source, by_query, by_key, cached, blocks[0], elementwise)
+            return self._out(x, attend(*seen), elementwise)
         # 2. Queries: normed over all heads together, then rotated.
-        q = self._normed_heads(self.to_q(x), self.q_norm, by_query)
+        q = self._normed_heads(self.to_q(x), self.q_norm, by_query, elementwise)
 
         # 3. Keys and values: of this call, or with those that the cache holds; projected only if they are not held.
         def project() -> tuple[Tensor, Tensor]:
-            return self.keys_values(source, by_key)
+            return self.keys_values(source, by_key, elementwise)
 
         # 4. Without a cache all queries attend at once, with one those of each open block in turn.
         seen = cached.extend(project, blocks) if cached else [(slice(None), *project())]
         parts = [attend(q[:, :, tokens], k, v, visibility) for tokens, k, v in seen]
-        return self._out(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
+        return self._out(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), elementwise)
 
-    def keys_values(self, context: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
+    def keys_values(
+        self, context: Tensor, rotation: Rotation | None = None, elementwise: Elementwise = PLAIN
+    ) -> tuple[Tensor, Tensor]:
         """Project keys (normed and rotated) and values.
 
         Shapes: [B, L, context_dim] to two [B, H, L, D].
         """
-        k = self._normed_heads(self.to_k(context), self.k_norm, rotation)
+        k = self._normed_heads(self.to_k(context), self.k_norm, rotation, elementwise)
         return k, self._heads(self.to_v(context))
 
     def _stored(
@@ -132,6 +137,7 @@ class Attention(nn.Module):
         by_key: Rotation | None,
         ring: Ring,
         block: OpenBlock,
+        elementwise: Elementwise,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Store keys and values of the open block; give its queries, and all that they see."""
         q, k, v = self.to_q(x), self.to_k(source), self.to_v(source)
@@ -139,27 +145,28 @@ class Attention(nn.Module):
         places = ring.open(block)
         store = (ring.keys, ring.values), places.at
         if source is x:
-            q = fused.stored(k, v, q, weights, eps, by_key, kind, *store)
+            q = elementwise.stored(k, v, q, weights, eps, by_key, kind, *store)
         else:
-            fused.stored(k, v, None, weights, eps, by_key, kind, *store)
-            q = fused.normed_heads(q, weights[0], self.heads, eps, by_query, kind)
+            elementwise.stored(k, v, None, weights, eps, by_key, kind, *store)
+            q = elementwise.normed_heads(q, weights[0], self.heads, eps, by_query, kind)
         return q, *ring.read(places)
 
-    def _normed_heads(self, x: Tensor, norm: nn.Module, rotation: Rotation | None) -> Tensor:
+    def _normed_heads(self, x: Tensor, norm: nn.Module, rotation: Rotation | None, elementwise: Elementwise) -> Tensor:
         if type(norm) is nn.RMSNorm:
-            return fused.normed_heads(x, norm.weight, self.heads, norm.eps, rotation, self.rope_type)
+            return elementwise.normed_heads(x, norm.weight, self.heads, norm.eps, rotation, self.rope_type)
         # a study has put another norm in its place
         split = self._heads(norm(x))
         return split if rotation is None else rotate(split, rotation, self.rope_type)
 
-    def pass_values(self, x: Tensor) -> Tensor:
+    def pass_values(self, x: Tensor, elementwise: Elementwise = PLAIN) -> Tensor:
         """Replace attention by the value projection: the perturbation of STG (specification 1.11)."""
-        return self._out(x, self._heads(self.to_v(x)))
+        return self._out(x, self._heads(self.to_v(x)), elementwise)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _out(self, x: Tensor, attended: Tensor) -> Tensor:
+    def _out(self, x: Tensor, attended: Tensor, elementwise: Elementwise) -> Tensor:
+        (out,) = self.to_out
         if self.to_gate_logits is not None:
-            return self.to_out[0](fused.gated_heads(attended, self.to_gate_logits(x)))
-        return self.to_out[0](attended.transpose(1, 2).flatten(2))
+            return out(elementwise.gated_heads(attended, self.to_gate_logits(x)))
+        return out(attended.transpose(1, 2).flatten(2))

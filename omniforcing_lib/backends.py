@@ -104,7 +104,7 @@ def computed_in(q: Tensor) -> torch.dtype:
     """Give the dtype that attention computes in: autocast's where it is on, else the tensor's own."""
     device = q.device.type
     # the meta device knows no autocast
-    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    casts = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if casts else q.dtype
 
 

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
-from omniforcing_lib import fused
 from omniforcing_lib.attention import Attention
 from omniforcing_lib.cache import LayerCache, OpenBlock, Prompt
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.fused import Pair, modulate
+from omniforcing_lib.fused import Elementwise, Pair, modulate
 from omniforcing_lib.layout import AV
 from omniforcing_lib.masks import AttentionMask
 from omniforcing_lib.rope import Rotation
@@ -88,7 +87,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, T, dim] to the same."""
-        return self.net[2](gelu(self.net[0].get_submodule("proj")(x), approximate="tanh"))
+        widen, _, narrow = self.net
+        return narrow(gelu(widen["proj"](x), approximate="tanh"))
 
 
 class TimestepEmbedding(NamedTuple):
@@ -114,6 +114,7 @@ class Condition(NamedTuple):
         blocks: the open blocks of a cached pass, () without a cache.
         sigma_key: key under which the cache holds the modulation of these noise levels; None holds nothing.
         prompt_key: the same for the keys and values of the text.
+        elementwise: functions that do the elementwise work.
     """
 
     timestep: TimestepEmbedding
@@ -125,6 +126,7 @@ class Condition(NamedTuple):
     blocks: tuple[OpenBlock, ...]
     sigma_key: Hashable | None
     prompt_key: Hashable | None
+    elementwise: Elementwise
 
 
 class LayerModulation(NamedTuple):
@@ -225,7 +227,8 @@ class Block(nn.Module):
         at = at.map(self._read_text, streams, condition, modulation, caches)
         if not skip_cross:
             at = self._exchange(at, streams, condition, modulation, caches)
-        return at.map(self._feed_forward, streams, modulation).map(lambda pending: self._added(pending)[0])
+        at = at.map(self._feed_forward, streams, condition, modulation)
+        return at.map(lambda pending, c: self._added(pending, c)[0], condition)
 
     def _modulation(self, s: Stream, c: Condition, cached: LayerCache | None) -> LayerModulation:
         """Add this layer's tables to what sigma gives, or take what the cache holds for that sigma."""
@@ -240,9 +243,9 @@ class Block(nn.Module):
 
         return cached.modulation.get(c.sigma_key, make) if cached else make()
 
-    def _added(self, at: Pending, *pairs: Pair | None) -> tuple[Tensor, list[Tensor]]:
+    def _added(self, at: Pending, c: Condition, *pairs: Pair | None) -> tuple[Tensor, list[Tensor]]:
         """Add what the step before gave; give the stream, and its norm as each pair modulates it."""
-        return fused.residual(at.x, at.update, at.gate, pairs, self.eps)
+        return c.elementwise.residual(at.x, at.update, at.gate, pairs, self.eps)
 
     def _attend(
         self, x: Tensor, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None, *, skip: str
@@ -254,29 +257,40 @@ class Block(nn.Module):
         if skip == "branch":
             return Pending(x)
         shift, gain, gate, *_ = m.own
-        x, (query,) = self._added(Pending(x), (gain, shift))
+        x, (query,) = self._added(Pending(x), c, (gain, shift))
         if skip:
-            return Pending(x, s.attention.pass_values(query), gate)
-        how = {"rotations": (c.rope, c.rope), "visibility": c.sees_own, "cached": cached and cached.own}
-        return Pending(x, s.attention(query, **how, blocks=c.blocks), gate)
+            return Pending(x, s.attention.pass_values(query, c.elementwise), gate)
+        update = s.attention(
+            query,
+            rotations=(c.rope, c.rope),
+            visibility=c.sees_own,
+            cached=cached and cached.own,
+            blocks=c.blocks,
+            elementwise=c.elementwise,
+        )
+        return Pending(x, update, gate)
 
     def _read_text(
         self, at: Pending, s: Stream, c: Condition, m: LayerModulation, cached: LayerCache | None
     ) -> Pending:
         """Attend to the text (steps 2 and 4); modulated and gated in LTX-2.3 only."""
-        prompt_cache = {"cached": cached and Prompt(cached.text, c.prompt_key), "blocks": c.blocks}
+        shared = {
+            "cached": cached and Prompt(cached.text, c.prompt_key),
+            "blocks": c.blocks,
+            "elementwise": c.elementwise,
+        }
         if s.prompt_table is None:
-            x, (query,) = self._added(at, None)
-            return Pending(x, s.text_attention(query, c.text, **prompt_cache))
+            x, (query,) = self._added(at, c, None)
+            return Pending(x, s.text_attention(query, c.text, **shared))
         shift, gain, gate = m.own[6:]
-        x, (query,) = self._added(at, (gain, shift))
+        x, (query,) = self._added(at, c, (gain, shift))
         prompt = s.prompt_table[None, None] if c.timestep.prompt is None else s.prompt_table + c.timestep.prompt
         if prompt.shape[1] == 1 or c.sees_other is None:
-            return Pending(x, s.text_attention(query, _modulated(c.text, prompt), **prompt_cache), gate)
+            return Pending(x, s.text_attention(query, _modulated(c.text, prompt), **shared), gate)
         # Under masks each block of queries reads the text as its own sigma modulates it.
         queries = query.split([len(rows) for rows, _ in c.sees_other.by_block], dim=1)
         by_block = zip(queries, prompt.split(1, 1), strict=True)
-        parts = [s.text_attention(q, _modulated(c.text, p)) for q, p in by_block]
+        parts = [s.text_attention(q, _modulated(c.text, p), elementwise=c.elementwise) for q, p in by_block]
         return Pending(x, torch.cat(parts, dim=1), gate)
 
     def _exchange(
@@ -288,7 +302,7 @@ class Block(nn.Module):
         cached: AV[LayerCache | None],
     ) -> AV[Pending]:
         """Let each stream attend to the other, both from one snapshot (step 5); vectors 0-1 are A2V, 2-3 V2A."""
-        snapshot = at.map(lambda at, m: self._added(at, m.cross[:2], m.cross[2:]), modulation)
+        snapshot = at.map(lambda at, c, m: self._added(at, c, m.cross[:2], m.cross[2:]), condition, modulation)
 
         def receive(to: int) -> Pending:
             own, other = condition[to], 1 - to
@@ -300,13 +314,14 @@ class Block(nn.Module):
                 visibility=own.sees_other,
                 cached=store and store.cross,
                 blocks=own.blocks,
+                elementwise=own.elementwise,
             )
             return Pending(snapshot[to][0], update, modulation[to].gate)
 
         return AV(0, 1).map(receive)
 
-    def _feed_forward(self, at: Pending, s: Stream, m: LayerModulation) -> Pending:
+    def _feed_forward(self, at: Pending, s: Stream, c: Condition, m: LayerModulation) -> Pending:
         """Run the MLP (steps 6 and 7)."""
         _, _, _, shift, gain, gate, *_ = m.own
-        x, (wide,) = self._added(at, (gain, shift))
+        x, (wide,) = self._added(at, c, (gain, shift))
         return Pending(x, s.feed_forward(wide), gate)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from omniforcing_lib import backends, masks
 from omniforcing_lib.config import ModelConfig
-from omniforcing_lib.fused import rotated_to
+from omniforcing_lib.fused import functions
 from omniforcing_lib.layout import AV, BlockLayout, Clock
 from omniforcing_lib.rope import Ropes, offset_rotations
 
@@ -113,6 +113,7 @@ class Ring:
         if self.anchor is None:
             self.anchor = self.keys[:, :, : self._pinned].clone()
         rotation = getattr(offset.ropes, self._kind)[self._stream]
+        rotated_to = functions(self.anchor.device).rotated_to
         rotated_to(self.anchor, rotation, self._rope_type, self.keys[:, :, : self._pinned])
         self._rotated_for = offset.block
 

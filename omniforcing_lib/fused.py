@@ -3,7 +3,7 @@
 Every function says what is to be computed in plain PyTorch, and is called as it stands on a CPU and wherever gradients
 flow. On a GPU `torch.compile` fuses it once for each kind of input. What is fused reads and writes each tensor once,
 where one kernel an operation reads and writes all that lies between. Training compiles whole blocks instead
-(`graphs.compile_blocks`).
+(`graphs.compile_blocks`). A pass of the model chooses once for all its layers (`functions`).
 
 Shapes: B batch, H heads, T tokens, D stream width, N places of a ring, G groups of tokens that share one sigma.
 """
@@ -11,8 +11,8 @@ Shapes: B batch, H heads, T tokens, D stream width, N places of a ring, G groups
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, update_wrapper
-from typing import Any
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,18 +22,9 @@ from omniforcing_lib import backends
 from omniforcing_lib.rope import Rotation, rotate
 
 
-class Fused:
-    """Run a function as it stands, or on a GPU, where no gradients flow, as one compiled kernel."""
-
-    def __init__(self, plain: Callable) -> None:
-        update_wrapper(self, plain)
-        self.plain = plain
-
-    def __call__(self, x: Tensor, *args: object) -> Any:
-        """Call it; `x` decides."""
-        # a small block on a CPU would feel another function call here
-        fuses = x.device.type == backends.GPU and not torch.is_grad_enabled()
-        return (compiled(self.plain) if fuses else self.plain)(x, *args)
+def fuses(device: torch.device) -> bool:
+    """Tell whether work on a device is fused: on a GPU, without gradients."""
+    return device.type == backends.GPU and not torch.is_grad_enabled()
 
 
 @lru_cache
@@ -67,7 +58,6 @@ Pair = tuple[Tensor, Tensor]
 """Gain and shift of `modulate`."""
 
 
-@Fused
 def residual(
     x: Tensor, update: Tensor | None, gate: Tensor | None, pairs: Sequence[Pair | None], eps: float
 ) -> tuple[Tensor, list[Tensor]]:
@@ -88,7 +78,6 @@ def residual(
     return x, [normed if pair is None else modulate(normed, *pair) for pair in pairs]
 
 
-@Fused
 def normed_heads(
     x: Tensor, weight: Tensor, heads: int, eps: float, rotation: Rotation | None, rope_type: str
 ) -> Tensor:
@@ -100,7 +89,6 @@ def normed_heads(
     return split if rotation is None else rotate(split, rotation, rope_type)
 
 
-@Fused
 def stored(
     k: Tensor,
     v: Tensor,
@@ -129,19 +117,17 @@ def stored(
     """
     heads = ring[0].shape[1]
     # by token, as they come: then writing needs no kernel of its own
-    keys = normed_heads.plain(k, weights[1], heads, eps, rotation, rope_type)
+    keys = normed_heads(k, weights[1], heads, eps, rotation, rope_type)
     for store, new in zip(ring, (keys.transpose(1, 2), v.unflatten(-1, (heads, -1))), strict=True):
         store.transpose(1, 2)[:, places] = new
-    return None if q is None else normed_heads.plain(q, weights[0], heads, eps, rotation, rope_type)
+    return None if q is None else normed_heads(q, weights[0], heads, eps, rotation, rope_type)
 
 
-@Fused
 def rotated_to(x: Tensor, rotation: Rotation, rope_type: str, out: Tensor) -> None:
     """Rotate keys and write them to `out`. Shapes: x and out [B, H, T, D]."""
     out.copy_(rotate(x, rotation, rope_type))
 
 
-@Fused
 def gated_heads(attended: Tensor, logits: Tensor) -> Tensor:
     """Scale what each head found by twice the sigmoid of its logit, and join the heads (LTX-2.3).
 
@@ -149,3 +135,21 @@ def gated_heads(attended: Tensor, logits: Tensor) -> Tensor:
     """
     gate = 2 * torch.sigmoid(logits)
     return (attended.transpose(1, 2) * gate.unsqueeze(-1)).flatten(2)
+
+
+class Elementwise(NamedTuple):
+    """The five functions, as they stand or compiled."""
+
+    residual: Callable
+    normed_heads: Callable
+    stored: Callable
+    rotated_to: Callable
+    gated_heads: Callable
+
+
+PLAIN = Elementwise(residual, normed_heads, stored, rotated_to, gated_heads)
+
+
+def functions(device: torch.device) -> Elementwise:
+    """Give the functions for work on a device: compiled where it is fused (see `fuses`), else as they stand."""
+    return Elementwise(*map(compiled, PLAIN)) if fuses(device) else PLAIN

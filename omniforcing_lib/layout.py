@@ -28,7 +28,7 @@ class AV(NamedTuple, Generic[T]):
 
     def map(self, fn: Callable[..., R], *others: AV) -> AV[R]:
         """Apply `fn` to the video entries and to the audio entries."""
-        return AV(fn(self.video, *(o.video for o in others)), fn(self.audio, *(o.audio for o in others)))
+        return AV(*map(fn, self, *others))
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ def rotate(x: Tensor, by: Rotation, rope_type: str) -> Tensor:
     Shapes: x [B, H, T, D] to the same.
     """
     cos, sin = by
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = x.float() if x.dtype.itemsize < 4 else x
     # a pair (a, b) becomes (a cos - b sin, b cos + a sin)
     split = rope_type == "split"
     if is_compiling():

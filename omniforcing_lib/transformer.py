@@ -23,7 +23,7 @@ from omniforcing_lib.blocks import AdaLN, Block, CaptionProjection, Condition, T
 from omniforcing_lib.cache import KVCache, OpenBlock
 from omniforcing_lib.config import ModelConfig
 from omniforcing_lib.flow import Skip
-from omniforcing_lib.fused import modulate
+from omniforcing_lib.fused import functions, modulate
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.masks import Masks
 from omniforcing_lib.rope import Ropes, tables
@@ -169,7 +169,12 @@ class Transformer(nn.Module):
         contexts: AV[Tensor | None] = AV(None, None) if cached_text else text.map(self._project_text, self._modulators)
         ropes = self.rotations(latents, grid, sinks)
         sees = ((masks.video_self, masks.a2v), (masks.audio_self, masks.v2a)) if masks else ((None, None), (None, None))
-        shared = {"blocks": blocks, "sigma_key": key, "prompt_key": cache and cache.prompt_key(key)}
+        shared = {
+            "blocks": blocks,
+            "sigma_key": key,
+            "prompt_key": cache and cache.prompt_key(key),
+            "elementwise": functions(self.proj_out.weight.device),
+        }
         parts = zip(timestep, contexts, ropes.own, ropes.cross, sees, strict=True)
         return AV(*(Condition(t, context, own, cross, *seen, **shared) for t, context, own, cross, seen in parts))
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from omniforcing_lib import backends
-from omniforcing_lib.fused import Fused
+from omniforcing_lib import backends, fused
 from omniforcing_lib.transformer import Transformer
 
 _log = logging.getLogger(__name__)
@@ -52,7 +51,8 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out]."""
         if multiplies(x.device, x.dtype, *self.weight.shape):
-            rows, scales = rounded_rows(x.flatten(0, -2))
+            rounded = fused.compiled(rounded_rows) if fused.fuses(x.device) else rounded_rows
+            rows, scales = rounded(x.flatten(0, -2))
             how = {"scale_a": scales, "scale_b": self.weight_scale.t(), "bias": self.bias, "out_dtype": x.dtype}
             return torch._scaled_mm(rows, self.weight.t(), **how).unflatten(0, x.shape[:-1])
         y = linear(x, self.weight.to(x.dtype)) * self.weight_scale.flatten().to(x.dtype)
@@ -71,7 +71,6 @@ def multiplies(device: torch.device, dtype: torch.dtype, out: int, width: int) -
     return able
 
 
-@Fused
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round activations to e4m3 with the largest scale that each row allows. Shapes: [T, D] to [T, D] and [T, 1]."""
     largest = x.abs().amax(1, keepdim=True).float()

@@ -201,7 +201,7 @@ class ModelBundle:
     @property
     def shipped(self) -> dict[str, str]:
         """Name the students that come with the checkpoint, by stage; only the miniature has any."""
-        return {"Stage 2": "stage2", "Stage 3": "student"} if self.has_ground_truth else {}
+        return {"Stage 2": "stage2", "student": "student"} if self.has_ground_truth else {}
 
     def student(self, model: str = "student") -> tuple[Transformer, RolloutConfig]:
         """Load a causal student; where none comes with the checkpoint, `student` is the teacher with fresh sinks."""

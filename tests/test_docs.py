@@ -87,7 +87,7 @@ def test_readme_fits_two_screens_and_its_findings_are_the_reports():
     """Every finding in bold is the status of one of the claims that the row is about."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1:3] for line in text.split("| the paper claims |")[1].split("\n\n")[0].splitlines()[2:]]
-    answers = {int(row["#"]): row["status"] for row in claims.claim_rows(runner.stored()[0])}
+    answers = {int(row["#"]): row["status"] for row in claims.claim_rows(runner.stored().metrics)}
     about = [(1, 2, 3, 4), (5, 6), (7,), (8, 9, 10, 11), (12,), (13,)]
     assert len(text.splitlines()) <= 95 and len(rows) == len(about)
     for (_, found), numbers in zip(rows, about, strict=True):

@@ -92,9 +92,8 @@ def test_what_does_not_fit_is_said_in_the_report_and_in_the_readme(clone):
     write_notebook(clone, "x = 2")
     files.write_json(stored / "scores" / "long.json", {})
     rows = origins.rows(["04", "05"], "cpu", clone)
-    text = claims.markdown({}, "profile cpu", None, rows) + claims.fill_results(
-        "\n".join(claims.RESULT_MARKS), {}, "", None, rows
-    )
+    results = claims.Results({}, "profile cpu", origins=rows)
+    text = claims.markdown(results) + claims.fill_results("\n".join(claims.RESULT_MARKS), results)
     for says in (
         "| 04 | c0ffee1 | older code of the notebook |",
         "| scores/scores | c0ffee1 | another student.safetensors than data/ has; x/y.safetensors is not in data/ |",

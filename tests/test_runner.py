@@ -302,6 +302,6 @@ def test_only_seeds_are_called_held_out():
 
 def test_stored_report_and_readme_follow_from_the_stored_metrics():
     found = runner.stored()
-    assert (runner.STORED / "REPORT.md").read_text() == claims.markdown(*found)
+    assert (runner.STORED / "REPORT.md").read_text() == claims.markdown(found)
     page = (report.ROOT / "docs" / "results.md").read_text()
-    assert page == claims.fill_results(page, *found)
+    assert page == claims.fill_results(page, found)

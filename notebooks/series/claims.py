@@ -8,8 +8,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
-from series.origins import ROOT, SCORES
+from series.origins import SCORES
 
 Metrics = dict[str, dict[str, dict]]
 """Notebook -> name -> entry, as `report.Run.metric` and `report.Run.claim` record them."""
@@ -118,9 +119,10 @@ def remedies(folder: Path) -> list[str]:
     """Write what the stored remedies against collapse gave (`studies.cures`), best recall first; empty without runs."""
     if not folder.exists():
         return []
-    from studies import cures
+    from studies import cures, store
 
-    table, runs = cures.TRIALS.table(folder), cures.TRIALS.numbers(folder)
+    runs = cures.TRIALS.numbers(folder)
+    table = store.averaged(runs)
     rows = [
         {"remedy": name, "seeds": len(runs[name])}
         | {title: _mean([row[key][0], *(row[key][1] or (row[key][0],) * 2)]) for key, title in REMEDIED.items()}
@@ -143,27 +145,43 @@ def _mean(entry: Sequence[float] | float | None) -> str:
     return mean if low == high else f"{mean} [{low}, {high}]"
 
 
-def markdown(
-    metrics: Metrics,
-    title: str,
-    scores: Mapping[str, dict] | None = None,
-    origins: Sequence[Mapping[str, str]] = (),
-    gpu: Mapping[int, str] = MappingProxyType({}),
-) -> str:
-    """Write the text of REPORT.md: the claims, what the protocol measured, its `origins`, every measure by notebook."""
+class Results(NamedTuple):
+    """What a report is made of.
+
+    Attributes:
+        metrics: of one run.
+        title: says which.
+        scores: what the protocol stored, see `read_scores`.
+        remedies: text of the remedies against collapse, see `remedies`.
+        origins: where the numbers come from.
+        gpu: what `bench` found for some claims, see `gpu_results.answers`.
+    """
+
+    metrics: Metrics
+    title: str
+    scores: Mapping[str, dict] = MappingProxyType({})
+    remedies: Sequence[str] = ()
+    origins: Sequence[Mapping[str, str]] = ()
+    gpu: Mapping[int, str] = MappingProxyType({})
+
+
+def markdown(results: Results) -> str:
+    """Write the text of REPORT.md: claims, what the protocol measured, remedies, origins, every measure by notebook."""
+    metrics = results.metrics
     parts = [
-        f"# Report: {title}",
+        f"# Report: {results.title}",
         "Generated from the metrics files of one run; no number here was typed. Intervals are 95 %. The "
         "paper's numbers are of the 19B model, ours of the checkpoint named in the run: compare directions and "
         "ratios.",
         "## Claims",
-        markdown_table(claim_rows(metrics, gpu=gpu)),
+        markdown_table(claim_rows(metrics, gpu=results.gpu)),
     ]
-    if scores:
+    if results.scores:
         pictures = "Contact sheets of the first clips, impacts and onsets marked: `reports/scores/*.png`."
-        parts += ["## Quality by the protocol", quality(scores), pictures, *remedies(ROOT / "reports" / "cures")]
-    if origins:
-        parts += ["## Where the numbers come from", markdown_table(origins)]
+        parts += ["## Quality by the protocol", quality(results.scores), pictures]
+    parts += results.remedies
+    if results.origins:
+        parts += ["## Where the numbers come from", markdown_table(results.origins)]
     for notebook, entries in metrics.items():
         checks = [name for name, entry in entries.items() if entry.get("unit") == "check"]
         parts += [f"## {notebook}", f"Checks that held: {', '.join(checks)}." if checks else "No checks."]
@@ -174,24 +192,17 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def fill_results(
-    text: str,
-    metrics: Metrics,
-    title: str,
-    scores: Mapping[str, dict] | None = None,
-    origins: Sequence[Mapping[str, str]] = (),
-    gpu: Mapping[int, str] = MappingProxyType({}),
-) -> str:
+def fill_results(text: str, results: Results) -> str:
     """Replace what is between the markers of docs/results.md: quality, the short claims, what is out of date."""
     head, opening, rest = text.partition(RESULT_MARKS[0])
     _, closing, tail = rest.partition(RESULT_MARKS[1])
     if not (opening and closing):
         raise ValueError(f"docs/results.md needs the lines {RESULT_MARKS[0]} and {RESULT_MARKS[1]}, in this order")
-    answered = claim_rows(metrics, short=True, gpu=gpu)
+    answered = claim_rows(results.metrics, short=True, gpu=results.gpu)
     rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in answered]
-    first = f"{quality(scores)}\n\n" if scores else ""
-    claims = f"Claim by claim, {title}; all numbers in `reports/REPORT.md`.\n\n{markdown_table(rows)}"
-    return f"{head}{opening}\n{first}{claims}{out_of_date(origins)}\n{closing}{tail}"
+    first = f"{quality(results.scores)}\n\n" if results.scores else ""
+    claims = f"Claim by claim, {results.title}; all numbers in `reports/REPORT.md`.\n\n{markdown_table(rows)}"
+    return f"{head}{opening}\n{first}{claims}{out_of_date(results.origins)}\n{closing}{tail}"
 
 
 def out_of_date(origins: Sequence[Mapping[str, str]]) -> str:

@@ -274,7 +274,7 @@ def _write_report(target: Path, profile: str, parameters: Sequence[str], wall: M
     }
     files.write_json(target / "run.json", record | {"git": origins.git_state(), "versions": report.versions()})
     title = ", ".join([f"profile {profile}", *parameters])
-    text = claims.markdown(claims.read_metrics(target / "metrics"), title)
+    text = claims.markdown(claims.Results(claims.read_metrics(target / "metrics"), title))
     files.write_text(target / "REPORT.md", text)
     notebooks = "".join(f'<li><a href="html/{name}.html">{name}</a> {seconds} s</li>' for name, seconds in wall.items())
     listed = "".join(
@@ -357,16 +357,17 @@ def publish_run(folder: Path) -> list[str]:
 
 def rebuild() -> None:
     """Rebuild reports/REPORT.md and the tables of docs/results.md and docs/gpu.md from what is committed."""
-    told, page, gpu = stored(), report.ROOT / "docs" / "results.md", report.ROOT / "docs" / "gpu.md"
-    files.write_text(STORED / "REPORT.md", claims.markdown(*told))
-    files.write_text(page, claims.fill_results(page.read_text(encoding="utf-8"), *told))
+    results, page, gpu = stored(), report.ROOT / "docs" / "results.md", report.ROOT / "docs" / "gpu.md"
+    files.write_text(STORED / "REPORT.md", claims.markdown(results))
+    files.write_text(page, claims.fill_results(page.read_text(encoding="utf-8"), results))
     files.write_text(gpu, gpu_results.fill(gpu.read_text(encoding="utf-8")))
 
 
-def stored() -> tuple[claims.Metrics, str, dict[str, dict], list[dict[str, str]], dict[int, str]]:
-    """Return what the report is made of: metrics of the most serious profile, title, scores, origins, runs on GPUs."""
-    scores, gpu = claims.read_scores(STORED / "scores"), gpu_results.answers()
+def stored() -> claims.Results:
+    """Return what the report is made of: the most serious profile that has metrics, and all else that is committed."""
+    scores, remedies = claims.read_scores(STORED / "scores"), claims.remedies(STORED / "cures")
     for profile in ("gpu", "full", "cpu", "smoke"):
         if metrics := claims.read_metrics(STORED / "metrics" / profile):
-            return metrics, f"profile {profile}", scores, origins.rows(metrics, profile), gpu
-    return {}, "no run yet", {}, [], gpu
+            whence, gpu = origins.rows(metrics, profile), gpu_results.answers()
+            return claims.Results(metrics, f"profile {profile}", scores, remedies, whence, gpu)
+    return claims.Results({}, "no run yet")

@@ -171,14 +171,19 @@ class Trials:
 
     def table(self, folder: str | Path) -> dict[str, dict[str, OverSeeds]]:
         """Average the runs of every arm over training seeds: arm -> measure -> mean and 95 % interval."""
-        return {
-            arm: {measure: over_seeds([trial[measure] for trial in trials]) for measure in trials[0]}
-            for arm, trials in ((arm, [*by_seed.values()]) for arm, by_seed in self.numbers(folder).items())
-        }
+        return averaged(self.numbers(folder))
 
     def gains(self, folder: str | Path, base: str) -> dict[str, dict[str, OverSeeds]]:
         """Subtract the base from every other arm, seed by seed, see `over_base`."""
         return over_base(self.numbers(folder), base)
+
+
+def averaged(runs: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[str, dict[str, OverSeeds]]:
+    """Average runs, arm -> training seed -> measure -> value, over seeds: arm -> measure -> mean and 95 % interval."""
+    return {
+        arm: {measure: over_seeds([trial[measure] for trial in trials]) for measure in trials[0]}
+        for arm, trials in ((arm, [*by_seed.values()]) for arm, by_seed in runs.items())
+    }
 
 
 def over_base(runs: Mapping[str, Mapping[int, Mapping[str, float]]], base: str) -> dict[str, dict[str, OverSeeds]]:

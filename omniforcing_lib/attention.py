@@ -165,7 +165,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def _out(self, x: Tensor, attended: Tensor, elementwise: Elementwise) -> Tensor:
+    def _out(self, x: Tensor, attended: Tensor, elementwise: Elementwise = PLAIN) -> Tensor:
         (out,) = self.to_out
         if self.to_gate_logits is not None:
             return out(elementwise.gated_heads(attended, self.to_gate_logits(x)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from omniforcing_lib import masks, rope
 from omniforcing_lib.attention import Attention
+from omniforcing_lib.fused import PLAIN, Elementwise
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.ltx2.formats import RELEASED_CODE
@@ -112,12 +113,13 @@ class Biased(nn.Module):
         visibility: AttentionMask,
         cached: None = None,
         blocks: tuple = (),
+        elementwise: Elementwise = PLAIN,
     ) -> Tensor:
         """Attend from [B, T, D] to itself."""
         logits, values = rows.logits_values(rows.Seen(self.plain, x, rotations[0], None))
         logits = logits.masked_fill(~visibility.dense.to(x.device), -torch.inf)
         bias = self.logit.expand(len(x), -1, logits.shape[2], 1)
-        return self.plain._out(x, torch.cat([logits, bias], -1).softmax(-1)[..., :-1].to(values) @ values)
+        return self.plain._out(x, torch.cat([logits, bias], -1).softmax(-1)[..., :-1].to(values) @ values, elementwise)
 
 
 class TanhGate(nn.Module):

@@ -24,7 +24,7 @@ ONLY = 'notebooks to run, as "03" or "03,05" (default: all)'
 class Reproduce(Command):
     """Execute the notebooks and write a report."""
 
-    profile: str = option("amount of work: smoke, cpu, full or gpu", "cpu")
+    profile: str = option("amount of work: smoke, cpu, full, gpu or tiny", "cpu")
     only: str = option(ONLY, "")
     parameters: tuple[str, ...] = option("a parameter of the notebooks, as seed=4; may be given again", (), flag="-p")
     out: str = option("run folder (default reports/runs/<time>-<profile>)", "")

@@ -156,7 +156,7 @@ def test_folders_import_only_what_they_are_built_on():
 
 
 def test_profile_errors_list_what_there_is():
-    with pytest.raises(ValueError, match="unknown profile 'profle'; choose one of smoke, cpu, full, gpu"):
+    with pytest.raises(ValueError, match="unknown profile 'profle'; choose one of smoke, cpu, full, gpu, tiny"):
         profiles.from_name("profle")
     with pytest.raises(ValueError, match="profile 'smoke' has no field clip; it has name, "):
         profiles.from_name("smoke").override({"clip": 3})
@@ -180,7 +180,7 @@ def test_profile_errors_list_what_there_is():
         ("generate --out= --prompt a_red_ball,_bell", "--out is empty"),
         ("score --models student --out=", "--out is empty"),
         ("score --models student --unprompted --out scores", "name a teacher"),
-        ("reproduce --profile profle", "smoke, cpu, full, gpu"),
+        ("reproduce --profile profle", "smoke, cpu, full, gpu, tiny"),
         ("compare nowhere nowhere", "nowhere"),
         ("train stage9", "stage3"),
         ("", "command"),

@@ -57,7 +57,7 @@ def run(tmp_path):
         (["-p", "profile=full"], "--profile"),
         (["-p", "teacher=nowhere.safetensors"], "parameter teacher: no checkpoint at nowhere.safetensors"),
         (["--only", "07"], "01_holds, 02_fails"),
-        (["--profile", "fast"], "smoke, cpu, full, gpu"),
+        (["--profile", "fast"], "smoke, cpu, full, gpu, tiny"),
     ],
 )
 def test_bad_parameters_stop_the_run_before_it_starts(series, tmp_path, capsys, words, says):

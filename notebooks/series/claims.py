@@ -129,7 +129,11 @@ def remedies(folder: Path) -> list[str]:
         for name, row in sorted(table.items(), key=lambda item: -item[1]["recall"][0])
     ]
     how = "Short runs from the shipped Stage 2, each about as long as the DMD run: means over training seeds, with "
-    how += "Student's intervals where there are several. Clips are of selection seeds, and one seed ranks nothing"
+    how += "Student's intervals where there are several. Clips are of selection seeds. Rows are "
+    order = (
+        "one seed ranks nothing" if min(map(len, runs.values())) == 1 else "where intervals overlap, that ranks nothing"
+    )
+    how += f"sorted by recall; {order}"
     return ["## Remedies against collapse", f"{how} (`python -m omniforcing_lib cures`).", markdown_table(rows)]
 
 

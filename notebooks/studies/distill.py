@@ -140,7 +140,11 @@ def by_ratio(layout: BlockLayout, frames: int) -> list[int]:
 def regression_loss(
     model: Transformer, pairs: Pairs, prompts: Prompts, causal: RolloutConfig, *, batch: int = 8, seed: int = 0
 ) -> AV[float]:
-    """Compute the loss of Stage 2 at drawn levels that stay the same from call to call, so that models compare."""
+    """Compute the loss of Stage 2 at drawn levels that stay the same from call to call, so that models compare.
+
+    `batch` pairs are judged, the first ones, or all where there are fewer.
+    """
+    batch = min(batch, len(pairs.prompt))
     generator, frames = torch.Generator().manual_seed(seed), pairs.states.video.shape[2]
     built = masks.build(causal.layout, frames, pairs.states.video[0, 0, 0, ..., 0].numel(), window=causal.window)
     level = torch.randint(len(pairs.sigmas) - 1, (batch, causal.layout.count(frames)), generator=generator)

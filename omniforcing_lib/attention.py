@@ -99,6 +99,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend from `x` to `context` (to itself by default), and to what is `cached` for the open `blocks`.
 
+        `elementwise` does what stands around the products, see `fused.functions`.
+
         Shapes: x [B, T, query_dim], context [B, L, context_dim], rotations of queries and keys, to [B, T, query_dim].
         """
         source, (by_query, by_key) = x if context is None else context, rotations or (None, None)

@@ -24,7 +24,7 @@ from omniforcing_lib.rope import Rotation, rotate
 
 def fuses(device: torch.device) -> bool:
     """Tell whether work on a device is fused: on a GPU, without gradients."""
-    return device.type == backends.GPU and not torch.is_grad_enabled()
+    return backends.on_gpu(device) and not torch.is_grad_enabled()
 
 
 @lru_cache

@@ -200,7 +200,7 @@ class ModelBundle:
 
     @property
     def shipped(self) -> dict[str, str]:
-        """Name the students that come with the checkpoint, by stage; only the miniature has any."""
+        """Name the files of the students that come with the checkpoint; only the miniature has any."""
         return {"Stage 2": "stage2", "student": "student"} if self.has_ground_truth else {}
 
     def student(self, model: str = "student") -> tuple[Transformer, RolloutConfig]:

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,11 +22,11 @@ from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.flow import Guidance
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
-from omniforcing_lib.training.dataset import Prompts
+from omniforcing_lib.training.dataset import Clips, Prompts
 from omniforcing_lib.training.stage3 import DMDConfig
 from omniforcing_lib.training.train import OptimConfig
 from omniforcing_lib.transformer import Transformer
-from studies import distill, protocol, store
+from studies import adversarial, distill, protocol, store
 
 STORED = store.ROOT / "reports" / "cures"
 START = "stage2"
@@ -40,6 +41,8 @@ class Remedy:
         cfg: guidance of the teacher, both streams.
         most: largest timestep at which scores are compared; DMD alone.
         regression: weight of the regression beside DMD; 0 is none.
+        gan: weight of a GAN loss beside DMD, see `adversarial`; 0 is none.
+        divergence: what DMD is weighed for, see `adversarial.importance`; `reverse KL` is DMD.
         ratio: critic steps for each step of the student; DMD alone.
         work: steps, by those of the DMD run, that take as long.
         batch: clips, by those of the DMD run.
@@ -49,6 +52,8 @@ class Remedy:
     cfg: float = 3.0
     most: int = losses.MAX_TIMESTEP
     regression: float = 0.0
+    gan: float = 0.0
+    divergence: str = "reverse KL"
     ratio: int = 5
     work: float = 1.0
     batch: int = 1
@@ -62,6 +67,9 @@ REMEDIES: dict[str, Remedy] = {
     "DMD, CFG 2": Remedy(cfg=2.0),
     "DMD and regression": Remedy(regression=2.0, work=0.9),
     "DMD, CFG 1, and regression": Remedy(cfg=1.0, regression=2.0, work=0.9),
+    "DMD and discriminator": Remedy(gan=1.0, work=0.75),
+    "DMD, forward KL": Remedy(divergence="forward KL", work=0.75),
+    "DMD, forward KL, and discriminator": Remedy(gan=1.0, divergence="forward KL", work=0.75),
     "DMD at low noise": Remedy(most=400),
     "DMD, ten critic steps": Remedy(ratio=10, work=0.55),
     "DMD, twice the clips": Remedy(batch=2, work=0.55),
@@ -122,8 +130,12 @@ def _treated(remedy: Remedy, budget: Budget, seed: int) -> Transformer:
     if remedy.objective == "on policy":
         return course.on_policy(start, pairs, steps=steps, guidance=guidance).student
     config = DMDConfig(guidance, remedy.ratio, most=remedy.most, regression=remedy.regression)
-    beside = pairs if remedy.regression else None
-    return course.stage3(start, steps=steps, lr=budget.lr, config=config, pairs=beside).student
+    how = {"steps": steps, "lr": budget.lr, "config": config, "pairs": pairs if remedy.regression else None}
+    if remedy.gan or remedy.divergence != "reverse KL":
+        real = Clips(distill.ends(distill.cut(pairs, slice(None), codec.clock.latents(budget.seconds))), pairs.prompt)
+        parts = {"real": real, "gan": remedy.gan, "divergence": remedy.divergence, "seed": seed}
+        how["method"] = partial(adversarial.AdversarialForcing, **parts)
+    return course.stage3(start, **how).student
 
 
 def _reference(budget: Budget) -> protocol.Reference:

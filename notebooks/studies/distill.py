@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -208,14 +208,18 @@ class Course:
         config: stage3.DMDConfig = PLAIN,
         sampler: stage3.Sampler | None = None,
         pairs: Pairs | None = None,
+        method: Callable[..., stage3.SelfForcing] = stage3.SelfForcing,
     ) -> Lesson:
-        """Distil a copy of a student by `stage3.SelfForcing`: `steps` of its own; `lr` of student and critic."""
+        """Distil a copy of a student by `stage3.SelfForcing`, or a `method` that takes the same parts.
+
+        `steps` are the student's own; `lr` of student and critic.
+        """
         optim = OptimConfig(betas=(0.0, 0.999), warmup=3, ema=last_part(steps, 4))
         # It ends on a step of the student: no step of the critic need follow.
         turns = (steps - 1) * config.ratio + 1
         stage = recipes.Stage3(steps=turns, lr=lr[0], critic_lr=lr[1], seed=self.seed, keep_bar=False)
         models = copy.deepcopy(student), self.load(), self.load()
-        learner, history = stage.train(*models, self.clips, config, optim, sampler, pairs)
+        learner, history = stage.train(*models, self.clips, config, optim, sampler, pairs, method)
         return Lesson(learner.best.eval(), history, [])
 
     def on_policy(

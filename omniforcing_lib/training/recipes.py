@@ -7,6 +7,7 @@ trains with all its processes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,16 +151,17 @@ class Stage3(DistilConfig):
         optim: OptimConfig | None = None,
         sampler: stage3.Sampler | None = None,
         pairs: Pairs | StoredPairs | None = None,
+        method: Callable[..., stage3.SelfForcing] = stage3.SelfForcing,
     ) -> tuple[Learner, History]:
         """Train a student and its critic by Stage 3, as `optim` says, or by this config's own decay and average.
 
-        The rates of both are this config's.
+        The rates of both are this config's; `method` makes the step, as `SelfForcing` does.
         """
         own = replace(self.optim, betas=(0.0, 0.999), warmup=10, steps=self.steps, final=self.final)
         optim = optim or replace(own, ema=average(self.steps // self.ratio, 1 / 4))
         learner = Learner(student, replace(optim, lr=self.lr), self.group)
         critic = Learner(critic, replace(optim, lr=self.critic_lr, ema=0.0), self.group)
-        step = stage3.SelfForcing(learner, critic, teacher, clips, config, sampler=sampler, pairs=pairs)
+        step = method(learner, critic, teacher, clips, config, sampler=sampler, pairs=pairs)
         return learner, self.fit(step, {"student": learner, "critic": critic}, "stage 3")
 
 

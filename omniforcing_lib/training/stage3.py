@@ -157,10 +157,8 @@ class SelfForcing:
         sigma = micro_batch.of(losses.sample_dmd_sigma(self.clips.batch, generator, self.config.most))
         eps = micro_batch.noise(x_hat, generator)
         # 2. The critic's score and the guided teacher's.
-        fake = guided_denoiser(self.critic.model, text)
-        real = guided_denoiser(self.teacher, text, self.clips.prompts.negative, self.config.guidance)
         with self.student.autocast():
-            loss = losses.dmd(x_hat, fake, real, sigma, eps)
+            loss = self.student_loss(x_hat, text, sigma, eps)
         metrics = loss._asdict() | health(x_hat) | {"gap": sum(loss).detach()}
         metrics = {name: value * micro_batch.share for name, value in metrics.items()}
         # 3. The loss of Stage 2 beside it, where there are pairs.
@@ -173,8 +171,20 @@ class SelfForcing:
         sigma = micro_batch.of(losses.sample_dmd_sigma(self.clips.batch, generator, self.config.most))
         eps = micro_batch.noise(x_hat, generator)
         with self.critic.autocast():
-            loss = losses.critic(x_hat, guided_denoiser(self.critic.model, text), sigma, eps)
+            loss = self.critic_loss(x_hat, text, sigma, eps)
         return loss.map(lambda value: value * micro_batch.share)._asdict()
+
+    def student_loss(
+        self, x_hat: AV[Tensor], text: AV[Tensor], sigma: Tensor, eps: AV[Tensor], weight: AV[Tensor] | None = None
+    ) -> AV[Tensor]:
+        """Compare the two scores on the student's clips; shapes as in `losses.dmd`, text AV [B, L, C]."""
+        fake = guided_denoiser(self.critic.model, text)
+        real = guided_denoiser(self.teacher, text, self.clips.prompts.negative, self.config.guidance)
+        return losses.dmd(x_hat, fake, real, sigma, eps, weight)
+
+    def critic_loss(self, x_hat: AV[Tensor], text: AV[Tensor], sigma: Tensor, eps: AV[Tensor]) -> AV[Tensor]:
+        """Judge the critic on the student's clips; shapes as in `losses.critic`, text AV [B, L, C]."""
+        return losses.critic(x_hat, guided_denoiser(self.critic.model, text), sigma, eps)
 
     def _sample(
         self, generator: torch.Generator, exit_step: int, micro_batch: MicroBatch

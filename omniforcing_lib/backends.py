@@ -108,9 +108,12 @@ def computed_in(q: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else q.dtype
 
 
-@torch.compiler.assume_constant_result
 def _settled(*question: object) -> tuple[str, str]:
     return _answer(*question)
+
+
+# What torch.compiler.assume_constant_result does, without the second that importing torch's compiler takes.
+_settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

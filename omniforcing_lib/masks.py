@@ -113,7 +113,8 @@ def _block_mask(mask: AttentionMask, device: str | torch.device = "cpu") -> obje
     return mask.block_masks[str(device)]
 
 
-block_mask: Callable[..., object] = torch.compiler.disable(_block_mask)
+# As torch.compiler.disable, which would import torch's compiler here and not at the first call.
+block_mask: Callable[..., object] = torch._disable_dynamo(_block_mask)
 """Render a mask as a FlexAttention `BlockMask` for a device, made once for each."""
 
 

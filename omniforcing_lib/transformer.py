@@ -81,7 +81,8 @@ class Transformer(nn.Module):
         self.audio_proj_out = nn.Linear(audio, config.audio_out_channels)
         if config.num_audio_sink_tokens:
             self.audio_sink_tokens = nn.Parameter(torch.empty(1, config.num_audio_sink_tokens, audio))
-            nn.init.normal_(self.audio_sink_tokens, std=0.02)
+            if not self.audio_sink_tokens.is_meta:
+                nn.init.normal_(self.audio_sink_tokens, std=0.02)
 
     def forward(
         self,

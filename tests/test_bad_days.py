@@ -199,7 +199,7 @@ SHIPPED = """import hashlib, sys
 import torch
 from itertools import islice
 from omniforcing_lib import stream
-from omniforcing_lib.bounce import text
+from omniforcing_lib.bounce import codecs, text
 from omniforcing_lib.ltx2 import checkpoints
 torch.set_num_threads(1)
 causal = checkpoints.read("student").causal

@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Protocol
 
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -125,6 +124,8 @@ class RunFolder:
         """Write the state after `step` steps; the one before is removed when this one is there."""
         if self.folder is None:
             return
+        import torch.distributed.checkpoint as dcp
+
         path = self.folder / f"state-{step:08d}"
         partial = path.with_name(f".{path.name}.part")
         self.group.set_timeout(LONG_TIMEOUT_S)
@@ -206,6 +207,8 @@ def _load(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         ValueError: a name or a shape differs, or a file is damaged.
     """
+    import torch.distributed.checkpoint as dcp
+
     try:
         reader = dcp.HuggingFaceStorageReader(str(path))
         entries = reader.read_metadata().state_dict_metadata

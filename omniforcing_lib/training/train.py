@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -198,6 +197,9 @@ class Learner:
 
         `torch.distributed.checkpoint` stores them, and reads a checkpoint into them in place.
         """
+        # Imported where it is needed: it takes a second, and most who import this do not store.
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         weights, optimiser = get_state_dict(self.model, self.optimiser, options=options)
         parts = {"model": weights, "average": get_model_state_dict(self.average) if self.average else {}}

@@ -203,7 +203,7 @@ def test_stage_3_pulls_from_what_the_critic_says_to_what_the_guided_teacher_says
 
     students, critic, teacher = new_learner(seed=1), new_learner(sinks=0, seed=2), new_learner(sinks=0, seed=3).model
     stage3.SelfForcing(students, critic, teacher, clips(1), sampler=sampler)(0, torch.Generator())
-    ((x_hat, fake, real, sigma, eps),) = calls
+    ((x_hat, fake, real, sigma, eps, _),) = calls
     x = x_hat.map(noised, eps, both(sigma))
     with torch.no_grad():
         wanted = guided_denoiser(critic.model, text), guided_denoiser(teacher, text, prompts().negative, DMD_GUIDANCE)

@@ -40,10 +40,15 @@ class Discriminator(nn.Module):
     fit together is seen too.
     """
 
-    def __init__(self, dims: AV[int], hidden: int = 64) -> None:
+    def __init__(self, dims: AV[int], generator: torch.Generator, hidden: int = 64) -> None:
         super().__init__()
         self.tokens = nn.ModuleList(nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.SiLU()) for dim in dims)
         self.clip = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.SiLU(), nn.Linear(hidden, 1))
+        for name, weight in self.named_parameters():
+            if weight.dim() > 1:
+                nn.init.xavier_uniform_(weight, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(weight)
 
     def forward(self, hidden: AV[Tensor]) -> Tensor:
         """Give the logit that a clip is the teacher's. Shapes: AV([B, N, D], [B, N, D]) to [B]."""
@@ -117,9 +122,7 @@ class AdversarialForcing(SelfForcing):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._draws, config = torch.Generator().manual_seed(self.seed), self.critic.model.config
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            self.discriminator = Discriminator(AV(config.video_dim, config.audio_dim))
+        self.discriminator = Discriminator(AV(config.video_dim, config.audio_dim), self._draws)
         self._made = self._first_clips()
         self._optimiser = torch.optim.AdamW(self.discriminator.parameters(), lr=3e-3, betas=(0.5, 0.99))
 

@@ -105,9 +105,9 @@ class Attention(nn.Module):
         """
         source, (by_query, by_key) = x if context is None else context, rotations or (None, None)
         # 1. On a GPU the keys of one open block are stored by the kernel that norms and rotates them.
-        one = elementwise is not PLAIN and isinstance(cached, Ring) and len(blocks) == 1 and blocks[0].writes
-        if one and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm:
-            seen = self._stored(x, source, by_query, by_key, cached, blocks[0], elementwise)
+        ring = cached if elementwise is not PLAIN and isinstance(cached, Ring) else None
+        if ring is not None and self._stores_one(blocks):
+            seen = self._stored(x, source, by_query, by_key, ring, blocks[0], elementwise)
             return self._out(x, attend(*seen), elementwise)
         # 2. Queries: normed over all heads together, then rotated.
         q = self._normed_heads(self.to_q(x), self.q_norm, by_query, elementwise)
@@ -120,6 +120,10 @@ class Attention(nn.Module):
         seen = cached.extend(project, blocks) if cached else [(slice(None), *project())]
         parts = [attend(q[:, :, tokens], k, v, visibility) for tokens, k, v in seen]
         return self._out(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), elementwise)
+
+    def _stores_one(self, blocks: tuple[OpenBlock, ...]) -> bool:
+        """Tell whether one block is open and stored, by the norms that the fused function knows."""
+        return len(blocks) == 1 and blocks[0].writes and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm
 
     def keys_values(
         self, context: Tensor, rotation: Rotation | None = None, elementwise: Elementwise = PLAIN

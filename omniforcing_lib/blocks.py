@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, T, dim] to the same."""
         widen, _, narrow = self.net
-        return narrow(gelu(widen["proj"](x), approximate="tanh"))
+        return narrow(gelu(cast(nn.ModuleDict, widen)["proj"](x), approximate="tanh"))
 
 
 class TimestepEmbedding(NamedTuple):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def fuses(device: torch.device) -> bool:
 def compiled(plain: Callable) -> Callable:
     """Compile a function for each kind of input that it meets, as one kernel."""
     # torch would begin another kernel after 30 operations on a GPU, after 50 on a CPU
-    whole = {"realize_opcount_threshold": 1000}
+    whole: dict[str, Any] = {"realize_opcount_threshold": 1000}
     return backends.many_kinds(torch.compile(plain, dynamic=False, fullgraph=True, options=whole))
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from omniforcing_lib.layout import BlockLayout
 
@@ -114,7 +115,7 @@ def _block_mask(mask: AttentionMask, device: str | torch.device = "cpu") -> obje
 
 
 # As torch.compiler.disable, which would import torch's compiler here and not at the first call.
-block_mask: Callable[..., object] = torch._disable_dynamo(_block_mask)
+block_mask: Callable[..., object] = _disable_dynamo(_block_mask)
 """Render a mask as a FlexAttention `BlockMask` for a device, made once for each."""
 
 

@@ -245,6 +245,9 @@ class Score(Command):
     selection: bool = option("clips of the seeds by which choices are made", False)
     unprompted: bool = option("a column of the teacher without a prompt", False)
     long: bool = option("students alone, in spans of 10 s of one long roll-out each", False)
+    hum: bool = option("a steady tone lies under the bounces; what is heard of it is measured too", False)
+    hidden: bool = option("the box goes on out of sight; where the ball comes back is measured too", False)
+    codec: str = option(".safetensors file of the codec of the models' latents (default: the shipped one)", "")
     out: str = option("folder", "reports/scores", writes="folder")
 
     def _run(self) -> None:
@@ -253,7 +256,8 @@ class Score(Command):
 
         systems = protocol.systems_of(self.models, self.steps, unprompted=self.unprompted)
         first = protocol.SELECTION if self.selection else protocol.Trial.first
-        trial = protocol.Trial(self.clips, self.seeds, self.seconds, first=first)
+        how = {"hum": self.hum, "hidden": self.hidden} | ({"codec": self.codec} if self.codec else {})
+        trial = protocol.Trial(self.clips, self.seeds, self.seconds, first=first, **how)
         if self.long:
             print(protocol.run_long(systems, trial, Path(self.out)))
         else:

@@ -1,5 +1,6 @@
 """Laws of what only the ear can tell: real clips score at the ceiling, every planted fault costs its own measure."""
 
+import json
 from dataclasses import replace
 from functools import cache
 
@@ -12,6 +13,7 @@ from omniforcing_lib.bounce import codecs, detect, evaluate, heard, world
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.training import recipes
+from studies import protocol
 
 SEEDS = range(60_000, 60_008)
 
@@ -142,3 +144,17 @@ def test_a_teacher_goes_on_from_a_checkpoint_in_the_world_that_is_asked_for(tmp_
     assert asked == [{"hum": True, "hidden": True}] * 2
     start, further = (checkpoints.load(name) for name in ("teacher", path))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(start.parameters(), further.parameters(), strict=True))
+
+
+def test_the_protocol_of_the_extended_world_tells_what_is_heard_of_it(tmp_path):
+    """Real clips and round trips of its codec keep their hum; the record names that codec and that world."""
+    codec = str(files.DATA / "codec_hum.safetensors")
+    trial = protocol.Trial(clips=6, seeds=1, hum=True, hidden=True, codec=codec)
+    rows = protocol.run({}, trial, tmp_path, one_prompt=protocol.Trial(2, 1, prompt="a red ball, bell")).rows
+    for name in ("real clips", "codec round trip"):
+        assert rows[name]["hum_kept"].mean == rows[name]["reentry_right"].mean == 1
+    assert rows["shuffled sound"]["reentry_right"].mean < 0.5
+    record = json.loads((tmp_path / "scores.json").read_text())
+    assert record["hum"] and record["hidden"] and [*record["files"]] == ["codec_hum.safetensors"]
+    plain = protocol.Trial(1, 1)
+    assert "hum_kept" not in plain.tallies(evaluate.read_all(plain.real()), plain.prompts)[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from omniforcing_lib import files
-from omniforcing_lib.bounce import codecs, distributions, evaluate, sampling, variety, world
+from omniforcing_lib.bounce import codecs, distributions, evaluate, heard, sampling, variety, world
 from omniforcing_lib.bounce.codec_parts import CodecConfig
 from omniforcing_lib.bounce.evaluate import Estimate, Reading, Table, Tally
 from omniforcing_lib.bounce.sampling import Clip
@@ -41,6 +41,9 @@ class Trial:
         prompt: the prompt of all clips; without one the world's take turns.
         first: the first noise seed less `world.HELD_OUT`; sets begin 10,000 apart. Reports use 10,000 and up, what is
             chosen by scores (`SELECTION`) has seeds of its own.
+        hum: whether clips are of the world with a hum, see `world.scene`; what is heard of it is measured too.
+        hidden: whether the right third of the box is out of sight; where the ball comes back is measured too.
+        codec: file of the codec of the models' latents.
     """
 
     clips: int = 64
@@ -48,6 +51,9 @@ class Trial:
     seconds: int = 5
     prompt: str = ""
     first: int = 10_000
+    hum: bool = False
+    hidden: bool = False
+    codec: str = str(files.DATA / "codec.safetensors")
 
     def __post_init__(self) -> None:
         if self.clips > OTHER_SEEDS:
@@ -73,11 +79,26 @@ class Trial:
 
     def real(self, offset: int = 0) -> list[Clip]:
         """Render true clips of the same prompts."""
-        return sampling.true_clips(self.prompts, [n + offset for n in self.numbers], self.seconds)
+        draw = partial(world.scene, hum=self.hum, hidden=self.hidden)
+        return sampling.true_clips(self.prompts, [n + offset for n in self.numbers], self.seconds, draw)
+
+    def tallies(self, readings: Sequence[Reading], prompts: Sequence[str], *span: int) -> list[Tally]:
+        """Count what `evaluate.tally` counts of clips, and what only the ear can tell of this trial's world."""
+        counts = evaluate.tallies(readings, prompts, *span)
+        if not (self.hum or self.hidden):
+            return counts
+        hearings = [*map(heard.hear, readings)]
+        if self.hum:
+            counts = [c | heard.hum_tally(h, None, *span) for c, h in zip(counts, hearings, strict=True)]
+        if self.hidden and not span:
+            counts = [c | heard.reentry_tally(h) for c, h in zip(counts, hearings, strict=True)]
+        return counts
 
     def named(self, systems: Mapping[str, System]) -> dict[str, object]:
         """Say in a record which clips were made, and by what."""
         record = {"clips": self.clips, "seeds": self.seeds, "seconds": self.seconds}
+        if self.hum or self.hidden:
+            record |= {"hum": self.hum, "hidden": self.hidden}
         return record | {"systems": {name: system.named() for name, system in systems.items()}}
 
 
@@ -132,7 +153,7 @@ def sample(system: System, trial: Trial, *, batch: int = 16) -> list[Clip]:
     """Make the clips of a trial."""
     model, causal = checkpoints.load(system.model), checkpoints.read(system.model).causal
     asked = (trial.asked(system), trial.numbers, trial.seconds)
-    return sampling.sample(model, causal, codecs.shipped_codec(), *asked, steps=system.steps, batch=batch)
+    return sampling.sample(model, causal, codecs.load_codec(trial.codec), *asked, steps=system.steps, batch=batch)
 
 
 class Reference(NamedTuple):
@@ -146,7 +167,7 @@ class Reference(NamedTuple):
     def of(cls, trial: Trial, *, mp4: bool = True) -> Reference:
         """Render as many clips as the trial has, `OTHER_SEEDS` further on."""
         sets = [trial.real(OTHER_SEEDS)]
-        sets.append(sampling.round_trip(codecs.shipped_codec(), sets[0]))
+        sets.append(sampling.round_trip(codecs.load_codec(trial.codec), sets[0]))
         sets = [sampling.through_file(clips) if mp4 else clips for clips in sets]
         described = variety.described(evaluate.read_all(sets[0], "real clips"))
         return cls(described, *map(distributions.feature_sets, sets))
@@ -170,9 +191,11 @@ def run(
 
     Returns the table.
     """
-    out, judged = Path(out), store.origin(*dict.fromkeys(system.model for system in systems.values()), "codec")
+    out, models = Path(out), dict.fromkeys(system.model for system in systems.values())
+    judged, codec = store.origin(*models, beside=[trial.codec]), codecs.load_codec(trial.codec)
     _check_size(trial)
-    reference, codec = Reference.of(trial), codecs.shipped_codec()
+    one_prompt = replace(one_prompt, hum=trial.hum, hidden=trial.hidden, codec=trial.codec)
+    reference = Reference.of(trial)
     makers = {"real clips": trial.real, "codec round trip": lambda: sampling.round_trip(codec, trial.real())}
     makers |= {"shuffled sound": lambda: evaluate.shuffled(trial.real())} if floor else {}
     makers |= {name: partial(sample, system, trial) for name, system in systems.items()}
@@ -181,7 +204,7 @@ def run(
         clips = sampling.through_file(make())
         wanted = trial.asked(systems[name]) if name in systems else trial.prompts
         readings = evaluate.read_all(clips, name)
-        tallies = evaluate.tallies(readings, wanted)
+        tallies = trial.tallies(readings, wanted)
         if draw and name in systems:
             _sheet(draw, out / f"{store.slug(name)}.png", readings[:8], wanted[:8])
         described = variety.described(readings)
@@ -297,13 +320,13 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
     _check_size(trial)
     size = f"{trial.clips * trial.seeds} roll-outs of {trial.seconds} s"
     parts, record = [f"{size}, held-out seeds, through an mp4; mean and 95 % interval."], {}
-    judged = store.origin(*dict.fromkeys(system.model for system in systems.values()), "codec")
+    judged = store.origin(*dict.fromkeys(system.model for system in systems.values()), beside=[trial.codec])
     other = evaluate.read_all(trial.real(OTHER_SEEDS), "real clips")
     for name, layout in layouts.items():
         clips = sample(systems[name], trial, batch=8) if name in systems else trial.real()
         readings = evaluate.read_all(sampling.through_file(clips), name)
         wanted = trial.asked(systems[name]) if name in systems else trial.prompts
-        table, seams = _spans(other, readings, wanted, layout, range(0, trial.seconds, width))
+        table, seams = _spans(trial, other, readings, wanted, layout, range(0, trial.seconds, width))
         parts += [f"## {name}", str(table), _columns(seams)]
         record[name] = {"measures": _plain(table), "seams": seams}
     files.write_json(Path(out) / "long.json", judged | trial.named(systems) | {"width": width, "spans": record})
@@ -313,10 +336,15 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
 
 
 def _spans(
-    other: Sequence[Reading], readings: Sequence[Reading], prompts: Sequence[str], layout: BlockLayout, starts: range
+    trial: Trial,
+    other: Sequence[Reading],
+    readings: Sequence[Reading],
+    prompts: Sequence[str],
+    layout: BlockLayout,
+    starts: range,
 ) -> tuple[Table, dict[str, dict[str, float]]]:
     spans = {f"{start} to {start + starts.step} s": (start, start + starts.step) for start in starts}
-    counts = {name: evaluate.tallies(readings, prompts, *span) for name, span in spans.items()}
+    counts = {name: trial.tallies(readings, prompts, *span) for name, span in spans.items()}
     rows = {
         name: evaluate.estimates(counts[name]) | variety.in_span(other, readings, start, starts.step)
         for name, (start, _) in spans.items()

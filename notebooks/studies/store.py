@@ -30,13 +30,14 @@ def git_state() -> dict:
         return {"commit": None, "dirty": None}
 
 
-def origin(*judged: str | Path) -> dict:
+def origin(*judged: str | Path, beside: Iterable[str | Path] = ()) -> dict:
     """Say on what a result rests, to be stored with it: `git`, and the SHA-256 of the `files` that are judged.
 
-    `judged`: names of shipped files, or checkpoints as `checkpoints.read` takes them, all their shards.
-    Raises ValueError where there is no such checkpoint.
+    `judged`: names of shipped files, or checkpoints as `checkpoints.read` takes them, all their shards; `beside`: paths
+    of other files. Raises ValueError where there is no such checkpoint.
     """
-    return {"git": git_state(), "files": {_name(path): files.sha256(path) for n in judged for path in _paths(n)}}
+    paths = [path for name in judged for path in _paths(name)] + [*map(Path, beside)]
+    return {"git": git_state(), "files": {_name(path): files.sha256(path) for path in paths}}
 
 
 def _paths(name: str | Path) -> Iterable[Path]:

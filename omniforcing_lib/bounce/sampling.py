@@ -6,7 +6,7 @@ Shapes: n clips of whole seconds, F video and T audio latents.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,9 +54,14 @@ def encoded(codec: TinyCodec, clips: Sequence[Clip]) -> AV[Tensor]:
     return codec.encode(AV(video.float() / 127.5 - 1, audio))
 
 
-def true_clips(prompts: Sequence[str], seeds: Sequence[int], seconds: int) -> list[Clip]:
-    """Render clips of the world, one per prompt and seed."""
-    return [world.render(world.scene(s, p), seconds=seconds) for s, p in zip(seeds, prompts, strict=True)]
+def true_clips(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    seconds: int,
+    draw: Callable[[int, str], world.Scene] = world.scene,
+) -> list[Clip]:
+    """Render clips of the world, one per prompt and seed; `draw` makes a scene of them."""
+    return [world.render(draw(s, p), seconds=seconds) for s, p in zip(seeds, prompts, strict=True)]
 
 
 @torch.no_grad()

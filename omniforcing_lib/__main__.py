@@ -279,6 +279,28 @@ class Cures(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Extended(Command):
+    """Train Stages 2 and 3 in the world with a hum and a hidden wall, one part changed at a time, and measure."""
+
+    teacher: str = option("teacher of that world: a file, an index or a folder (default: data/teacher_hum)", "")
+    codec: str = option(".safetensors file of its codec (default: data/codec_hum)", "")
+    pairs: str = option(".safetensors file of its trajectories, by `train pairs` (default: data/ode_pairs_hum)", "")
+    arms: tuple[str, ...] = option("names of arms (default: all)", ())
+    seeds: int = option("training seeds of each arm", 5)
+    out: str = option("folder; finished runs there are kept", "reports/extended", writes="folder")
+
+    def _run(self) -> None:
+        from series import claims
+        from studies import extended
+
+        there = extended.shipped()
+        names = (self.teacher or there.teacher, self.codec or there.codec, self.pairs or there.pairs)
+        folder = extended.run(self.out, extended.Sources(*names), arms=self.arms, seeds=self.seeds)
+        if rows := extended.told(folder):
+            print(claims.plain_table(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ablate(Command):
     """Train Stage 3 with one part changed at a time, seed by seed, and measure."""
 
@@ -413,6 +435,7 @@ COMMANDS: dict[str, type[Command]] = {
     "score": Score,
     "cures": Cures,
     "ablate": Ablate,
+    "extended": Extended,
     "sinks": Sinks,
     "bench": Bench,
     "inspect": Inspect,

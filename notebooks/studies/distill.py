@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -62,7 +63,7 @@ def teacher_pairs(
     device, parts = prompts.context.video.device, []
     first, seeds = 0, range(seed * count, (seed + 1) * count)
     if source in ("", "teacher"):
-        stored = _stored_pairs(prompts, causal)
+        stored = stored_pairs(files.DATA / "ode_pairs.safetensors", prompts, causal)
         if len(stored) >= count:
             return cut(stored, slice(count))
         parts, first, seeds = [stored], len(stored), range(len(stored), count)
@@ -74,8 +75,12 @@ def teacher_pairs(
     return Pairs(states, parts[0].sigmas, torch.cat([part.prompt for part in parts]))
 
 
-def _stored_pairs(prompts: Prompts, causal: RolloutConfig) -> Pairs:
-    stored = Pairs.load(files.DATA / "ode_pairs.safetensors", prompts.context.video.device)
+def stored_pairs(path: str | Path, prompts: Prompts, causal: RolloutConfig) -> Pairs:
+    """Read trajectories from a file.
+
+    Raises ValueError where they keep other levels than those of `causal`, or are of other prompts.
+    """
+    stored = Pairs.load(path, prompts.context.video.device)
     levels = stored.sigmas.double().cpu()
     if levels.shape != causal.sigmas.shape or not torch.allclose(levels, causal.sigmas, atol=1e-4):
         raise ValueError(f"the stored pairs keep {stored.sigmas.tolist()}, the student steps {causal.sigmas.tolist()}")

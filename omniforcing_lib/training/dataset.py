@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -186,10 +186,17 @@ class Pairs:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Pairs:
-        """Read what `save` wrote."""
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name).to(device) for name in ("video", "audio", "sigmas", "prompt")}
-            metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file cannot be read, or holds no trajectories.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name).to(device) for name in ("video", "audio", "sigmas", "prompt")}
+                metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} holds no trajectories ({error}); `train pairs` makes them") from error
         states = AV(tensors["video"], tensors["audio"]).map(torch.Tensor.float)
         notes = {"prompts": by_names(metadata["prompts"])} | metadata.get("notes", {})
         return cls(states, tensors["sigmas"], tensors["prompt"], notes)

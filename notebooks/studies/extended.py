@@ -1,0 +1,274 @@
+"""What the paper's ideas do in a world where they have something to do, one thing changed at a time.
+
+In the extended world (`world.scene(..., hum=True, hidden=True)`) only what was heard tells the pitch of the hum, and
+only the sound of the wall that nobody sees tells when the ball returns. Every arm trains Stages 2 and 3 from one
+teacher of that world, goes on from a true past, and is judged by what becomes of the hum and of the ball. A seed is
+that of both stages and of the roll-outs; it is the unit of every interval, and arms are compared seed by seed.
+
+Shapes: B batch, F video and T audio latents, n clips.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from omniforcing_lib import files
+from omniforcing_lib.bounce import codecs, evaluate, heard, sampling, world
+from omniforcing_lib.bounce.text import TinyText
+from omniforcing_lib.cache import KVCache, OpenBlock, Places
+from omniforcing_lib.flow import MINIATURE_CFG, ONES
+from omniforcing_lib.layout import AV
+from omniforcing_lib.masks import merged
+from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, seeded_noise, update_cache
+from omniforcing_lib.training.dataset import Prompts
+from omniforcing_lib.training.stage3 import DMDConfig
+from omniforcing_lib.transformer import Transformer
+from studies import ablations, distill, sinks, store, variants
+
+CLIP_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Say what is changed against the paper's recipe.
+
+    Attributes:
+        sinks: audio sink tokens.
+        prefix: whether block 0, sinks included, is seen after it has left the window.
+        window: past blocks that are seen besides block 0.
+        audio_loss: weight of the audio's loss in Stage 3.
+        hears: whether video attends to audio.
+        past: whose past Stage 3 learns from: the student's `own`, or a `true` one.
+    """
+
+    sinks: int = 16
+    prefix: bool = True
+    window: int = 4
+    audio_loss: float = 1.0
+    hears: bool = True
+    past: str = "own"
+
+    @property
+    def causal(self) -> RolloutConfig:
+        """Blocks, steps and window of the student."""
+        return RolloutConfig.from_layout("paper", self.sinks, window=self.window)
+
+
+ARMS: dict[str, Arm] = {
+    "as in the paper": Arm(),
+    "0 sinks": Arm(sinks=0),
+    "2 sinks": Arm(sinks=2),
+    "no global prefix": Arm(prefix=False),
+    "window 2": Arm(window=2),
+    "window 8": Arm(window=8),
+    "no audio loss": Arm(audio_loss=0.0),
+    "video hears nothing": Arm(hears=False),
+    "true past": Arm(past="true"),
+}
+BASE = "as in the paper"
+PREDICTIONS: dict[str, dict[str, int]] = {
+    "0 sinks": {"hum_kept": -1, "loss of audio latent 0": 1},
+    "2 sinks": {"hum_kept": -1, "loss of audio latent 0": 1},
+    "no global prefix": {"hum_kept": -1, "hum_drift_cents": 1},
+    "window 2": {"hum_kept": -1},
+    "window 8": {"hum_kept": 1},
+    "no audio loss": {"hum_kept": -1, "reentry_right": -1},
+    "video hears nothing": {"reentry_right": -1},
+    "true past": {"hum_kept": -1, "reentry_right": -1},
+}
+"""What each arm was expected to do to a measure, less the paper's recipe, before any run: lower or higher."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Say how much work every run does: the same for all arms.
+
+    Attributes:
+        start: steps of Stage 2.
+        steps: student steps of Stage 3, with five times as many of the critic.
+        batch: clips per step of either stage.
+        clips: held-out roll-outs per seed, prompts in turn.
+        given: seconds of a true clip that a roll-out goes on from.
+        seconds: length of these roll-outs, the true past included.
+    """
+
+    start: int = 150
+    steps: int = 30
+    batch: int = 4
+    clips: int = 18
+    given: int = 5
+    seconds: int = 30
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Name the files that all runs rest on: a teacher of the extended world, its codec, its trajectories."""
+
+    teacher: str
+    codec: str
+    pairs: str
+
+
+class WithoutPrefix(KVCache):
+    """A cache whose blocks no longer see block 0, sinks included, once it has left the window."""
+
+    def open(self, k: int, latents: AV[range] | None = None, *, writes: bool = True) -> OpenBlock:
+        """Describe block `k`, see `KVCache.open`."""
+        block = super().open(k, latents, writes=writes)
+        if k <= self.window:
+            return block
+        places = AV(*map(self._recent, block.places, self.pinned))
+        return block._replace(places=places, offset=None)
+
+    @staticmethod
+    def _recent(places: Places, pinned: int) -> Places:
+        spans = (range(max(span.start, pinned), span.stop) for span in places.history)
+        history = tuple(span for span in spans if len(span))
+        whole = merged((range(places.write.start, places.write.stop), *history))
+        return places._replace(history=history, whole=whole[0] if len(whole) == 1 else None)
+
+
+def deafened(model: Transformer) -> Transformer:
+    """Let video hear nothing: its attention to audio gives zeros from now on, in training too."""
+    for block in model.transformer_blocks:
+        block.audio_to_video_attn.register_forward_hook(_silence)
+    return model
+
+
+def _silence(module: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:
+    return torch.zeros_like(out)
+
+
+@torch.no_grad()
+def continued(
+    model: Transformer, arm: Arm, text: AV[Tensor], seeds: Sequence[int], given: AV[Tensor], frames: int
+) -> Iterator[AV[Tensor]]:
+    """Yield the blocks of clips that go on from a true past: its blocks first, then the student's own.
+
+    Shapes: text AV [B, L, C], given AV([B, F, h, w, C], [B, T, C]) of whole blocks; to AV of each block.
+    """
+    causal, grid = arm.causal, given.video.shape[2:4]
+    blocks, past = causal.layout.blocks(frames), causal.layout.count(given.video.shape[1])
+    cache = new_cache(model, causal, tuple(grid), len(seeds), len(blocks))
+    if not arm.prefix:
+        cache = WithoutPrefix(**{part.name: getattr(cache, part.name) for part in fields(cache) if part.init})
+    noise, before = seeded_noise(seeds, model.proj_out.weight), None
+    for k, block in enumerate(blocks):
+        if k < past:
+            if before is not None:
+                update_cache(model, cache, k - 1, text, before, 0.0)
+            before = given.map(lambda clip, span: clip[:, span.start : span.stop], block)
+        else:
+            before = next_block(model, causal, cache, text, noise, k, before, block=block)
+        yield before
+
+
+def run(
+    folder: str | Path, sources: Sources, *, arms: Sequence[str] = (), seeds: int = 5, budget: Budget | None = None
+) -> Path:
+    """Train and measure arms seed by seed; finished runs in the folder are kept.
+
+    Raises ValueError for an unknown arm, trajectories of other prompts or levels, or a folder with runs of another
+    budget or other files.
+    """
+    budget, judged = budget or Budget(), store.origin(sources.teacher, beside=[sources.codec, sources.pairs])
+    settings = {"budget": json.loads(json.dumps(asdict(budget))), "files": judged["files"]}
+
+    def prepare():
+        bench = _Bench(sources, budget)
+        return lambda name, seed: {"git": judged["git"]} | bench.trial(ARMS[name], seed)
+
+    return TRIALS.run(folder, arms, seeds, lambda record: settings, prepare)
+
+
+class _Bench:
+    """Hold what all runs share: codec, prompts and trajectories."""
+
+    def __init__(self, sources: Sources, budget: Budget) -> None:
+        self.sources, self.budget, self.codec = sources, budget, codecs.load_codec(sources.codec)
+        self.prompts = Prompts.of(TinyText(), world.prompts())
+        pairs = distill.stored_pairs(sources.pairs, self.prompts, RolloutConfig())
+        held = max(1, len(pairs) // 8)
+        self.pairs, self.held = (distill.cut(pairs, rows) for rows in (slice(-held), slice(-held, None)))
+
+    def trial(self, arm: Arm, seed: int) -> dict[str, object]:
+        """Train and measure one arm with one seed."""
+        return {"measures": self._measures(self._student(arm, seed), arm, seed)}
+
+    def _student(self, arm: Arm, seed: int) -> Transformer:
+        budget = self.budget
+        common = self.sources.teacher, self.prompts, arm.causal, self.codec, budget.batch
+        course = distill.Course(*common, seconds=CLIP_SECONDS, seed=seed)
+        model = course.load(arm.sinks)
+        model = model if arm.hears else deafened(model)
+        model = course.stage2(model, self.pairs, steps=budget.start).student
+        forced = arm.past == "true"
+        grid = self.codec.grid
+        sampler = ablations.true_past(self.pairs, self.prompts, arm.causal, grid, budget.batch) if forced else None
+        config = DMDConfig(MINIATURE_CFG, weights=AV(ONES.video, arm.audio_loss))
+        return course.stage3(model, steps=budget.steps, config=config, sampler=sampler).student
+
+    def _measures(self, student: Transformer, arm: Arm, seed: int) -> dict[str, float]:
+        """Measure clips that go on from a true past, and one step on the first audio latents of held-out clips."""
+        budget, first = self.budget, world.HELD_OUT + 800_000 + 1000 * seed
+        names, seeds = world.prompts_in_turn(budget.clips), range(first, first + budget.clips)
+        scenes = [world.scene(s, name, hum=True, hidden=True) for s, name in zip(seeds, names, strict=True)]
+        true = [world.render(scene, seconds=budget.given) for scene in scenes]
+        frames = self.codec.clock.latents(budget.seconds).video
+        text = TinyText().encode(names)
+        blocks = continued(student, arm, text, seeds, sampling.encoded(self.codec, true), frames)
+        total = arm.causal.layout.count(frames)
+        clips = sampling.decoded(self.codec, join([*tqdm(blocks, "going on", total, leave=False, delay=2)]))
+        readings = evaluate.read_all(clips)
+        counts = evaluate.tallies(readings, names, budget.given)
+        counts = [c | self._heard(r, scene) for c, r, scene in zip(counts, readings, scenes, strict=True)]
+        measures = {name: estimate.mean for name, estimate in evaluate.estimates(counts, draws=1).items()}
+        return store.plain(measures | self._first_latents(student, arm))
+
+    def _heard(self, reading: evaluate.Reading, scene: world.Scene) -> evaluate.Tally:
+        """Count what is heard after the true past has left the window, and returns after it has ended."""
+        given, hearing = self.budget.given, heard.hear(reading)
+        late = hearing._replace(passages=[p for p in hearing.passages if p.out.time_s >= given])
+        return heard.hum_tally(hearing, scene.hum_cents, 2 * given) | heard.reentry_tally(late)
+
+    def _first_latents(self, student: Transformer, arm: Arm) -> dict[str, float]:
+        study = sinks.Study(self.sources.teacher, self.prompts, self.pairs, self.held)
+        built = variants.masks_of(arm.causal, self.held.states.video[:, 0])
+        with torch.no_grad():
+            audio = sinks.one_step(student, built, study).audio
+        return {"loss of audio latent 0": float(audio[:, 0].mean()), "of all others": float(audio[:, 1:].mean())}
+
+
+TRIALS = store.Trials(ARMS, "extended", lambda record: record["measures"], same=("budget", "files"))
+"""The runs; they have to agree on budget and files."""
+
+
+def shipped() -> Sources:
+    """Name the files of the extended world in data/."""
+    return Sources(*(str(files.DATA / f"{name}_hum.safetensors") for name in ("teacher", "codec", "ode_pairs")))
+
+
+def told(folder: str | Path) -> list[dict[str, object]]:
+    """Say of every prediction, over training seeds: its whole interval is on its side (`shown`), or on the other one.
+
+    Differences are from the paper's recipe, corrected for the number of arms.
+    """
+    rows = []
+    for arm, gains in TRIALS.gains(folder, BASE).items():
+        for name, sign in PREDICTIONS[arm].items():
+            mean, interval = gains[name]
+            low, high = sorted(sign * edge for edge in interval or (-math.inf, math.inf))
+            says = "shown" if low > 0 else "against" if high < 0 else "not shown"
+            wanted = "higher" if sign > 0 else "lower"
+            rows.append(
+                {"arm": arm, "measure": name, "predicted": wanted, "gain": mean, "interval": interval, "says": says}
+            )
+    return rows

@@ -1,0 +1,130 @@
+"""Laws of the ablations in the extended world: every arm does what its name says, and no verdict leans."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from test_transformer import TINY, tiny
+
+from omniforcing_lib import files
+from omniforcing_lib.cache import KVCache
+from omniforcing_lib.layout import AV
+from omniforcing_lib.rollout import rollout, seeded_noise
+from studies import extended
+from studies.extended import ARMS, BASE, Arm, Budget, Sources, WithoutPrefix
+
+GRID, SEEDS = (2, 2), (3, 4)
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def student(sinks: int = 16):
+    return tiny(TINY.with_sinks(sinks), dtype=torch.float32)
+
+
+def text() -> AV:
+    return AV(draw(2, 4, 6, seed=1), draw(2, 4, 6, seed=2))
+
+
+def clip(blocks: int) -> AV:
+    """Latents of the first blocks of a clip."""
+    last = ARMS[BASE].causal.layout.block(blocks - 1).map(lambda span: span.stop)
+    return AV(draw(2, last.video, *GRID, 3, seed=5), draw(2, last.audio, 5, seed=6))
+
+
+def test_every_arm_differs_from_the_recipe_in_one_thing_and_has_a_prediction():
+    plain = vars(Arm())
+    changed = {name: {k: v for k, v in vars(arm).items() if v != plain[k]} for name, arm in ARMS.items()}
+    assert changed.pop(BASE) == {} and all(len(change) == 1 for change in changed.values())
+    assert len({json.dumps(change) for change in changed.values()}) == len(changed)
+    assert changed.keys() == extended.PREDICTIONS.keys() and all(extended.PREDICTIONS.values())
+
+
+def test_what_goes_on_from_a_true_past_is_what_a_history_gives():
+    given = clip(3)
+    blocks = [*extended.continued(student(), Arm(), text(), SEEDS, given, 1 + 3 * 3)]
+    layout = Arm().causal.layout
+    for k, block in enumerate(blocks[:3]):
+        assert all(map(torch.equal, block, given.map(lambda x, span: x[:, span.start : span.stop], layout.block(k))))
+    with torch.no_grad():
+        noise, whole = seeded_noise(SEEDS, student().proj_out.weight), clip(4)
+        history = AV(*(torch.cat([g, w[:, g.shape[1] :]], 1) for g, w in zip(given, whole, strict=True)))
+        *_, told = rollout(student(), Arm().causal, text(), noise, GRID, 1 + 3 * 3, history=history)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(blocks[3], told, strict=True))
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_without_the_prefix_a_block_sees_the_window_alone(window):
+    plain, without = (
+        kind(TINY.with_sinks(3), Arm().causal.layout, GRID, 1, window) for kind in (KVCache, WithoutPrefix)
+    )
+    for k in range(12):
+        for stream, pinned in enumerate(plain.pinned):
+            sees = {place for span in plain.open(k).places[stream].history for place in span}
+            left = {place for span in without.open(k).places[stream].history for place in span}
+            assert left == (sees if k <= window else {place for place in sees if place >= pinned})
+            assert k <= window or (0 in sees and len(sees) - len(left) == pinned)
+        assert without.open(k).offset is None or k <= window
+
+
+@torch.no_grad()
+def test_block_0_is_lost_without_the_prefix_once_it_has_left_the_window(monkeypatch):
+    """Keys of sinks and block 0 that are not numbers spoil every later block, or none."""
+    spoilt, opened = {}, KVCache.open
+
+    def open_and_spoil(self, k, latents=None, *, writes=True):
+        if k == 6:
+            for ring in self._rings().values():
+                ring.keys[:, :, : ring._pinned] = ring.values[:, :, : ring._pinned] = float("nan")
+        return opened(self, k, latents, writes=writes)
+
+    monkeypatch.setattr(KVCache, "open", open_and_spoil)
+    for name in (BASE, "no global prefix"):
+        *_, last = extended.continued(student(), ARMS[name], text(), SEEDS, clip(2), 1 + 3 * 6)
+        spoilt[name] = bool(last.video.isnan().any() or last.audio.isnan().any())
+    assert spoilt == {BASE: True, "no global prefix": False}
+
+
+@torch.no_grad()
+def test_a_deafened_video_does_not_depend_on_the_sound():
+    x, sigma = clip(3), AV(torch.full((2,), 0.5), torch.full((2,), 0.5))
+    other = AV(x.video, -x.audio)
+    for model, same in ((student(0), False), (extended.deafened(student(0)), True)):
+        a, b = (model(clips, sigma, text()) for clips in (x, other))
+        assert torch.equal(a.video, b.video) == same and not torch.equal(a.audio, b.audio)
+
+
+def test_runs_rest_on_named_files_and_hear_what_they_made(tmp_path):
+    budget = Budget(start=1, steps=1, batch=1, clips=2, given=1, seconds=3)
+    there = Sources("teacher", extended.shipped().codec, str(files.DATA / "ode_pairs.safetensors"))
+    arms = (BASE, "video hears nothing")
+    extended.run(tmp_path, there, arms=arms, seeds=1, budget=budget)
+    numbers = extended.TRIALS.numbers(tmp_path)
+    assert {*numbers} == {*arms} and numbers[BASE][0] != numbers[arms[1]][0]
+    assert {"hum_kept", "reentry_right", "sync_f1", "loss of audio latent 0"} <= numbers[BASE][0].keys()
+    with pytest.raises(ValueError, match="use another folder"):
+        extended.run(tmp_path, replace(there, teacher="student"), arms=arms, seeds=1, budget=budget)
+    with pytest.raises(ValueError, match="holds no trajectories"):
+        extended.run(tmp_path / "new", replace(there, pairs=there.codec), arms=arms, seeds=1, budget=budget)
+
+
+def test_a_prediction_is_shown_only_by_a_whole_interval_on_its_side(tmp_path):
+    gains = {"0 sinks": (-0.3, 0.3), "window 8": (-0.3, -0.3), "window 2": (0.0, 0.0)}
+    for arm, shifts in ({BASE: (0.0, 0.0)} | gains).items():
+        for seed in range(5):
+            hum = 0.5 + shifts[0] + 0.01 * seed * (1 + shifts[0])
+            record = {"arm": arm, "seed": seed, "budget": {}, "files": {}}
+            record["measures"] = {"hum_kept": hum, "loss of audio latent 0": 1 + shifts[1]}
+            (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(record))
+    says = {(row["arm"], row["measure"]): row["says"] for row in extended.told(tmp_path)}
+    assert says == {
+        ("0 sinks", "hum_kept"): "shown",
+        ("0 sinks", "loss of audio latent 0"): "shown",
+        ("window 8", "hum_kept"): "against",
+        ("window 2", "hum_kept"): "not shown",
+    }

@@ -88,24 +88,14 @@ PREDICTIONS: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Say how much work every run does: the same for all arms.
-
-    Attributes:
-        start: steps of Stage 2.
-        steps: student steps of Stage 3, with five times as many of the critic.
-        batch: clips per step of either stage.
-        clips: held-out roll-outs per seed, prompts in turn.
-        given: seconds of a true clip that a roll-out goes on from.
-        seconds: length of these roll-outs, the true past included.
-    """
+class Budget(ablations.Budget):
+    """Say how much work every run does, and how many seconds of a true clip (`given`) its roll-outs go on from."""
 
     start: int = 150
     steps: int = 30
-    batch: int = 4
     clips: int = 18
-    given: int = 5
     seconds: int = 30
+    given: int = 5
 
 
 @dataclass(frozen=True)

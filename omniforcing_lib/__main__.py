@@ -246,17 +246,20 @@ class Score(Command):
     unprompted: bool = option("a column of the teacher without a prompt", False)
     long: bool = option("students alone, in spans of 10 s of one long roll-out each", False)
     hum: bool = option("a steady tone lies under the bounces; what is heard of it is measured too", False)
-    hidden: bool = option("the box goes on out of sight; where the ball comes back is measured too", False)
-    codec: str = option(".safetensors file of the codec of the models' latents (default: the shipped one)", "")
+    hidden: bool = option("the box goes on out of sight; of short clips, where the ball comes back is measured", False)
+    codec: str = option(".safetensors file of the codec of the models' latents (default: the world's shipped one)", "")
     out: str = option("folder", "reports/scores", writes="folder")
 
     def _run(self) -> None:
+        from omniforcing_lib import files
         from series import plots
         from studies import protocol
 
         systems = protocol.systems_of(self.models, self.steps, unprompted=self.unprompted)
         first = protocol.SELECTION if self.selection else protocol.Trial.first
-        how = {"hum": self.hum, "hidden": self.hidden} | ({"codec": self.codec} if self.codec else {})
+        shipped = "codec_hum" if self.hum or self.hidden else "codec"
+        codec = self.codec or str(files.DATA / f"{shipped}.safetensors")
+        how = {"hum": self.hum, "hidden": self.hidden, "codec": codec}
         trial = protocol.Trial(self.clips, self.seeds, self.seconds, first=first, **how)
         if self.long:
             print(protocol.run_long(systems, trial, Path(self.out)))

@@ -122,7 +122,7 @@ class Attention(nn.Module):
         return self._out(x, parts[0] if len(parts) == 1 else torch.cat(parts, dim=2), elementwise)
 
     def _stores_one(self, blocks: tuple[OpenBlock, ...]) -> bool:
-        """Tell whether one block is open and stored, by the norms that the fused function knows."""
+        """Tell whether just one block is open and stored, and the norms are those that the fused function knows."""
         return len(blocks) == 1 and blocks[0].writes and type(self.q_norm) is type(self.k_norm) is nn.RMSNorm
 
     def keys_values(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from test_train import CAUSAL, QUICK, clips, ended, new_learner, pairs, same, self_forcing_stage
+from test_train import CAUSAL, QUICK, clips, draw, ended, new_learner, pairs, same, self_forcing_stage
 
+from omniforcing_lib.flow import noised
 from omniforcing_lib.layout import AV
 from omniforcing_lib.training import stage3, train
 from omniforcing_lib.training.dataset import Clips
@@ -45,8 +47,38 @@ def test_the_divergences_weigh_a_clip_by_its_density_ratio():
     )
     assert (reverse == 1).all() and torch.allclose(shannon, logit.clamp(-3, 3).sigmoid())
     assert torch.allclose(forward, logit.clamp(-3, 3).exp())
-    with pytest.raises(KeyError):
-        adversarial.importance(logit, "none")
+
+
+def test_a_step_down_the_loss_looks_more_like_the_teacher_and_minds_what_the_student_left_out():
+    """Alone, the GAN loss raises the logit; alone, DMD for the forward divergence moves a likely clip the most."""
+    step = forcing(gan=1e4)
+    made = AV(*(draw(4, *size, seed=9) for size in sizes()))
+    text, sigma = step.clips.prompts.take(torch.tensor([0, 1, 0, 1])), torch.full((4,), 0.5)
+    eps = AV(*(draw(4, *size, seed=8) for size in sizes()))
+
+    def moved(step: AdversarialForcing) -> AV[torch.Tensor]:
+        leaf = made.map(lambda x: x.clone().requires_grad_())
+        return AV(*torch.autograd.grad(sum(step.student_loss(leaf, text, sigma, eps)), [*leaf]))
+
+    def logit(x: AV[torch.Tensor]) -> torch.Tensor:
+        return step._logit(x.map(noised, eps, AV(sigma, sigma)), text, sigma)
+
+    gradient = moved(step)
+    further = made.map(lambda x, g: x - 0.1 * g / g.abs().max(), gradient)
+    assert logit(further).mean() > logit(made).mean()
+    plain, step = moved(forcing()), forcing(divergence="forward KL")
+    step._logit = lambda *_: torch.tensor([2.0, -2.0, 0.0, 0.0])
+    shares = [
+        float(g[0].norm() / p[0].norm() / (g[1].norm() / p[1].norm())) for g, p in zip(moved(step), plain, strict=True)
+    ]
+    assert shares == pytest.approx([math.exp(4)] * 2, rel=1e-3)
+
+
+def test_what_the_discriminator_cannot_serve_is_refused():
+    short = Clips(AV(*(draw(3, 4, *size[1:], seed=1) for size in sizes())), torch.zeros(3, dtype=torch.long))
+    for how, says in (({"divergence": "none"}, "found 'none'"), ({"real": short}, "latents; found 4")):
+        with pytest.raises(ValueError, match=says):
+            forcing(**how)
 
 
 def test_the_discriminator_hears_the_sound_of_another_clip():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from test_transformer import TINY, tiny
 from omniforcing_lib import files
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import rollout, seeded_noise
+from omniforcing_lib.rollout import join, rollout, seeded_noise
 from studies import extended
 from studies.extended import ARMS, BASE, Arm, Budget, Sources, WithoutPrefix
 
@@ -46,22 +47,23 @@ def test_every_arm_differs_from_the_recipe_in_one_thing_and_has_a_prediction():
 
 
 def test_what_goes_on_from_a_true_past_is_what_a_history_gives():
-    given = clip(3)
-    blocks = [*extended.continued(student(), Arm(), text(), SEEDS, given, 1 + 3 * 3)]
+    given, last = clip(6), 7
+    blocks = [*extended.continued(student(), Arm(), text(), SEEDS, given, 1 + 3 * last)]
     layout = Arm().causal.layout
-    for k, block in enumerate(blocks[:3]):
+    for k, block in enumerate(blocks[:6]):
         assert all(map(torch.equal, block, given.map(lambda x, span: x[:, span.start : span.stop], layout.block(k))))
     with torch.no_grad():
-        noise, whole = seeded_noise(SEEDS, student().proj_out.weight), clip(4)
-        history = AV(*(torch.cat([g, w[:, g.shape[1] :]], 1) for g, w in zip(given, whole, strict=True)))
-        *_, told = rollout(student(), Arm().causal, text(), noise, GRID, 1 + 3 * 3, history=history)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(blocks[3], told, strict=True))
+        noise = seeded_noise(SEEDS, student().proj_out.weight)
+        history = join([given, *blocks[6:]])
+        told = [*rollout(student(), Arm().causal, text(), noise, GRID, 1 + 3 * last, history=history)]
+    for ours, theirs in zip(blocks[6:], told[6:], strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_without_the_prefix_a_block_sees_the_window_alone(window):
     plain, without = (
-        kind(TINY.with_sinks(3), Arm().causal.layout, GRID, 1, window) for kind in (KVCache, WithoutPrefix)
+        kind(TINY.with_sinks(3), Arm().causal.layout, GRID, 1, window, True) for kind in (KVCache, WithoutPrefix)
     )
     for k in range(12):
         for stream, pinned in enumerate(plain.pinned):
@@ -69,7 +71,8 @@ def test_without_the_prefix_a_block_sees_the_window_alone(window):
             left = {place for span in without.open(k).places[stream].history for place in span}
             assert left == (sees if k <= window else {place for place in sees if place >= pinned})
             assert k <= window or (0 in sees and len(sees) - len(left) == pinned)
-        assert without.open(k).offset is None or k <= window
+        if k > window:
+            assert without.open(k).offset is None and (plain.open(k).offset is not None) == (k > window + 1)
 
 
 @torch.no_grad()
@@ -84,31 +87,35 @@ def test_block_0_is_lost_without_the_prefix_once_it_has_left_the_window(monkeypa
         return opened(self, k, latents, writes=writes)
 
     monkeypatch.setattr(KVCache, "open", open_and_spoil)
-    for name in (BASE, "no global prefix"):
+    for name in (BASE, "no global prefix in use"):
         *_, last = extended.continued(student(), ARMS[name], text(), SEEDS, clip(2), 1 + 3 * 6)
         spoilt[name] = bool(last.video.isnan().any() or last.audio.isnan().any())
-    assert spoilt == {BASE: True, "no global prefix": False}
+    assert spoilt == {BASE: True, "no global prefix in use": False}
 
 
 @torch.no_grad()
 def test_a_deafened_video_does_not_depend_on_the_sound():
     x, sigma = clip(3), AV(torch.full((2,), 0.5), torch.full((2,), 0.5))
     other = AV(x.video, -x.audio)
-    for model, same in ((student(0), False), (extended.deafened(student(0)), True)):
+    copied = copy.deepcopy(extended.deafened(student(0)))
+    for model, same in ((student(0), False), (extended.deafened(student(0)), True), (copied, True)):
         a, b = (model(clips, sigma, text()) for clips in (x, other))
         assert torch.equal(a.video, b.video) == same and not torch.equal(a.audio, b.audio)
 
 
 def test_runs_rest_on_named_files_and_hear_what_they_made(tmp_path):
-    budget = Budget(start=1, steps=1, batch=1, clips=2, given=1, seconds=3)
+    budget = Budget(start=1, steps=1, batch=1, clips=1, given=1, seconds=12)
     there = Sources("teacher", extended.shipped().codec, str(files.DATA / "ode_pairs.safetensors"))
     arms = (BASE, "video hears nothing")
     extended.run(tmp_path, there, arms=arms, seeds=1, budget=budget)
     numbers = extended.TRIALS.numbers(tmp_path)
     assert {*numbers} == {*arms} and numbers[BASE][0] != numbers[arms[1]][0]
     assert {"hum_kept", "reentry_right", "sync_f1", "loss of audio latent 0"} <= numbers[BASE][0].keys()
+    assert [row["says"] for row in extended.told(tmp_path)] == ["not shown"]
     with pytest.raises(ValueError, match="use another folder"):
         extended.run(tmp_path, replace(there, teacher="student"), arms=arms, seeds=1, budget=budget)
+    with pytest.raises(ValueError, match="judged from second 11 on"):
+        Budget(given=1, seconds=11)
     with pytest.raises(ValueError, match="holds no trajectories"):
         extended.run(tmp_path / "new", replace(there, pairs=there.codec), arms=arms, seeds=1, budget=budget)
 
@@ -119,7 +126,7 @@ def test_a_prediction_is_shown_only_by_a_whole_interval_on_its_side(tmp_path):
         for seed in range(5):
             hum = 0.5 + shifts[0] + 0.01 * seed * (1 + shifts[0])
             record = {"arm": arm, "seed": seed, "budget": {}, "files": {}}
-            record["measures"] = {"hum_kept": hum, "loss of audio latent 0": 1 + shifts[1]}
+            record["measures"] = {"hum_kept": hum, "loss of audio latent 0": 1 + shifts[1], "reentry_px": None}
             (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(record))
     says = {(row["arm"], row["measure"]): row["says"] for row in extended.told(tmp_path)}
     assert says == {

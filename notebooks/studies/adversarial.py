@@ -10,7 +10,7 @@ Here both are a method of Stage 3, see `training.recipes.Stage3.train`: neither 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from omniforcing_lib.training.train import Metrics
 from omniforcing_lib.transformer import Transformer
 
 MOST_LOGIT = 3.0
-"""Density ratios are cut at e^3 and e^-3, so that no clip is alone in a batch."""
+"""Density ratios are cut at e^3 and e^-3; a loss then divides them by their mean over its batch."""
 
 
 class Discriminator(nn.Module):
@@ -71,15 +71,17 @@ def middle_tokens(model: Transformer) -> Iterator[list[AV[Tensor]]]:
 def importance(logit: Tensor, divergence: str) -> Tensor:
     """Weigh DMD's gradient for a divergence, `f''(r) r^2` of the density ratio r = e^logit (f-distill, Table 1).
 
-    Shapes: [B] to [B]. Raises KeyError for another divergence.
+    Shapes: [B] to [B].
     """
-    ratio = logit.clamp(-MOST_LOGIT, MOST_LOGIT).exp()
-    weights = {
-        "reverse KL": torch.ones_like(ratio),
-        "Jensen-Shannon": ratio / (1 + ratio),
-        "forward KL": ratio,
-    }
-    return weights[divergence]
+    return DIVERGENCES[divergence](logit.clamp(-MOST_LOGIT, MOST_LOGIT).exp())
+
+
+DIVERGENCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse KL": torch.ones_like,
+    "Jensen-Shannon": lambda ratio: ratio / (1 + ratio),
+    "forward KL": lambda ratio: ratio,
+}
+"""What DMD may be weighed for: weights by density ratio."""
 
 
 class Made(NamedTuple):
@@ -89,7 +91,7 @@ class Made(NamedTuple):
     text: AV[Tensor]
 
     def before(self, older: Made, most: int) -> Made:
-        """Put these in front of older ones, `most` of all."""
+        """Put these in front of older ones, `most` of all. Shapes: [B, ...] and [C, ...] to [most, ...]."""
         return Made(
             *(new.map(lambda x, old: torch.cat([x, old])[:most], old) for new, old in zip(self, older, strict=True))
         )
@@ -111,6 +113,11 @@ class AdversarialForcing(SelfForcing):
         divergence: what DMD is weighed for, see `importance`.
         head_start: steps of the discriminator on clips of the untrained student, before all others.
         seed: of the discriminator's own draws; student and critic draw what they draw without one.
+
+    What a step tells of DMD, its losses and the `gap`, contains the GAN loss.
+
+    Raises:
+        ValueError: an unknown divergence, real clips of another length, or micro-batches.
     """
 
     real: Clips = field(kw_only=True)
@@ -121,6 +128,14 @@ class AdversarialForcing(SelfForcing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"a divergence is one of {', '.join(DIVERGENCES)}; found {self.divergence!r}")
+        if (there := self.real.latents.video.shape[1]) != self.clips.video_latents:
+            raise ValueError(
+                f"real clips are as long as the student's, {self.clips.video_latents} latents; found {there}"
+            )
+        if max(self.student.config.accumulate, self.critic.config.accumulate) > 1:
+            raise ValueError("the discriminator learns once in a step: use it with accumulate 1")
         self._draws, config = torch.Generator().manual_seed(self.seed), self.critic.model.config
         self.discriminator = Discriminator(AV(config.video_dim, config.audio_dim), self._draws)
         self._made = self._first_clips()
@@ -136,7 +151,8 @@ class AdversarialForcing(SelfForcing):
         self, x_hat: AV[Tensor], text: AV[Tensor], sigma: Tensor, eps: AV[Tensor], weight: AV[Tensor] | None = None
     ) -> AV[Tensor]:
         """Add the GAN loss to DMD's, whose clips count by their density ratio."""
-        logit = self._logit(x_hat.map(noised, eps, both(sigma)), text, sigma)
+        with torch.set_grad_enabled(bool(self.gan)):
+            logit = self._logit(x_hat.map(noised, eps, both(sigma)), text, sigma)
         counted = both(importance(logit.detach(), self.divergence))
         loss = super().student_loss(x_hat, text, sigma, eps, counted)
         return loss.map(lambda value: value + self.gan * softplus(-logit).mean() / 2)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -20,18 +20,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from omniforcing_lib import files
+from omniforcing_lib import files, masks
 from omniforcing_lib.bounce import codecs, evaluate, heard, sampling, world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.cache import KVCache, OpenBlock, Places
 from omniforcing_lib.flow import MINIATURE_CFG, ONES
 from omniforcing_lib.layout import AV
-from omniforcing_lib.masks import merged
 from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, seeded_noise, update_cache
 from omniforcing_lib.training.dataset import Prompts
 from omniforcing_lib.training.stage3 import DMDConfig
 from omniforcing_lib.transformer import Transformer
-from studies import ablations, distill, sinks, store, variants
+from studies import ablations, distill, sinks, store
 
 CLIP_SECONDS = 5
 
@@ -42,8 +41,8 @@ class Arm:
 
     Attributes:
         sinks: audio sink tokens.
-        prefix: whether block 0, sinks included, is seen after it has left the window.
-        window: past blocks that are seen besides block 0.
+        prefix: whether roll-outs see block 0, sinks included, after it has left the window. Training does in any case.
+        window: past blocks that are seen besides block 0. Training clips have no more than five.
         audio_loss: weight of the audio's loss in Stage 3.
         hears: whether video attends to audio.
         past: whose past Stage 3 learns from: the student's `own`, or a `true` one.
@@ -66,7 +65,7 @@ ARMS: dict[str, Arm] = {
     "as in the paper": Arm(),
     "0 sinks": Arm(sinks=0),
     "2 sinks": Arm(sinks=2),
-    "no global prefix": Arm(prefix=False),
+    "no global prefix in use": Arm(prefix=False),
     "window 2": Arm(window=2),
     "window 8": Arm(window=8),
     "no audio loss": Arm(audio_loss=0.0),
@@ -77,7 +76,7 @@ BASE = "as in the paper"
 PREDICTIONS: dict[str, dict[str, int]] = {
     "0 sinks": {"hum_kept": -1, "loss of audio latent 0": 1},
     "2 sinks": {"hum_kept": -1, "loss of audio latent 0": 1},
-    "no global prefix": {"hum_kept": -1, "hum_drift_cents": 1},
+    "no global prefix in use": {"hum_kept": -1, "hum_drift_cents": 1},
     "window 2": {"hum_kept": -1},
     "window 8": {"hum_kept": 1},
     "no audio loss": {"hum_kept": -1, "reentry_right": -1},
@@ -97,6 +96,15 @@ class Budget(ablations.Budget):
     seconds: int = 30
     given: int = 5
 
+    @property
+    def late(self) -> int:
+        """First second of a roll-out that no arm's window shows the true past."""
+        return self.given + max(arm.window for arm in ARMS.values()) + 2
+
+    def __post_init__(self) -> None:
+        if self.seconds <= self.late:
+            raise ValueError(f"the hum is judged from second {self.late} on, found roll-outs of {self.seconds} s")
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -108,7 +116,7 @@ class Sources:
 
 
 class WithoutPrefix(KVCache):
-    """A cache whose blocks no longer see block 0, sinks included, once it has left the window."""
+    """A cache whose blocks no longer see block 0, sinks included, once it has left the window of `window` blocks."""
 
     def open(self, k: int, latents: AV[range] | None = None, *, writes: bool = True) -> OpenBlock:
         """Describe block `k`, see `KVCache.open`."""
@@ -122,7 +130,7 @@ class WithoutPrefix(KVCache):
     def _recent(places: Places, pinned: int) -> Places:
         spans = (range(max(span.start, pinned), span.stop) for span in places.history)
         history = tuple(span for span in spans if len(span))
-        whole = merged((range(places.write.start, places.write.stop), *history))
+        whole = masks.merged((range(places.write.start, places.write.stop), *history))
         return places._replace(history=history, whole=whole[0] if len(whole) == 1 else None)
 
 
@@ -147,7 +155,7 @@ def continued(
     """
     causal, grid = arm.causal, given.video.shape[2:4]
     blocks, past = causal.layout.blocks(frames), causal.layout.count(given.video.shape[1])
-    cache = new_cache(model, causal, tuple(grid), len(seeds), len(blocks))
+    cache = new_cache(model, causal, tuple(grid), len(seeds))
     if not arm.prefix:
         cache = WithoutPrefix(**{part.name: getattr(cache, part.name) for part in fields(cache) if part.init})
     noise, before = seeded_noise(seeds, model.proj_out.weight), None
@@ -166,17 +174,21 @@ def run(
 ) -> Path:
     """Train and measure arms seed by seed; finished runs in the folder are kept.
 
-    Raises ValueError for an unknown arm, trajectories of other prompts or levels, or a folder with runs of another
-    budget or other files.
+    Raises ValueError for an unknown arm, a file that is not what it should be, trajectories of other prompts or levels,
+    or a folder with runs of another budget, other files, or an arm that meant something else.
     """
-    budget, judged = budget or Budget(), store.origin(sources.teacher, beside=[sources.codec, sources.pairs])
-    settings = {"budget": json.loads(json.dumps(asdict(budget))), "files": judged["files"]}
+    budget = budget or Budget()
+    bench = _Bench(sources, budget)
+    judged = store.origin(sources.teacher, beside=[sources.codec, sources.pairs])
+    common = {"budget": json.loads(json.dumps(asdict(budget))), "files": judged["files"]}
+
+    def settings(record: Mapping) -> dict[str, object]:
+        return common | {"changed": asdict(ARMS[record["arm"]])}
 
     def prepare():
-        bench = _Bench(sources, budget)
         return lambda name, seed: {"git": judged["git"]} | bench.trial(ARMS[name], seed)
 
-    return TRIALS.run(folder, arms, seeds, lambda record: settings, prepare)
+    return TRIALS.run(folder, arms, seeds, settings, prepare)
 
 
 class _Bench:
@@ -224,20 +236,29 @@ class _Bench:
         return store.plain(measures | self._first_latents(student, arm))
 
     def _heard(self, reading: evaluate.Reading, scene: world.Scene) -> evaluate.Tally:
-        """Count what is heard after the true past has left the window, and returns after it has ended."""
+        """Count what is heard after the true past has left every arm's window, and returns after it has ended."""
         given, hearing = self.budget.given, heard.hear(reading)
-        late = hearing._replace(passages=[p for p in hearing.passages if p.out.time_s >= given])
-        return heard.hum_tally(hearing, scene.hum_cents, 2 * given) | heard.reentry_tally(late)
+        own = hearing._replace(passages=[p for p in hearing.passages if p.out.time_s >= given])
+        hum = heard.hum_tally(hearing, scene.hum_cents, self.budget.late)
+        # The first latent is the true past's own.
+        hum = {name: count for name, count in hum.items() if not name.startswith("hum_first")}
+        return hum | heard.reentry_tally(own)
 
     def _first_latents(self, student: Transformer, arm: Arm) -> dict[str, float]:
         study = sinks.Study(self.sources.teacher, self.prompts, self.pairs, self.held)
-        built = variants.masks_of(arm.causal, self.held.states.video[:, 0])
+        frames, *grid = self.held.states.video.shape[2:5]
+        built = masks.build(arm.causal.layout, frames, math.prod(grid), window=arm.window)
         with torch.no_grad():
             audio = sinks.one_step(student, built, study).audio
         return {"loss of audio latent 0": float(audio[:, 0].mean()), "of all others": float(audio[:, 1:].mean())}
 
 
-TRIALS = store.Trials(ARMS, "extended", lambda record: record["measures"], same=("budget", "files"))
+def _measured(record: Mapping) -> dict[str, float]:
+    """Give the numbers of a run; what was not to be measured is NaN."""
+    return {name: math.nan if value is None else value for name, value in record["measures"].items()}
+
+
+TRIALS = store.Trials(ARMS, "extended", _measured, same=("budget", "files"))
 """The runs; they have to agree on budget and files."""
 
 
@@ -249,7 +270,7 @@ def shipped() -> Sources:
 def told(folder: str | Path) -> list[dict[str, object]]:
     """Say of every prediction, over training seeds: its whole interval is on its side (`shown`), or on the other one.
 
-    Differences are from the paper's recipe, corrected for the number of arms.
+    Differences are from the paper's recipe, corrected for the number of arms. Raises ValueError where no runs are.
     """
     rows = []
     for arm, gains in TRIALS.gains(folder, BASE).items():

@@ -192,7 +192,8 @@ def run(
     Returns the table.
     """
     out, models = Path(out), dict.fromkeys(system.model for system in systems.values())
-    judged, codec = store.origin(*models, beside=[trial.codec]), codecs.load_codec(trial.codec)
+    codec = codecs.load_codec(trial.codec)
+    judged = store.origin(*models, beside=[trial.codec])
     _check_size(trial)
     one_prompt = replace(one_prompt, hum=trial.hum, hidden=trial.hidden, codec=trial.codec)
     reference = Reference.of(trial)

@@ -139,9 +139,13 @@ def test_the_codec_of_the_extended_world_keeps_its_hum_and_its_returns():
 def test_a_teacher_goes_on_from_a_checkpoint_in_the_world_that_is_asked_for(tmp_path, monkeypatch):
     asked, scene = [], world.scene
     monkeypatch.setattr(world, "scene", lambda seed, **how: asked.append(how) or scene(seed, **how))
-    how = {"start": "teacher", "hum": True, "hidden": True, "clips": 2, "batch": 2, "seconds": 1, "score": 0}
+    scored, codec = [], codecs.load_codec(files.DATA / "codec_hum.safetensors")
+    monkeypatch.setattr(evaluate, "brief", lambda model, causal, by, count: scored.append(by) or {})
+    how = {"start": "teacher", "hum": True, "hidden": True, "clips": 2, "batch": 2, "seconds": 1}
+    how |= {"codec": str(files.DATA / "codec_hum.safetensors"), "score": 1}
     path = recipes.TrainTeacher(out=str(tmp_path / "further.safetensors"), steps=1, lr=1e-9, **how).run()
     assert asked == [{"hum": True, "hidden": True}] * 2
+    assert all(map(torch.equal, scored[0].parameters(), codec.parameters())), "scored by the codec that it was made for"
     start, further = (checkpoints.load(name) for name in ("teacher", path))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(start.parameters(), further.parameters(), strict=True))
 

@@ -187,7 +187,9 @@ def load_codec(path: str | os.PathLike[str], device: str | torch.device = "cpu")
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}): `omniforcing train codec` makes one") from error
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}): `omniforcing train codec` makes one"
+        ) from error
     config = json.loads(metadata.get("config", "{}"))
     if config.get("format") != FORMAT:
         raise ValueError(f"{path}: metadata 'config' is of format {config.get('format')!r}, expected {FORMAT!r}")

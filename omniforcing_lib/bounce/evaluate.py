@@ -20,7 +20,8 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from tqdm.auto import tqdm
 
-from omniforcing_lib.bounce import codecs, detect, sampling, world
+from omniforcing_lib.bounce import detect, sampling, world
+from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.distributions import decibels
 from omniforcing_lib.bounce.world import CLOCK, WALLS, Impact, parse
 from omniforcing_lib.layout import AV, Clock
@@ -297,18 +298,21 @@ def drift(
     }
 
 
-def brief(model: Transformer, causal: RolloutConfig | None, count: int, *, steps: int = 20) -> dict[str, float]:
+def brief(
+    model: Transformer, causal: RolloutConfig | None, codec: TinyCodec, count: int, *, steps: int = 20
+) -> dict[str, float]:
     """Measure a miniature on a few held-out clips, through an mp4: the mean of every measure, for its file's metadata.
 
     Args:
         model: a student, or a teacher that is sampled in `steps`.
         causal: how the student rolls out; None for a teacher.
+        codec: of the model's latents.
         count: clips of 5 seconds; prompts take turns.
         steps: of a teacher.
     """
     asked, first = world.prompts_in_turn(count), world.HELD_OUT + 10_000
     seeds = range(first, first + count)
-    clips = sampling.sample(model, causal, codecs.shipped_codec(), asked, seeds, 5, steps=steps)
+    clips = sampling.sample(model, causal, codec, asked, seeds, 5, steps=steps)
     row = table(sampling.through_file(clips), asked, draws=1).rows["clips"]
     return {"clips": count} | {name: round(e.mean, 4) for name, e in row.items() if math.isfinite(e.mean)}
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from omniforcing_lib import backends, files
 from omniforcing_lib.bounce import evaluate, world
+from omniforcing_lib.bounce.codecs import load_codec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import LAYOUTS
 from omniforcing_lib.ltx2 import checkpoints
@@ -177,7 +178,8 @@ class TrainConfig(Command):
         if scored and not backends.installed("av"):
             _log.warning("%s is not scored, which takes PyAV: pip install av", path)
         elif scored:
-            notes |= {"scores": evaluate.brief(checkpoints.load(path), causal, self.score)}
+            codec = load_codec(getattr(self, "codec", CODEC))
+            notes |= {"scores": evaluate.brief(checkpoints.load(path), causal, codec, self.score)}
             checkpoints.save(model, self.out, notes=notes, causal=causal, version=version)
         return path
 

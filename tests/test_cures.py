@@ -42,6 +42,15 @@ def test_runs_are_kept_and_say_what_they_judged(tmp_path):
         cures.run(tmp_path, names=names, seeds=2, budget=Budget(steps=2))
 
 
+def test_stored_remedies_with_the_most_seeds_are_compared_with_dmd():
+    runs = cures.TRIALS.runs(cures.STORED)
+    *_, how, rows = claims.remedies(cures.STORED)
+    most = max(map(len, runs.values()))
+    assert f"{most} training seeds" in how
+    told = [line.split(" | ")[0].strip("| ") for line in rows.splitlines()[2:]]
+    assert told == [name for name, seeds in runs.items() if len(seeds) == most and name != "DMD"]
+
+
 def test_unknown_remedies_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown arms prayer; choose from 'Stage 2'"):
         cures.run(tmp_path, names=("prayer",))

@@ -116,7 +116,10 @@ def quality_rows(stored: Mapping[str, dict]) -> list[dict[str, str]]:
 
 
 def remedies(folder: Path) -> list[str]:
-    """Write what the stored remedies against collapse gave (`studies.cures`), best recall first; empty without runs."""
+    """Write what the stored remedies against collapse gave (`studies.cures`), best recall first, and less DMD.
+
+    Differences are of those that have the most training seeds. Empty without runs.
+    """
     if not folder.exists():
         return []
     from studies import cures, store
@@ -134,7 +137,20 @@ def remedies(folder: Path) -> list[str]:
         "one seed ranks nothing" if min(map(len, runs.values())) == 1 else "where intervals overlap, that ranks nothing"
     )
     how += f"sorted by recall; {order}"
-    return ["## Remedies against collapse", f"{how} (`python -m omniforcing_lib cures`).", markdown_table(rows)]
+    parts = ["## Remedies against collapse", f"{how} (`python -m omniforcing_lib cures`).", markdown_table(rows)]
+    most = max(map(len, runs.values()))
+    longest = {name: seeds for name, seeds in runs.items() if len(seeds) == most}
+    gains = store.over_base(longest, "DMD")
+    if most > 2 and 0 < len(gains) < len(runs) - 1:
+        rows = [
+            {"remedy": name} | {title: _mean([gain[key][0], *gain[key][1]]) for key, title in REMEDIED.items()}
+            for name, gain in gains.items()
+        ]
+        how = (
+            f"Less DMD, seed by seed, where there are {most} training seeds. Intervals of all remedies of a column hold"
+        )
+        parts += [f"{how} together: a difference is shown where its own leaves zero out.", markdown_table(rows)]
+    return parts
 
 
 def _mean(entry: Sequence[float] | float | None) -> str:

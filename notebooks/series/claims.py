@@ -141,7 +141,7 @@ def remedies(folder: Path) -> list[str]:
     most = max(map(len, runs.values()))
     longest = {name: seeds for name, seeds in runs.items() if len(seeds) == most}
     gains = store.over_base(longest, "DMD")
-    if most > 2 and 0 < len(gains) < len(runs) - 1:
+    if most > 2 and gains:
         rows = [
             {"remedy": name} | {title: _mean([gain[key][0], *gain[key][1]]) for key, title in REMEDIED.items()}
             for name, gain in gains.items()

@@ -179,8 +179,7 @@ class AdversarialForcing(SelfForcing):
 
     def _logit(self, x: AV[Tensor], text: AV[Tensor], sigma: Tensor) -> Tensor:
         """Judge noisy clips, with a gradient by the clips where they have one. Shapes: to [B]."""
-        needs = any(part.requires_grad for part in x)
-        with torch.set_grad_enabled(needs and torch.is_grad_enabled()), middle_tokens(self.critic.model) as seen:
+        with torch.set_grad_enabled(any(part.requires_grad for part in x)), middle_tokens(self.critic.model) as seen:
             self.critic.model(x, both(sigma), text)
         return self.discriminator(seen[0])
 

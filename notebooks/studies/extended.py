@@ -30,7 +30,7 @@ from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, 
 from omniforcing_lib.training.dataset import Prompts
 from omniforcing_lib.training.stage3 import DMDConfig
 from omniforcing_lib.transformer import Transformer
-from studies import ablations, distill, sinks, store
+from studies import ablations, distill, sinks, store, variants
 
 CLIP_SECONDS = 5
 
@@ -246,8 +246,7 @@ class _Bench:
 
     def _first_latents(self, student: Transformer, arm: Arm) -> dict[str, float]:
         study = sinks.Study(self.sources.teacher, self.prompts, self.pairs, self.held)
-        frames, *grid = self.held.states.video.shape[2:5]
-        built = masks.build(arm.causal.layout, frames, math.prod(grid), window=arm.window)
+        built = variants.masks_of(arm.causal, self.held.states.video[:, 0])
         with torch.no_grad():
             audio = sinks.one_step(student, built, study).audio
         return {"loss of audio latent 0": float(audio[:, 0].mean()), "of all others": float(audio[:, 1:].mean())}

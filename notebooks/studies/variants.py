@@ -227,9 +227,9 @@ class Variant:
 
 
 def masks_of(causal: RolloutConfig, video: Tensor) -> Masks:
-    """Give the masks of clips with these video latents, [B, F, h, w, C]."""
+    """Give the masks of clips with these video latents, [B, F, h, w, C], under the window of `causal`."""
     frames, height, width = video.shape[1:4]
-    return masks.build(causal.layout, frames, height * width)
+    return masks.build(causal.layout, frames, height * width, window=causal.window)
 
 
 def build(

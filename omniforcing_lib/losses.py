@@ -52,6 +52,18 @@ def flow_matching(
     return velocity.map(_squared, target).map(_mean, _weights(weight))
 
 
+def steady_flow_matching(velocity: AV[Tensor], x0: AV[Tensor], eps: AV[Tensor]) -> AV[Tensor]:
+    """Compare a predicted velocity with eps - x0 after both are averaged over the latents of a clip.
+
+    The noise of single latents averages out, and what lasts throughout a clip, such as the pitch of a steady tone,
+    stays. E[eps - x0 | x], which minimises `flow_matching`, minimises this as well, so their sum trains the same model.
+
+    Shapes: [B, F, ...] per stream.
+    """
+    target = x0.map(lambda data, noise: precise(noise) - precise(data), eps)
+    return velocity.map(lambda v, wanted: _squared(v.mean(1), wanted.mean(1)).mean(), target)
+
+
 def ode_regression(x0_hat: AV[Tensor], clean: AV[Tensor], sigma: AV[Tensor]) -> AV[Tensor]:
     """Regress the end of a teacher's trajectory from a state on it: mean squared error of x0 (specification 5.4).
 

@@ -321,7 +321,8 @@ def test_a_clip_without_noisy_latents_gives_zero_and_a_zero_gradient():
     assert loss == 0 and all((x.grad == 0).all() for x in x0_hat)
 
 
-def test_flow_matching_is_least_at_the_exact_velocity():
+@pytest.mark.parametrize("lasts", [False, True], ids=["latents", "their mean"])
+def test_flow_matching_is_least_at_the_exact_velocity(lasts):
     law, n, level = target(), 2000, torch.tensor(0.6, dtype=F64)
     noise = whitened(n, 2 * DIM, seed=0)
     x0 = split(noise[:, :DIM] @ torch.linalg.cholesky(law.covariance).T + law.mean)
@@ -330,13 +331,17 @@ def test_flow_matching_is_least_at_the_exact_velocity():
     exact = law.denoise(x, level).map(flow.velocity_of, x, flow.both(level))
 
     def loss(velocity: AV) -> torch.Tensor:
-        return losses.total(losses.flow_matching(velocity, x0, eps))
+        matching = losses.steady_flow_matching if lasts else losses.flow_matching
+        return losses.total(matching(velocity, x0, eps))
+
+    def size(change: torch.Tensor) -> torch.Tensor:
+        return (change.mean(1) if lasts else change).square().mean()
 
     best = loss(exact)
     for seed in range(5):
         change = join(x) @ randn(DIM, DIM, seed=seed).T * 0.1
         worse = loss(exact.map(torch.add, split(change)))
-        torch.testing.assert_close(worse - best, losses.total(split(change).map(lambda c: c.square().mean())))
+        torch.testing.assert_close(worse - best, losses.total(split(change).map(size)))
 
 
 def test_losses_of_bfloat16_latents_are_computed_in_float32():

@@ -222,6 +222,13 @@ def test_a_stream_of_weight_zero_teaches_nothing(stage):
         )
 
 
+def test_what_lasts_in_the_sound_counts_beside_its_latents():
+    plain, steady = (flow_stage(steady=weight)[1](0, torch.Generator().manual_seed(0)) for weight in (0.0, 3.0))
+    assert steady["video"] == plain["video"] and steady["audio"] > plain["audio"]
+    with pytest.raises(ValueError, match="without masks"):
+        flow_stage(steady=1.0, causal=CAUSAL)
+
+
 @pytest.mark.parametrize("drop", [0.0, 1.0])
 def test_the_teacher_learns_its_negative_prompt_where_prompts_are_dropped(drop):
     learners, step = flow_stage(drop=drop)

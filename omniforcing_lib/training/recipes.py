@@ -71,6 +71,7 @@ class TrainTeacher(RealClipsConfig):
     seconds: int = option("length of a clip in seconds", 5)
     lr: float = option("peak learning rate", 1.5e-3)
     start: str = option("checkpoint that is trained further; without one random weights", "", content="checkpoint")
+    steady: float = option("weight of the error of a clip's mean sound: learns what lasts, as a hum", 0.0, low=0)
 
     def _run(self) -> Path:
         prompts = self.contexts()
@@ -81,7 +82,8 @@ class TrainTeacher(RealClipsConfig):
             model = initialise(Transformer(MINIATURE), torch.Generator().manual_seed(self.seed)).to(self.place)
         optim = replace(self.optim, lr=self.lr, steps=self.steps, ema=average(self.steps))
         learner = Learner(model, replace(optim, warmup=min(500, self.steps // 10)), self.group)
-        history = self.fit(stages.flow_stage(learner, clips, prompts, self.batch), {"teacher": learner}, "teacher")
+        step = stages.flow_stage(learner, clips, prompts, self.batch, steady=self.steady)
+        history = self.fit(step, {"teacher": learner}, "teacher")
         return self.save(learner, history, ("video", "audio"))
 
 

@@ -46,13 +46,20 @@ def flow_stage(
     *,
     causal: RolloutConfig | None = None,
     drop: float = 0.1,
+    steady: float = 0.0,
     weights: AV[float] = ONES,
 ) -> Step:
     """Train by flow matching: the bidirectional teacher, or a `causal` model by teacher forcing.
 
     Under the masks of a causal model one block of a clip is noisy and learnt; the blocks before it are clean (as
-    Causal-Forcing trains its autoregressive teacher). A share `drop` of the prompts is dropped for CFG.
+    Causal-Forcing trains its autoregressive teacher). A share `drop` of the prompts is dropped for CFG. `steady` is
+    the weight of `losses.steady_flow_matching` of the sound.
+
+    Raises:
+        ValueError: `steady` for a causal model, of whose clips one block alone is learnt.
     """
+    if steady and causal is not None:
+        raise ValueError(f"what lasts throughout a clip is learnt without masks, found steady {steady} under masks")
     check_numbers(clips.prompt, len(prompts))
     frames, height, width = clips.latents.video.shape[1:4]
     masked = {}
@@ -77,7 +84,11 @@ def flow_stage(
         # 3. The model's velocity against eps - x0.
         with learner.autocast():
             velocity = learner.model(x0.map(noised, eps, sigma), sigma, text, **masked)
-        return losses.flow_matching(velocity, x0, eps, noisy).map(torch.mul, shares)._asdict()
+        error = losses.flow_matching(velocity, x0, eps, noisy)
+        if steady:
+            lasting = losses.steady_flow_matching(velocity, x0, eps)
+            error = AV(error.video, error.audio + steady * lasting.audio)
+        return error.map(torch.mul, shares)._asdict()
 
     learn = recorded(lambda g: learner.learn(batch, g, partial(terms, g), weights), learner, live=prompts.live)
     return lambda i, generator: learn(generator)

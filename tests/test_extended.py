@@ -112,6 +112,9 @@ def test_runs_rest_on_named_files_and_hear_what_they_made(tmp_path):
     assert {*numbers} == {*arms} and numbers[BASE][0] != numbers[arms[1]][0]
     assert {"hum_kept", "reentry_right", "sync_f1", "loss of audio latent 0"} <= numbers[BASE][0].keys()
     assert [row["says"] for row in extended.told(tmp_path)] == ["not shown"]
+    seconds, kept = extended.by_second(tmp_path, "hum_kept")[BASE]
+    # The first second is the true past's.
+    assert seconds == [*range(12)] and kept[0] == 1 and all(0 <= share <= 1 for share in kept)
     with pytest.raises(ValueError, match="use another folder"):
         extended.run(tmp_path, replace(there, teacher="student"), arms=arms, seeds=1, budget=budget)
     with pytest.raises(ValueError, match="judged from second 11 on"):

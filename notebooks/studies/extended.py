@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -93,7 +94,7 @@ class Budget(ablations.Budget):
     start: int = 150
     steps: int = 30
     clips: int = 18
-    seconds: int = 30
+    seconds: int = 60
     given: int = 5
 
     @property
@@ -203,7 +204,9 @@ class _Bench:
 
     def trial(self, arm: Arm, seed: int) -> dict[str, object]:
         """Train and measure one arm with one seed."""
-        return {"measures": self._measures(self._student(arm, seed), arm, seed)}
+        student = self._student(arm, seed)
+        measures, by_second = self._measures(student, arm, seed)
+        return store.plain({"measures": measures | self._first_latents(student, arm), "by_second": by_second})
 
     def _student(self, arm: Arm, seed: int) -> Transformer:
         budget = self.budget
@@ -218,8 +221,8 @@ class _Bench:
         config = DMDConfig(MINIATURE_CFG, weights=AV(ONES.video, arm.audio_loss))
         return course.stage3(model, steps=budget.steps, config=config, sampler=sampler).student
 
-    def _measures(self, student: Transformer, arm: Arm, seed: int) -> dict[str, float]:
-        """Measure clips that go on from a true past, and one step on the first audio latents of held-out clips."""
+    def _measures(self, student: Transformer, arm: Arm, seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """Measure clips that go on from a true past: all in all, and their hum second by second."""
         budget, first = self.budget, world.HELD_OUT + 800_000 + 1000 * seed
         names, seeds = world.prompts_in_turn(budget.clips), range(first, first + budget.clips)
         scenes = [world.scene(s, name, hum=True, hidden=True) for s, name in zip(seeds, names, strict=True)]
@@ -230,16 +233,17 @@ class _Bench:
         total = arm.causal.layout.count(frames)
         clips = sampling.decoded(self.codec, join([*tqdm(blocks, "going on", total, leave=False, delay=2)]))
         readings = evaluate.read_all(clips)
+        hearings, cents = [*map(heard.hear, readings)], [scene.hum_cents for scene in scenes]
         counts = evaluate.tallies(readings, names, budget.given)
-        counts = [c | self._heard(r, scene) for c, r, scene in zip(counts, readings, scenes, strict=True)]
-        measures = {name: estimate.mean for name, estimate in evaluate.estimates(counts, draws=1).items()}
-        return store.plain(measures | self._first_latents(student, arm))
+        counts = [c | self._heard(*of) for c, *of in zip(counts, hearings, cents, strict=True)]
+        seconds = heard.hum_by_second(hearings, cents, draws=1).values()
+        by_second = {name: [second[name].mean for second in seconds] for name in ("hum_kept", "hum_drift_cents")}
+        return {name: estimate.mean for name, estimate in evaluate.estimates(counts, draws=1).items()}, by_second
 
-    def _heard(self, reading: evaluate.Reading, scene: world.Scene) -> evaluate.Tally:
+    def _heard(self, hearing: heard.Hearing, cents: float) -> evaluate.Tally:
         """Count what is heard after the true past has left every arm's window, and returns after it has ended."""
-        given, hearing = self.budget.given, heard.hear(reading)
-        own = hearing._replace(passages=[p for p in hearing.passages if p.out.time_s >= given])
-        hum = heard.hum_tally(hearing, scene.hum_cents, self.budget.late)
+        own = hearing._replace(passages=[p for p in hearing.passages if p.out.time_s >= self.budget.given])
+        hum = heard.hum_tally(hearing, cents, self.budget.late)
         # The first latent is the true past's own.
         hum = {name: count for name, count in hum.items() if not name.startswith("hum_first")}
         return hum | heard.reentry_tally(own)
@@ -264,6 +268,21 @@ TRIALS = store.Trials(ARMS, "extended", _measured, same=("budget", "files"))
 def shipped() -> Sources:
     """Name the files of the extended world in data/."""
     return Sources(*(str(files.DATA / f"{name}_hum.safetensors") for name in ("teacher", "codec", "ode_pairs")))
+
+
+def by_second(folder: str | Path, measure: str) -> dict[str, tuple[list[int], list[float]]]:
+    """Follow a measure of the hum along the roll-outs: arm -> seconds and means over training seeds.
+
+    `hum_kept` is the share of clips within 20 cents of the true hum, `hum_drift_cents` the mean distance of those that
+    hum at all; a second in which no clip of any seed hums is NaN.
+    """
+    curves = {}
+    for arm, runs in TRIALS.runs(folder).items():
+        rows = np.array([run["by_second"][measure] for run in runs.values()], dtype=float)
+        heard, total = np.isfinite(rows).sum(0), np.nansum(rows, 0)
+        means = np.divide(total, heard, where=heard > 0, out=np.full(len(total), math.nan)).tolist()
+        curves[arm] = ([*range(len(means))], means)
+    return curves
 
 
 def told(folder: str | Path) -> list[dict[str, object]]:

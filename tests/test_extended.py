@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import files
+from omniforcing_lib import files, masks
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import join, rollout, seeded_noise
@@ -101,6 +101,19 @@ def test_a_deafened_video_does_not_depend_on_the_sound():
     for model, same in ((student(0), False), (extended.deafened(student(0)), True), (copied, True)):
         a, b = (model(clips, sigma, text()) for clips in (x, other))
         assert torch.equal(a.video, b.video) == same and not torch.equal(a.audio, b.audio)
+
+
+def test_arms_that_change_roll_outs_alone_train_as_the_recipe_does():
+    alike = {name for name, arm in ARMS.items() if arm.in_training(16) == ARMS[BASE]}
+    assert alike == {BASE, "no global prefix in use", "window 8"}
+    noise, seen, made = seeded_noise(SEEDS, student().proj_out.weight), {}, {}
+    for window in (2, 4, 8):
+        causal = Arm(window=window).causal
+        seen[window] = masks.build(causal.layout, 16, 4, window=window)
+        with torch.no_grad():
+            made[window] = join([*rollout(student(), causal, text(), noise, GRID, 16)]).audio
+    assert seen[8] == seen[4] != seen[2]
+    assert torch.equal(made[8], made[4]) and not torch.equal(made[2], made[4])
 
 
 def test_runs_rest_on_named_files_and_hear_what_they_made(tmp_path):

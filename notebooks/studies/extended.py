@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,11 @@ class Arm:
     def causal(self) -> RolloutConfig:
         """Blocks, steps and window of the student."""
         return RolloutConfig.from_layout("paper", self.sinks, window=self.window)
+
+    def in_training(self, frames: int) -> Arm:
+        """Give what of the arm clips of `frames` video latents show: no window is longer than they, and none leaves."""
+        longest = self.causal.layout.count(frames) - 2
+        return replace(self, prefix=Arm.prefix, window=min(self.window, longest))
 
 
 ARMS: dict[str, Arm] = {
@@ -201,6 +206,8 @@ class _Bench:
         pairs = distill.stored_pairs(sources.pairs, self.prompts, RolloutConfig())
         held = max(1, len(pairs) // 8)
         self.pairs, self.held = (distill.cut(pairs, rows) for rows in (slice(-held), slice(-held, None)))
+        self.models: dict[tuple[Arm, str], Transformer] = {}
+        self.seed = -1
 
     def trial(self, arm: Arm, seed: int) -> dict[str, object]:
         """Train and measure one arm with one seed."""
@@ -209,17 +216,31 @@ class _Bench:
         return store.plain({"measures": measures | self._first_latents(student, arm), "by_second": by_second})
 
     def _student(self, arm: Arm, seed: int) -> Transformer:
-        budget = self.budget
+        """Train an arm's student, or take that of an arm that trains alike: some change roll-outs alone."""
+        arm, budget = arm.in_training(self.codec.clock.latents(CLIP_SECONDS).video), self.budget
         common = self.sources.teacher, self.prompts, arm.causal, self.codec, budget.batch
         course = distill.Course(*common, seconds=CLIP_SECONDS, seed=seed)
-        model = course.load(arm.sinks)
-        model = model if arm.hears else deafened(model)
-        model = course.stage2(model, self.pairs, steps=budget.start).student
-        forced = arm.past == "true"
-        grid = self.codec.grid
-        sampler = ablations.true_past(self.pairs, self.prompts, arm.causal, grid, budget.batch) if forced else None
-        config = DMDConfig(MINIATURE_CFG, weights=AV(ONES.video, arm.audio_loss))
-        return course.stage3(model, steps=budget.steps, config=config, sampler=sampler).student
+
+        def start() -> Transformer:
+            model = course.load(arm.sinks)
+            return course.stage2(model if arm.hears else deafened(model), self.pairs, steps=budget.start).student
+
+        def end() -> Transformer:
+            true = ablations.true_past(self.pairs, self.prompts, arm.causal, self.codec.grid, budget.batch)
+            config = DMDConfig(MINIATURE_CFG, weights=AV(ONES.video, arm.audio_loss))
+            sampler, begun = true if arm.past == "true" else None, self._once(started, seed, start)
+            return course.stage3(begun, steps=budget.steps, config=config, sampler=sampler).student
+
+        started = replace(arm, audio_loss=Arm.audio_loss, past=Arm.past), "started"
+        return self._once((arm, "ended"), seed, end)
+
+    def _once(self, what: tuple[Arm, str], seed: int, make: Callable[[], Transformer]) -> Transformer:
+        """Make a model once; those of one seed are kept, since its runs follow one another."""
+        if seed != self.seed:
+            self.models, self.seed = {}, seed
+        if what not in self.models:
+            self.models[what] = make()
+        return self.models[what]
 
     def _measures(self, student: Transformer, arm: Arm, seed: int) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Measure clips that go on from a true past: all in all, and their hum second by second."""
@@ -235,7 +256,7 @@ class _Bench:
         readings = evaluate.read_all(clips)
         hearings, cents = [*map(heard.hear, readings)], [scene.hum_cents for scene in scenes]
         counts = evaluate.tallies(readings, names, budget.given)
-        counts = [c | self._heard(*of) for c, *of in zip(counts, hearings, cents, strict=True)]
+        counts = [c | self._heard(h, true_cents) for c, h, true_cents in zip(counts, hearings, cents, strict=True)]
         seconds = heard.hum_by_second(hearings, cents, draws=1).values()
         by_second = {name: [second[name].mean for second in seconds] for name in ("hum_kept", "hum_drift_cents")}
         return {name: estimate.mean for name, estimate in evaluate.estimates(counts, draws=1).items()}, by_second

@@ -213,7 +213,8 @@ class _Bench:
         """Train and measure one arm with one seed."""
         student = self._student(arm, seed)
         measures, by_second = self._measures(student, arm, seed)
-        return store.plain({"measures": measures | self._first_latents(student, arm), "by_second": by_second})
+        measures |= self._first_latents(student, arm)
+        return {"measures": store.plain(measures), "by_second": store.plain(by_second)}
 
     def _student(self, arm: Arm, seed: int) -> Transformer:
         """Train an arm's student, or take that of an arm that trains alike: some change roll-outs alone."""

@@ -20,10 +20,13 @@ import torch
 from safetensors.torch import load_file
 from test_train import same
 
+from omniforcing_lib.bounce.codecs import load_codec
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.training import distributed
-from omniforcing_lib.training.distributed import ALONE, MicroBatch
+from omniforcing_lib.training.data_recipes import world_clips
+from omniforcing_lib.training.distributed import ALONE, DistributedContext, MicroBatch
+from omniforcing_lib.training.train_config import CODEC
 
 HERE = Path(__file__).parent
 LENGTH = 10  # steps; in Stage 3 the student learns in every fourth
@@ -126,6 +129,22 @@ def until(path: Path, lines: int) -> None:
 
 
 @pytest.mark.slow
+def test_processes_share_the_rendering_and_get_the_clips_of_one():
+    codec, made = load_codec(CODEC), {}
+
+    class Share(DistributedContext):
+        def all_gather(self, thing):
+            made[self.rank] = thing
+            return [made.get(rank, 2 * thing) for rank in range(self.size)]
+
+    whole = world_clips(codec, range(5), 1, batch=1, progress=False)
+    # The second process only makes its share; the first one then gets both.
+    for rank in (1, 0):
+        shared = world_clips(codec, range(5), 1, batch=1, progress=False, group=Share(rank, 2))
+    assert [len(made[rank]) for rank in (0, 1)] == [3, 2]
+    assert all(map(torch.equal, (*shared.latents, shared.prompt), (*whole.latents, whole.prompt)))
+
+
 def test_a_run_of_two_processes_goes_on_in_four_and_in_one(alone, tmp_path):
     """Stage 3; the four hold two replicas of two shards, and recompute and accumulate as they like."""
     folder = tmp_path / "run"

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from omniforcing_lib import files
@@ -21,6 +22,7 @@ from omniforcing_lib.options import Command, check_output, option
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.training import dataset, records, stages
 from omniforcing_lib.training.dataset import Clips, Pairs, Prompts, StoredPairs, StoredPrompts
+from omniforcing_lib.training.distributed import ALONE, DistributedContext
 from omniforcing_lib.training.train import Learner
 from omniforcing_lib.training.train_config import BATCH, CODEC, DEVICE, LAYOUT, STUDENT, TEACHER, TrainConfig, known
 
@@ -61,7 +63,7 @@ class RealClipsConfig(WorldConfig, TrainConfig):
                 f"--seed {self.seed} draws clips that are held out; (seed + 1) x clips is at most {world.HELD_OUT}"
             )
         codec = load_codec(self.codec, self.place)
-        return world_clips(codec, range(first, last), seconds, progress=self.group.is_main, draw=self.draw)
+        return world_clips(codec, range(first, last), seconds, group=self.group, draw=self.draw)
 
 
 @torch.no_grad()
@@ -72,16 +74,25 @@ def world_clips(
     *,
     batch: int = 64,
     progress: bool = True,
+    group: DistributedContext = ALONE,
     draw: Callable[[int], world.Scene] = world.scene,
 ) -> Clips:
-    """Render and encode clips of the world where the codec is; prompts are numbered as in `world.prompts()`."""
-    names, device = world.prompts(), next(codec.parameters()).device
-    latents, numbers = [], []
-    for start in tqdm(range(0, len(seeds), batch), desc="rendering clips", disable=not progress, leave=False):
+    """Render and encode clips of the world where the codec is; prompts are numbered as in `world.prompts()`.
+
+    The processes of a group share the work, batch by batch, and each gets all clips.
+    """
+    names, device, own = world.prompts(), next(codec.parameters()).device, []
+    starts = range(0, len(seeds), batch)
+    hidden = not (progress and group.is_main)
+    for start in tqdm(starts[group.rank :: group.size], desc="rendering clips", disable=hidden, leave=False):
         scenes = [draw(seed) for seed in seeds[start : start + batch]]
-        latents.append(codec.encode(world.render_batch(scenes, seconds, device)))
-        numbers += [names.index(f"a {s.colour} ball, {s.timbre}") for s in scenes]
-    return Clips(AV(*map(torch.cat, zip(*latents, strict=True))), torch.tensor(numbers, device=device))
+        numbers = torch.tensor([names.index(f"a {s.colour} ball, {s.timbre}") for s in scenes])
+        own.append((codec.encode(world.render_batch(scenes, seconds, device)).map(Tensor.cpu), numbers))
+    shares = group.all_gather(own)
+    latents, numbers = zip(*(shares[k % group.size][k // group.size] for k in range(len(starts))), strict=True)
+    return Clips(
+        AV(*map(torch.cat, zip(*latents, strict=True))).map(lambda x: x.to(device)), torch.cat(numbers).to(device)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

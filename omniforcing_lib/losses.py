@@ -60,8 +60,8 @@ def steady_flow_matching(velocity: AV[Tensor], x0: AV[Tensor], eps: AV[Tensor]) 
 
     Shapes: [B, F, ...] per stream.
     """
-    target = x0.map(lambda data, noise: precise(noise) - precise(data), eps)
-    return velocity.map(lambda v, wanted: _squared(v.mean(1), wanted.mean(1)).mean(), target)
+    means = (clip.map(lambda x: precise(x).mean(1)) for clip in (velocity, x0, eps))
+    return flow_matching(*means)
 
 
 def ode_regression(x0_hat: AV[Tensor], clean: AV[Tensor], sigma: AV[Tensor]) -> AV[Tensor]:

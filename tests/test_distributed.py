@@ -128,7 +128,6 @@ def until(path: Path, lines: int) -> None:
     raise AssertionError(f"{path} did not reach {lines} lines")
 
 
-@pytest.mark.slow
 def test_processes_share_the_rendering_and_get_the_clips_of_one():
     codec, made = load_codec(CODEC), {}
 
@@ -145,6 +144,7 @@ def test_processes_share_the_rendering_and_get_the_clips_of_one():
     assert all(map(torch.equal, (*shared.latents, shared.prompt), (*whole.latents, whole.prompt)))
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_in_four_and_in_one(alone, tmp_path):
     """Stage 3; the four hold two replicas of two shards, and recompute and accumulate as they like."""
     folder = tmp_path / "run"

@@ -227,12 +227,12 @@ class _Bench:
             return course.stage2(model if arm.hears else deafened(model), self.pairs, steps=budget.start).student
 
         def end() -> Transformer:
-            true = ablations.true_past(self.pairs, self.prompts, arm.causal, self.codec.grid, budget.batch)
+            begun = self._once((replace(arm, audio_loss=Arm.audio_loss, past=Arm.past), "started"), seed, start)
+            forced, grid = arm.past == "true", self.codec.grid
+            sampler = ablations.true_past(self.pairs, self.prompts, arm.causal, grid, budget.batch) if forced else None
             config = DMDConfig(MINIATURE_CFG, weights=AV(ONES.video, arm.audio_loss))
-            sampler, begun = true if arm.past == "true" else None, self._once(started, seed, start)
             return course.stage3(begun, steps=budget.steps, config=config, sampler=sampler).student
 
-        started = replace(arm, audio_loss=Arm.audio_loss, past=Arm.past), "started"
         return self._once((arm, "ended"), seed, end)
 
     def _once(self, what: tuple[Arm, str], seed: int, make: Callable[[], Transformer]) -> Transformer:

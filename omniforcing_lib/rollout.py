@@ -29,6 +29,9 @@ from omniforcing_lib.transformer import Transformer
 Noise = Callable[[int, AV[tuple[int, ...]], int], AV[Tensor]]
 """noise(block, shapes [F, ...] of each stream, draw) -> AV [B, F, ...]; draw i is added before step i."""
 
+Watch = Callable[[AV[Tensor]], None]
+"""watch(state AV [B, F, ...]) is told each block's state before its last step."""
+
 
 CONTEXT_PASSES = ("separate", "fused", "skip")
 OLDER_NAMES = {"own": "separate", "merged": "fused", "none": "skip"}
@@ -188,7 +191,7 @@ def denoise_block(
     noise: Callable[[int], AV[Tensor]],
     exit_step: int | None = None,
     first: Callable[[AV[Tensor]], AV[Tensor]] | None = None,
-    watch: Callable[[AV[Tensor]], None] | None = None,
+    watch: Watch | None = None,
 ) -> AV[Tensor]:
     """Denoise an open block from pure noise; with `exit_step` stop there, with gradients (specification 5.7).
 
@@ -270,7 +273,7 @@ def next_block(
     *,
     block: AV[range] | None = None,
     exit_step: int | None = None,
-    watch: Callable[[AV[Tensor]], None] | None = None,
+    watch: Watch | None = None,
 ) -> AV[Tensor]:
     """Store the block before in the cache, then denoise block `k`, in the passes that `causal` says.
 
@@ -324,7 +327,7 @@ def rollout(
     *,
     exit_step: int | None = None,
     history: AV[Tensor] | None = None,
-    watch: Callable[[AV[Tensor]], None] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[AV[Tensor]]:
     """Yield the blocks of a clip one by one.
 

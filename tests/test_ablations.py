@@ -16,6 +16,7 @@ from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig
 from omniforcing_lib.training.dataset import Prompts
+from omniforcing_lib.training.distributed import MicroBatch
 from series import verdicts
 from studies import ablations, distill, store
 from studies.ablations import ARMS, Budget
@@ -71,7 +72,7 @@ def test_a_clip_that_starts_at_a_block_begins_with_its_opening(codec, clip, k):
 
 def test_a_late_window_of_a_true_clip_is_the_true_clip_that_starts_there(codec, prompts, clip, monkeypatch):
     """Blocks of a true clip stand in for the student's; what lies before the window is made without gradients."""
-    whole, seen = encoded(codec, [clip]), {}
+    whole, seen, what = encoded(codec, [clip]), {}, (prompts, CAUSAL, codec.grid)
 
     def blocks(student, causal, text, noise, grid, video_latents, *, exit_step):
         for k, block in enumerate(PAPER.blocks(video_latents)):
@@ -82,8 +83,8 @@ def test_a_late_window_of_a_true_clip_is_the_true_clip_that_starts_there(codec, 
     starts = set()
     for seed in range(12):
         seen.clear()
-        sample = ablations.late_windows(codec, prompts, CAUSAL, codec.clock.latents(5).video, 1, late=2)
-        _, window = sample(None, torch.Generator().manual_seed(seed), 0)
+        clips = ablations.LateWindows(*what, codec.clock.latents(5).video, 1, codec=codec, late=2)
+        _, window = clips.sample(None, torch.Generator().manual_seed(seed), 0, MicroBatch(1, slice(0, 1)))
         start = len(seen) - 6
         starts.add(start)
         assert [seen[k] for k in sorted(seen)] == [k > start or not start for k in range(start + 6)]
@@ -93,19 +94,21 @@ def test_a_late_window_of_a_true_clip_is_the_true_clip_that_starts_there(codec, 
         torch.testing.assert_close(window.video[:, 1:], there.video[:, 1:], atol=1e-4, rtol=0)
         assert rms(window.audio, there.audio) < 0.1
     assert starts == {0, 1, 2}
+    with pytest.raises(ValueError, match="no state of its opening"):
+        clips.sample(None, torch.Generator(), 0, MicroBatch(1, slice(0, 1)), watch=print)
 
 
 def test_a_true_past_is_the_teachers_clip_of_the_same_prompt(codec, prompts, pairs, monkeypatch):
     told = {}
 
-    def blocks(student, causal, text, noise, grid, video_latents, *, exit_step, history):
+    def blocks(student, causal, text, noise, grid, video_latents, *, exit_step, history, watch):
         told.update(text=text, history=history, frames=video_latents)
         yield history
 
     monkeypatch.setattr(ablations, "rollout", blocks)
     pairs = replace(pairs, prompt=pairs.prompt.flip(0))
-    sample = ablations.true_past(pairs, prompts, CAUSAL, codec.grid, 3)
-    text, made = sample(None, torch.Generator().manual_seed(1), 0)
+    clips = ablations.ClipsOnTruePast(prompts, CAUSAL, codec.grid, 16, 3, pairs=pairs)
+    text, made = clips.sample(None, torch.Generator().manual_seed(1), 0, MicroBatch(3, slice(0, 3)))
     assert told["frames"] == 16 and made.video is not told["history"].video
     for clip, row in zip(told["history"].video, text.video, strict=True):
         (index,) = [i for i, end in enumerate(distill.ends(pairs).video) if torch.equal(end, clip)]

@@ -177,14 +177,15 @@ def test_every_exit_step_is_drawn_for_the_student_and_for_the_critic():
     """All steps of the student learn, the first and the last too, and the critic sees clips that left at any."""
     causal, left = replace(CAUSAL, steps=(1000, 757, 522, 0)), {True: [], False: []}
 
-    def sampler(model: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV, AV]:
-        left[torch.is_grad_enabled()].append(exit_step)
-        made = SIZES.map(lambda size: torch.randn(1, *size, generator=generator) * model.proj_out.weight.mean())
-        return prompts().take(torch.tensor([0])), made
+    class Made(StudentClips):
+        def sample(self, student, generator, exit_step, micro_batch, watch=None):
+            left[torch.is_grad_enabled()].append(exit_step)
+            made = SIZES.map(lambda size: torch.randn(1, *size, generator=generator) * student.proj_out.weight.mean())
+            return prompts().take(torch.tensor([0])), made
 
     student, critic = new_learner(seed=1), new_learner(sinks=0)
     teacher = new_learner(sinks=0).model.requires_grad_(False)
-    step = stage3.SelfForcing(student, critic, teacher, clips(1, causal), DMDConfig(ratio=1), sampler=sampler)
+    step = stage3.SelfForcing(student, critic, teacher, Made(**vars(clips(1, causal))), DMDConfig(ratio=1))
     for i in range(30):
         step(i, torch.Generator().manual_seed(train.mixed(0, i)))
     for drawn in left.values():
@@ -198,11 +199,12 @@ def test_stage_3_pulls_from_what_the_critic_says_to_what_the_guided_teacher_says
     monkeypatch.setattr(losses, "dmd", lambda *args: calls.append(args) or dmd(*args))
     text, made = prompts().take(torch.tensor([1])), SIZES.map(lambda size: draw(1, *size, seed=9))
 
-    def sampler(model: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV, AV]:
-        return text, made.map(lambda clip: clip * model.proj_out.weight.mean())
+    class Made(StudentClips):
+        def sample(self, student, generator, exit_step, micro_batch, watch=None):
+            return text, made.map(lambda clip: clip * student.proj_out.weight.mean())
 
     students, critic, teacher = new_learner(seed=1), new_learner(sinks=0, seed=2), new_learner(sinks=0, seed=3).model
-    stage3.SelfForcing(students, critic, teacher, clips(1), sampler=sampler)(0, torch.Generator())
+    stage3.SelfForcing(students, critic, teacher, Made(**vars(clips(1))))(0, torch.Generator())
     ((x_hat, fake, real, sigma, eps, _),) = calls
     x = x_hat.map(noised, eps, both(sigma))
     with torch.no_grad():

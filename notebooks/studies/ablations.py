@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,11 @@ from omniforcing_lib.flow import MINIATURE_CFG, ONES, RELEASED_STEPS, noise_like
 from omniforcing_lib.interfaces import DecodeState
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
-from omniforcing_lib.rollout import RolloutConfig, fresh_noise, join, rollout
-from omniforcing_lib.training import stages
+from omniforcing_lib.rollout import RolloutConfig, Watch, join, rollout
 from omniforcing_lib.training.dataset import Pairs, Prompts
-from omniforcing_lib.training.stage3 import DMDConfig, Sampler
+from omniforcing_lib.training.distributed import MicroBatch
+from omniforcing_lib.training.stage3 import DMDConfig, StudentClips
+from omniforcing_lib.training.stages import pick
 from omniforcing_lib.transformer import Transformer
 from studies import distill, exposure_bias, store
 
@@ -96,40 +97,66 @@ class Budget:
     seconds: int = 15
 
 
-def true_past(pairs: Pairs, prompts: Prompts, causal: RolloutConfig, grid: tuple[int, int], batch: int) -> Sampler:
-    """Make every block of a clip behind the teacher's clip, not behind the student's own blocks."""
-    clips = distill.ends(pairs)
+@dataclass(frozen=True, kw_only=True)
+class ClipsOnTruePast(StudentClips):
+    """Make every block of a clip behind the teacher's clip, not behind the student's own blocks.
 
-    def sample(student: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
-        index = stages.pick(len(pairs), batch, generator)
-        past, text = clips.map(lambda clip: clip[index]), prompts.take(pairs.prompt[index])
-        noise, frames = fresh_noise(generator, batch), past.video.shape[1]
-        blocks = rollout(student, causal, text, noise, grid, frames, exit_step=exit_step, history=past)
-        return text, join(list(blocks))
+    Attributes:
+        pairs: trajectories whose ends are the teacher's clips, as long as those that are made.
+    """
 
-    return sample
+    pairs: Pairs
+
+    def sample(
+        self,
+        student: Transformer,
+        generator: torch.Generator,
+        exit_step: int,
+        micro_batch: MicroBatch,
+        watch: Watch | None = None,
+    ) -> tuple[AV[Tensor], AV[Tensor]]:
+        """Draw clips of the teacher, and make their blocks anew; see `StudentClips.sample`."""
+        index = micro_batch.of(pick(len(self.pairs), self.batch, generator))
+        past, text = distill.ends(self.pairs).map(lambda clip: clip[index]), self.prompts.take(self.pairs.prompt[index])
+        how = {"exit_step": exit_step, "watch": watch, "history": past}
+        noise, size = self.noise(generator, micro_batch), (self.grid, self.video_latents)
+        return text, join([*rollout(student, self.causal, text, noise, *size, **how)])
 
 
-def late_windows(
-    codec: TinyCodec, prompts: Prompts, causal: RolloutConfig, video_latents: int, batch: int, late: int = 5
-) -> Sampler:
+@dataclass(frozen=True, kw_only=True)
+class LateWindows(StudentClips):
     """Roll up to `late` blocks further than a clip and learn from the last clip's length, begun by `opening`.
 
     The window's start is drawn anew each time; what lies before it has no gradient.
     """
 
-    def sample(student: Transformer, generator: torch.Generator, exit_step: int) -> tuple[AV[Tensor], AV[Tensor]]:
-        skipped = int(torch.randint(late + 1, (), generator=generator, device=generator.device))
-        text = prompts.take(stages.pick(len(prompts.names), batch, generator))
-        noise, frames = fresh_noise(generator, batch), video_latents + skipped * causal.layout.step.video
-        blocks = rollout(student, causal, text, noise, codec.grid, frames, exit_step=exit_step)
+    codec: TinyCodec
+    late: int = 5
+
+    def sample(
+        self,
+        student: Transformer,
+        generator: torch.Generator,
+        exit_step: int,
+        micro_batch: MicroBatch,
+        watch: Watch | None = None,
+    ) -> tuple[AV[Tensor], AV[Tensor]]:
+        """Roll out, and cut a clip's length off the end; see `StudentClips.sample`.
+
+        Raises ValueError where states are watched: those of the opening are nowhere.
+        """
+        if watch:
+            raise ValueError("a late window has no state of its opening: nothing can learn from its states")
+        skipped = int(torch.randint(self.late + 1, (), generator=generator, device=generator.device))
+        text = self.prompts.take(micro_batch.of(pick(len(self.prompts), self.batch, generator)))
+        frames = self.video_latents + skipped * self.causal.layout.step.video
+        noise = self.noise(generator, micro_batch)
+        blocks = rollout(student, self.causal, text, noise, self.grid, frames, exit_step=exit_step)
         if not skipped:
             return text, join(list(blocks))
         with torch.no_grad():
             *_, before = (next(blocks) for _ in range(skipped + 1))
-        return text, join([opening(codec, causal.layout, skipped, before), *blocks])
-
-    return sample
+        return text, join([opening(self.codec, self.causal.layout, skipped, before), *blocks])
 
 
 @torch.no_grad()
@@ -202,15 +229,15 @@ class _Bench:
         return distill.Course(*common, seconds=CLIP_SECONDS, seed=seed)
 
     def _distil(self, arm: Arm, student: Transformer, causal: RolloutConfig, seed: int) -> Transformer:
-        batch, frames = self.budget.batch, self.codec.clock.latents(CLIP_SECONDS).video
-        sampler = {
-            "own": None,
-            "true": true_past(self.pairs, self.prompts, causal, self.codec.grid, batch),
-            "late": late_windows(self.codec, self.prompts, causal, frames, batch),
-        }[arm.past]
-        config = DMDConfig(MINIATURE_CFG, weights=arm.weights)
         course = self._course(seed, causal)
-        return course.stage3(student, steps=self.budget.steps * arm.share, config=config, sampler=sampler).student
+        own = vars(course.clips)
+        clips = {
+            "own": StudentClips,
+            "true": partial(ClipsOnTruePast, pairs=self.pairs),
+            "late": partial(LateWindows, codec=self.codec),
+        }[arm.past](**own)
+        config = DMDConfig(MINIATURE_CFG, weights=arm.weights)
+        return course.stage3(student, steps=self.budget.steps * arm.share, config=config, clips=clips).student
 
     def _judge(self, student: Transformer, causal: RolloutConfig, seed: int) -> dict[str, object]:
         first, seconds = world.HELD_OUT + 600_000 + 1000 * seed, self.budget.seconds

@@ -24,7 +24,7 @@ from omniforcing_lib import files, losses, masks
 from omniforcing_lib.bounce import distributions
 from omniforcing_lib.bounce.codecs import TinyCodec
 from omniforcing_lib.bounce.evaluate import Estimate, by_halves
-from omniforcing_lib.flow import MINIATURE_CFG, MINIATURE_GUIDANCE, Guidance, noise_like, x0_of
+from omniforcing_lib.flow import MINIATURE_CFG, MINIATURE_GUIDANCE, ONES, Guidance, noise_like, x0_of
 from omniforcing_lib.layout import AV, BlockLayout
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, rollout
@@ -211,29 +211,40 @@ class Course:
         steps: int,
         lr: tuple[float, float] = (1e-4, 2e-4),
         config: stage3.DMDConfig = PLAIN,
-        sampler: stage3.Sampler | None = None,
+        clips: stage3.StudentClips | None = None,
         pairs: Pairs | None = None,
         method: Callable[..., stage3.SelfForcing] = stage3.SelfForcing,
     ) -> Lesson:
         """Distil a copy of a student by `stage3.SelfForcing`, or a `method` that takes the same parts.
 
-        `steps` are the student's own; `lr` of student and critic.
+        `steps` are the student's own; `lr` of student and critic; `clips` what it learns from, if not `self.clips`.
         """
         optim = OptimConfig(betas=(0.0, 0.999), warmup=3, ema=last_part(steps, 4))
         # It ends on a step of the student: no step of the critic need follow.
         turns = (steps - 1) * config.ratio + 1
         stage = recipes.Stage3(steps=turns, lr=lr[0], critic_lr=lr[1], seed=self.seed, keep_bar=False)
         models = copy.deepcopy(student), self.load(), self.load()
-        learner, history = stage.train(*models, self.clips, config, optim, sampler, pairs, method)
+        learner, history = stage.train(*models, clips or self.clips, config, optim, pairs, method)
         return Lesson(learner.best.eval(), history, [])
 
     def on_policy(
-        self, student: Transformer, pairs: Pairs, *, steps: int, guidance: Guidance = MINIATURE_GUIDANCE
+        self,
+        student: Transformer,
+        pairs: Pairs,
+        *,
+        steps: int,
+        guidance: Guidance = MINIATURE_GUIDANCE,
+        weights: AV[float] = ONES,
+        clips: stage3.StudentClips | None = None,
     ) -> Lesson:
-        """Regress a copy of a student on the teacher's ends of its own states: `stage3.OnPolicy`."""
+        """Regress a copy of a student on the teacher's ends of its own states: `stage3.OnPolicy`.
+
+        `weights` are those of the streams' losses; `clips` what it learns from, if not `self.clips`.
+        """
         optim = OptimConfig(lr=1e-4, betas=(0.9, 0.999), warmup=3, steps=steps, final=0.05, ema=last_part(steps, 10))
-        stage, config = recipes.OnPolicy(steps=steps, seed=self.seed, keep_bar=False), stage3.OnPolicyConfig(guidance)
-        learner, history = stage.train(copy.deepcopy(student), self.load(), pairs, self.clips, config, optim)
+        stage = recipes.OnPolicy(steps=steps, seed=self.seed, keep_bar=False)
+        config, clips = stage3.OnPolicyConfig(guidance, weights=weights), clips or self.clips
+        learner, history = stage.train(copy.deepcopy(student), self.load(), pairs, clips, config, optim)
         return Lesson(learner.best.eval(), history, [])
 
 

@@ -2,8 +2,9 @@
 
 In the extended world (`world.scene(..., hum=True, hidden=True)`) only what was heard tells the pitch of the hum, and
 only the sound of the wall that nobody sees tells when the ball returns. Every arm trains Stages 2 and 3 from one
-teacher of that world, goes on from a true past, and is judged by what becomes of the hum and of the ball. A seed is
-that of both stages and of the roll-outs; it is the unit of every interval, and arms are compared seed by seed.
+teacher of that world, Stage 3 as the shipped student had it (`stage3.OnPolicy`), goes on from a true past, and is
+judged by what becomes of the hum and of the ball. A seed is that of both stages and of the roll-outs; it is the unit
+of every interval, and arms are compared seed by seed.
 
 Shapes: B batch, F video and T audio latents, n clips.
 """
@@ -25,11 +26,10 @@ from omniforcing_lib import files, masks
 from omniforcing_lib.bounce import codecs, evaluate, heard, sampling, world
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.cache import KVCache, OpenBlock, Places
-from omniforcing_lib.flow import MINIATURE_CFG, ONES
+from omniforcing_lib.flow import MINIATURE_GUIDANCE, ONES
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, seeded_noise, update_cache
 from omniforcing_lib.training.dataset import Prompts
-from omniforcing_lib.training.stage3 import DMDConfig
 from omniforcing_lib.transformer import Transformer
 from studies import ablations, distill, sinks, store, variants
 
@@ -94,13 +94,19 @@ PREDICTIONS: dict[str, dict[str, int]] = {
 
 @dataclass(frozen=True)
 class Budget(ablations.Budget):
-    """Say how much work every run does, and how many seconds of a true clip (`given`) its roll-outs go on from."""
+    """Say how much work every run does.
+
+    Attributes:
+        given: seconds of a true clip that its roll-outs go on from.
+        cfg: guidance of the teacher's ends, both streams.
+    """
 
     start: int = 150
-    steps: int = 30
+    steps: int = 60
     clips: int = 18
     seconds: int = 60
     given: int = 5
+    cfg: float = 3.0
 
     @property
     def late(self) -> int:
@@ -228,10 +234,11 @@ class _Bench:
 
         def end() -> Transformer:
             begun = self._once((replace(arm, audio_loss=Arm.audio_loss, past=Arm.past), "started"), seed, start)
-            forced, grid = arm.past == "true", self.codec.grid
-            sampler = ablations.true_past(self.pairs, self.prompts, arm.causal, grid, budget.batch) if forced else None
-            config = DMDConfig(MINIATURE_CFG, weights=AV(ONES.video, arm.audio_loss))
-            return course.stage3(begun, steps=budget.steps, config=config, sampler=sampler).student
+            clips, guidance = course.clips, replace(MINIATURE_GUIDANCE, cfg=AV(budget.cfg, budget.cfg))
+            if arm.past == "true":
+                clips = ablations.ClipsOnTruePast(**vars(clips), pairs=self.pairs)
+            how = {"guidance": guidance, "weights": AV(ONES.video, arm.audio_loss), "clips": clips}
+            return course.on_policy(begun, self.pairs, steps=budget.steps, **how).student
 
         return self._once((arm, "ended"), seed, end)
 

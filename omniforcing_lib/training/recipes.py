@@ -151,7 +151,6 @@ class Stage3(DistilConfig):
         clips: StudentClips,
         config: DMDConfig,
         optim: OptimConfig | None = None,
-        sampler: stage3.Sampler | None = None,
         pairs: Pairs | StoredPairs | None = None,
         method: Callable[..., stage3.SelfForcing] = stage3.SelfForcing,
     ) -> tuple[Learner, History]:
@@ -163,7 +162,7 @@ class Stage3(DistilConfig):
         optim = optim or replace(own, ema=average(self.steps // self.ratio, 1 / 4))
         learner = Learner(student, replace(optim, lr=self.lr), self.group)
         critic = Learner(critic, replace(optim, lr=self.critic_lr, ema=0.0), self.group)
-        step = method(learner, critic, teacher, clips, config, sampler=sampler, pairs=pairs)
+        step = method(learner, critic, teacher, clips, config, pairs=pairs)
         return learner, self.fit(step, {"student": learner, "critic": critic}, "stage 3")
 
 

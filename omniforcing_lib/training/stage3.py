@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,20 +12,19 @@ from omniforcing_lib import losses
 from omniforcing_lib.flow import DMD_GUIDANCE, ONES, Guidance, euler, guided_denoiser, ltx2_sigmas, snap_indices
 from omniforcing_lib.graphs import recorded
 from omniforcing_lib.layout import AV
-from omniforcing_lib.rollout import RolloutConfig, fresh_noise, join, rollout
+from omniforcing_lib.rollout import Noise, RolloutConfig, Watch, fresh_noise, join, rollout
 from omniforcing_lib.training.dataset import Pairs, Prompts, StoredPairs, StoredPrompts
 from omniforcing_lib.training.distributed import MicroBatch
 from omniforcing_lib.training.stages import block_numbers, pick, regression_terms
 from omniforcing_lib.training.train import Learner, Metrics
 from omniforcing_lib.transformer import Transformer
 
-Sampler = Callable[[Transformer, torch.Generator, int], tuple[AV[Tensor], AV[Tensor]]]
-"""sampler(student, generator, exit step) -> text AV [B, L, C] and clips AV([B, F, h, w, C], [B, T, C]) made for it."""
-
 
 @dataclass(frozen=True)
 class StudentClips:
     """Say what clips a student rolls out on its own past: what Stage 3 learns from.
+
+    A class that makes them in another way overrides `sample`.
 
     Attributes:
         prompts: contexts, drawn at random.
@@ -48,21 +46,21 @@ class StudentClips:
         generator: torch.Generator,
         exit_step: int,
         micro_batch: MicroBatch,
-        watch: Callable[[AV[Tensor]], None] | None = None,
+        watch: Watch | None = None,
     ) -> tuple[AV[Tensor], AV[Tensor]]:
         """Roll out the clips of a micro-batch; `watch` gets each block's state at the exit step.
 
         Shapes: text AV [B, L, C], clips AV([B, F, h, w, C], [B, T, C]).
         """
         text = self.prompts.take(micro_batch.of(pick(len(self.prompts), self.batch, generator)))
-        draw = fresh_noise(generator, self.batch)
-
-        def noise(block: int, shapes: AV[tuple[int, ...]], number: int) -> AV[Tensor]:
-            return draw(block, shapes, number).map(micro_batch.of)
-
-        size = self.grid, self.video_latents
+        noise, size = self.noise(generator, micro_batch), (self.grid, self.video_latents)
         blocks = rollout(student, self.causal, text, noise, *size, exit_step=exit_step, watch=watch)
         return text, join(list(blocks))
+
+    def noise(self, generator: torch.Generator, micro_batch: MicroBatch) -> Noise:
+        """Draw the noise of a micro-batch's blocks, for the whole batch as all that is random."""
+        draw = fresh_noise(generator, self.batch)
+        return lambda block, shapes, number: draw(block, shapes, number).map(micro_batch.of)
 
     def check(self, student: Learner) -> None:
         """Refuse to recompute blocks of a roll-out whose past has left the cache by then.
@@ -103,8 +101,8 @@ class SelfForcing:
     """Stage 3: joint self-forcing DMD through the rolling cache (paper Sec. 3.3).
 
     Every step trains the critic on the student's own clips; every `ratio`-th trains the student first. All blocks of
-    a clip leave at one step, drawn from the non-zero noise levels. A `sampler` may make the clips in another way
-    than `StudentClips.sample`; it makes whole batches. With `pairs` each step of the student adds a regression.
+    a clip leave at one step, drawn from the non-zero noise levels. With `pairs` each step of the student adds a
+    regression.
 
     Besides losses and gradient norms a step tells the health of the student's clips: `gap`, how far critic and
     teacher are apart on them, as a share of how far the clips are from the teacher's; `motion`, the mean absolute
@@ -119,14 +117,12 @@ class SelfForcing:
     teacher: Transformer
     clips: StudentClips
     config: DMDConfig = DMDConfig()
-    sampler: Sampler | None = None
     pairs: Pairs | StoredPairs | None = None
 
     def __post_init__(self) -> None:
         both, batch, prompts, pairs = (self.student, self.critic), self.clips.batch, self.clips.prompts, self.pairs
-        cuts = [p.group.size * len(p.group.micro_batches(batch, p.config.accumulate)) for p in both]
-        if self.sampler and max(cuts) > 1:
-            raise ValueError("a sampler makes whole batches: use it with one process, and accumulate 1")
+        for learner in both:
+            learner.group.micro_batches(batch, learner.config.accumulate)
         self.clips.check(self.student)
         self.regress = regression_terms(self.student, pairs, prompts, self.clips.causal, batch) if pairs else None
         live = prompts.live or (pairs is not None and pairs.live)
@@ -153,7 +149,8 @@ class SelfForcing:
 
     def _dmd_terms(self, generator: torch.Generator, exit_step: int, micro_batch: MicroBatch) -> Metrics:
         # 1. The student's own clips, and the noise at which the two scores are compared on them.
-        text, x_hat = self._sample(generator, exit_step, micro_batch)
+        with self.student.autocast():
+            text, x_hat = self.clips.sample(self.student.model, generator, exit_step, micro_batch)
         sigma = micro_batch.of(losses.sample_dmd_sigma(self.clips.batch, generator, self.config.most))
         eps = micro_batch.noise(x_hat, generator)
         # 2. The critic's score and the guided teacher's.
@@ -166,8 +163,8 @@ class SelfForcing:
         return metrics | {name: metrics[name] + self.config.regression * value for name, value in added.items()}
 
     def _critic_terms(self, generator: torch.Generator, exit_step: int, micro_batch: MicroBatch) -> Metrics:
-        with torch.no_grad():
-            text, x_hat = self._sample(generator, exit_step, micro_batch)
+        with torch.no_grad(), self.student.autocast():
+            text, x_hat = self.clips.sample(self.student.model, generator, exit_step, micro_batch)
         sigma = micro_batch.of(losses.sample_dmd_sigma(self.clips.batch, generator, self.config.most))
         eps = micro_batch.noise(x_hat, generator)
         with self.critic.autocast():
@@ -185,14 +182,6 @@ class SelfForcing:
     def critic_loss(self, x_hat: AV[Tensor], text: AV[Tensor], sigma: Tensor, eps: AV[Tensor]) -> AV[Tensor]:
         """Judge the critic on the student's clips; shapes as in `losses.critic`, text AV [B, L, C]."""
         return losses.critic(x_hat, guided_denoiser(self.critic.model, text), sigma, eps)
-
-    def _sample(
-        self, generator: torch.Generator, exit_step: int, micro_batch: MicroBatch
-    ) -> tuple[AV[Tensor], AV[Tensor]]:
-        with self.student.autocast():
-            if self.sampler:
-                return self.sampler(self.student.model, generator, exit_step)
-            return self.clips.sample(self.student.model, generator, exit_step, micro_batch)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ def test_runs_rest_on_named_files_and_hear_what_they_made(tmp_path):
     extended.run(tmp_path, there, arms=arms, seeds=1, budget=budget)
     numbers = extended.TRIALS.numbers(tmp_path)
     assert {*numbers} == {*arms} and all(numbers[BASE][0] != numbers[arm][0] for arm in arms[1:])
-    assert {"hum_kept", "reentry_right", "sync_f1", "loss of audio latent 0"} <= numbers[BASE][0].keys()
+    measures = {"hum_kept", "reentry_right", "reentry_px" + extended.FLOOR, "sync_f1", extended.FIRST_LATENT}
+    assert measures <= numbers[BASE][0].keys()
     assert {row["says"] for row in extended.told(tmp_path)} == {"not shown"}
     seconds, kept = extended.by_second(tmp_path, "hum_kept")[BASE]
     # The first second is the true past's.

@@ -33,7 +33,10 @@ from omniforcing_lib.training.dataset import Prompts
 from omniforcing_lib.transformer import Transformer
 from studies import ablations, distill, sinks, store, variants
 
+STORED = store.ROOT / "reports" / "extended"
 CLIP_SECONDS = 5
+FLOOR = ", another sound"
+FIRST_LATENT = "loss of audio latent 0"
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,12 @@ ARMS: dict[str, Arm] = {
     "true past": Arm(past="true"),
 }
 BASE = "as in the paper"
+MEMORY = (BASE, "0 sinks", "2 sinks", "no global prefix in use", "window 2", "window 8")
+TOGETHER = (BASE, "no audio loss", "video hears nothing", "true past")
+"""Arms that ask what is remembered, and what sight and sound have of one another."""
 PREDICTIONS: dict[str, dict[str, int]] = {
-    "0 sinks": {"hum_kept": -1, "loss of audio latent 0": 1},
-    "2 sinks": {"hum_kept": -1, "loss of audio latent 0": 1},
+    "0 sinks": {"hum_kept": -1, FIRST_LATENT: 1},
+    "2 sinks": {"hum_kept": -1, FIRST_LATENT: 1},
     "no global prefix in use": {"hum_kept": -1, "hum_drift_cents": 1},
     "window 2": {"hum_kept": -1},
     "window 8": {"hum_kept": 1},
@@ -264,25 +270,30 @@ class _Bench:
         readings = evaluate.read_all(clips)
         hearings, cents = [*map(heard.hear, readings)], [scene.hum_cents for scene in scenes]
         counts = evaluate.tallies(readings, names, budget.given)
-        counts = [c | self._heard(h, true_cents) for c, h, true_cents in zip(counts, hearings, cents, strict=True)]
+        others = [*hearings[1:], hearings[0]]
+        counts = [c | self._heard(*heard_of) for c, *heard_of in zip(counts, hearings, cents, others, strict=True)]
         seconds = heard.hum_by_second(hearings, cents, draws=1).values()
         by_second = {name: [second[name].mean for second in seconds] for name in ("hum_kept", "hum_drift_cents")}
         return {name: estimate.mean for name, estimate in evaluate.estimates(counts, draws=1).items()}, by_second
 
-    def _heard(self, hearing: heard.Hearing, cents: float) -> evaluate.Tally:
-        """Count what is heard after the true past has left every arm's window, and returns after it has ended."""
+    def _heard(self, hearing: heard.Hearing, cents: float, other: heard.Hearing) -> evaluate.Tally:
+        """Count what is heard after the true past has left every arm's window, and returns after it has ended.
+
+        Returns are also judged by another clip's sound: the floor.
+        """
         own = hearing._replace(passages=[p for p in hearing.passages if p.out.time_s >= self.budget.given])
+        floor = heard.reentry_tally(own._replace(right=other.right))
         hum = heard.hum_tally(hearing, cents, self.budget.late)
         # The first latent is the true past's own.
         hum = {name: count for name, count in hum.items() if not name.startswith("hum_first")}
-        return hum | heard.reentry_tally(own)
+        return hum | heard.reentry_tally(own) | {name + FLOOR: count for name, count in floor.items()}
 
     def _first_latents(self, student: Transformer, arm: Arm) -> dict[str, float]:
         study = sinks.Study(self.sources.teacher, self.prompts, self.pairs, self.held)
         built = variants.masks_of(arm.causal, self.held.states.video[:, 0])
         with torch.no_grad():
             audio = sinks.one_step(student, built, study).audio
-        return {"loss of audio latent 0": float(audio[:, 0].mean()), "of all others": float(audio[:, 1:].mean())}
+        return {FIRST_LATENT: float(audio[:, 0].mean()), "of all others": float(audio[:, 1:].mean())}
 
 
 def _measured(record: Mapping) -> dict[str, float]:
@@ -297,6 +308,13 @@ TRIALS = store.Trials(ARMS, "extended", _measured, same=("budget", "files"))
 def shipped() -> Sources:
     """Name the files of the extended world in data/."""
     return Sources(*(str(files.DATA / f"{name}_hum.safetensors") for name in ("teacher", "codec", "ode_pairs")))
+
+
+def outdated(folder: str | Path = STORED) -> int:
+    """Count runs that rest on other files than `data` has."""
+    there = shipped()
+    here = store.origin(there.teacher, beside=[there.codec, there.pairs])["files"]
+    return sum(record["files"] != here for record in store.read(folder))
 
 
 def by_second(folder: str | Path, measure: str) -> dict[str, tuple[list[int], list[float]]]:

@@ -262,7 +262,7 @@ def of(
 
     Raises:
         ValueError: a named part or the device is not there, or is not what it should be; a part is named for the
-            miniature; a tiny decoder where LTX-2's own codec is not there or not asked for.
+            miniature, or its codec is not there; a tiny decoder where LTX-2's own codec is not there or not asked for.
     """
     device = str(backends.device(device))
     checkpoint, place = checkpoints.read(source), {"device": device, "dtype": getattr(torch, dtype)}
@@ -278,7 +278,8 @@ def of(
             raise ValueError(f"the miniature has its own codec and text encoder: leave out {', '.join(unused)}")
         description = "the miniature: its codec and its world, whose truth is known"
         prompts = tuple(world.prompts())
-        codec, text = codecs.shipped_codec(device), TinyText()
+        own = codecs.codec_of(checkpoint.notes, checkpoint.path)
+        codec, text = codecs.load_codec(own, device), TinyText()
         return ModelBundle(source, codec, text, prompts, MINIATURE_GUIDANCE, True, description, **place)
     # 2. LTX-2's own parts where there is a text encoder, stand-ins elsewhere.
     encoder = files.given(gemma) if gemma else _gemma_beside(checkpoint.path, checkpoint.version)

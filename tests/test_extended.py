@@ -130,7 +130,7 @@ def test_runs_rest_on_named_files_and_hear_what_they_made(tmp_path):
     # The first second is the true past's.
     assert seconds == [*range(12)] and kept[0] == 1 and all(0 <= share <= 1 for share in kept)
     with pytest.raises(ValueError, match="use another folder"):
-        extended.run(tmp_path, replace(there, teacher="student"), arms=arms, seeds=1, budget=budget)
+        extended.run(tmp_path, replace(there, teacher="stage2"), arms=arms, seeds=1, budget=budget)
     with pytest.raises(ValueError, match="judged from second 11 on"):
         Budget(given=1, seconds=11)
     with pytest.raises(ValueError, match="holds no trajectories"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from omniforcing_lib import files, stream
+from omniforcing_lib import files, model_bundle, stream
 from omniforcing_lib.bounce import codecs, detect, evaluate, heard, world
 from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
@@ -162,3 +162,20 @@ def test_the_protocol_of_the_extended_world_tells_what_is_heard_of_it(tmp_path):
     assert record["hum"] and record["hidden"] and [*record["files"]] == ["codec_hum.safetensors"]
     plain = protocol.Trial(1, 1)
     assert "hum_kept" not in plain.tallies(evaluate.read_all(plain.real()), plain.prompts)[0]
+
+
+def test_a_miniature_goes_with_the_codec_of_its_latents_and_no_other(tmp_path):
+    """Of two codecs with latents of one size the wrong one would be silent: it makes pictures, and loses the hum."""
+    teacher, plain = str(files.DATA / "teacher_hum.safetensors"), str(files.DATA / "codec.safetensors")
+    for model, codec in ((teacher, "codec_hum"), ("teacher", "codec")):
+        wanted = codecs.load_codec(files.DATA / f"{codec}.safetensors")
+        assert all(map(torch.equal, model_bundle.of(model).codec.parameters(), wanted.parameters()))
+    with pytest.raises(ValueError, match=r"makes latents of codec_hum.safetensors .* found the codec .*codec.safet"):
+        recipes.Stage2(teacher=teacher, out=str(tmp_path / "student.safetensors")).run()
+    trial = protocol.Trial(clips=6, seeds=1, hum=True, hidden=True, codec=plain)
+    with pytest.raises(ValueError, match=r"makes latents of codec_hum\.safetensors"):
+        protocol.run({"teacher": protocol.System(teacher, 2)}, trial, tmp_path)
+    notes = checkpoints.read(teacher).notes | {"codec": {"name": "lost.safetensors", "sha256": "0" * 16}}
+    checkpoints.save(checkpoints.load(teacher), tmp_path / "model.safetensors", notes=notes)
+    with pytest.raises(ValueError, match=r"latents of lost.safetensors .* put that file beside it"):
+        model_bundle.of(str(tmp_path / "model.safetensors"))

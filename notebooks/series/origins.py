@@ -72,13 +72,14 @@ def renew(root: Path = ROOT) -> list[str]:
 
 
 def rows(names: Iterable[str], profile: str, root: Path = ROOT) -> list[dict[str, str]]:
-    """Table the origin of all that a report quotes: notebooks `names` of a profile, scores, ablations and remedies."""
+    """Table the origin of all that a report quotes: notebooks `names` of a profile, scores, training runs."""
     stored = root / "reports"
     records = {name: _read(stored / "run" / profile / f"{name}.json") for name in names}
     scores = {name: stored / "scores" / f"{name}.json" for name in SCORES}
     records |= {f"scores/{name}": _read(path) for name, path in scores.items() if path.exists()}
     told = [{"numbers": name, **_row(record, root)} for name, record in records.items()]
-    runs = [(name, _read(path)) for name in ("ablations", "cures") for path in sorted((stored / name).glob("*.json"))]
+    paths = {name: sorted((stored / name).glob("*.json")) for name in ("ablations", "cures", "extended")}
+    runs = [(name, _read(path)) for name, found in paths.items() for path in found]
     seen = {tuple({"numbers": name, **_row(record, root)}.items()) for name, record in runs}
     return told + [dict(items) for items in sorted(seen)]
 

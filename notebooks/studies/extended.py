@@ -28,6 +28,7 @@ from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.cache import KVCache, OpenBlock, Places
 from omniforcing_lib.flow import MINIATURE_GUIDANCE, ONES
 from omniforcing_lib.layout import AV
+from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, seeded_noise, update_cache
 from omniforcing_lib.training.dataset import Prompts
 from omniforcing_lib.transformer import Transformer
@@ -196,6 +197,7 @@ def run(
     or a folder with runs of another budget, other files, or an arm that meant something else.
     """
     budget = budget or Budget()
+    codecs.check_codec(sources.teacher, checkpoints.read(sources.teacher).notes, sources.codec)
     bench = _Bench(sources, budget)
     judged = store.origin(sources.teacher, beside=[sources.codec, sources.pairs])
     common = {"budget": json.loads(json.dumps(asdict(budget))), "files": judged["files"]}

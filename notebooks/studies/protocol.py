@@ -189,12 +189,12 @@ def run(
     judged as they are made, through no file. `draw` makes the figure of some clips, their prompts and their events;
     without it there are no contact sheets.
 
-    Returns the table.
+    Returns the table. Raises ValueError for too few clips, or a model that makes latents of another codec.
     """
     out, models = Path(out), dict.fromkeys(system.model for system in systems.values())
     codec = codecs.load_codec(trial.codec)
     judged = store.origin(*models, beside=[trial.codec])
-    _check_size(trial)
+    _check(systems, trial)
     one_prompt = replace(one_prompt, hum=trial.hum, hidden=trial.hidden, codec=trial.codec)
     reference = Reference.of(trial)
     makers = {"real clips": trial.real, "codec round trip": lambda: sampling.round_trip(codec, trial.real())}
@@ -248,7 +248,9 @@ def stored_motions(columns: Mapping[str, str], folder: str | Path = STORED) -> d
     return {column: np.array(stored[name]) for name, column in columns.items() if name in stored}
 
 
-def _check_size(trial: Trial) -> None:
+def _check(systems: Mapping[str, System], trial: Trial) -> None:
+    for model in {system.model for system in systems.values()}:
+        codecs.check_codec(model, checkpoints.read(model).notes, trial.codec)
     if len(trial.numbers) <= variety.NEIGHBOURS:
         raise ValueError(f"neighbours need {variety.NEIGHBOURS + 1} clips or more, found {len(trial.numbers)}")
 
@@ -313,12 +315,12 @@ def run_long(systems: dict[str, System], trial: Trial, out: str | Path, *, width
     Real clips stand beside the students. `last / first` is `exposure_bias.kept`; seams: `exposure_bias.seam`.
     Returns the text.
 
-    Raises ValueError for a teacher, which has no blocks, or a length that is not two spans or more.
+    Raises ValueError for a teacher, which has no blocks, a length that is not two spans or more, or as `run` does.
     """
     if trial.seconds % width or trial.seconds < 2 * width:
         raise ValueError(f"long roll-outs last two or more whole spans of {width} s, found {trial.seconds} s")
     layouts = {"real clips": PAPER} | {n: checkpoints.student(s.model).layout for n, s in systems.items()}
-    _check_size(trial)
+    _check(systems, trial)
     size = f"{trial.clips * trial.seeds} roll-outs of {trial.seconds} s"
     parts, record = [f"{size}, held-out seeds, through an mp4; mean and 95 % interval."], {}
     judged = store.origin(*dict.fromkeys(system.model for system in systems.values()), beside=[trial.codec])

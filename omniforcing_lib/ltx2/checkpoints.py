@@ -203,7 +203,7 @@ def export(model: str | os.PathLike[str], out: str | os.PathLike[str], *, to: st
     if wrong := [bare for bare, tensor in state.items() if not safetensors_io.finite(tensor)]:
         raise ValueError(f"{checkpoint.path}: {names[wrong[0]]} holds values that are not finite")
     metadata = checkpoint.metadata
-    origin = _origin(metadata.get("model_version", checkpoint.format.name), metadata.get("notes", {}))
+    origin = _origin(metadata.get("model_version", checkpoint.format.name), checkpoint.notes)
     state = _with_keyframes(state, checkpoint.config)
     return exports.write(state, checkpoint.config, checkpoint.causal, origin, out, to)
 

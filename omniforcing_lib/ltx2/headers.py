@@ -75,6 +75,11 @@ class Checkpoint:
         return said if formats.version_number(said) else formats.version_of(self.transformer)
 
     @property
+    def notes(self) -> dict:
+        """What `checkpoints.save` noted of how it was made; empty for others' files."""
+        return self.metadata.get("notes", {})
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Map the file's names to shapes."""
         return {name: entry.shape for name, entry in self.entries.items()}

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from omniforcing_lib import files
 from omniforcing_lib.bounce import world
-from omniforcing_lib.bounce.codecs import TinyCodec, load_codec
+from omniforcing_lib.bounce.codecs import TinyCodec, check_codec, load_codec
 from omniforcing_lib.flow import Guidance
 from omniforcing_lib.layout import AV, Clock
 from omniforcing_lib.ltx2 import checkpoints
@@ -134,6 +134,14 @@ class DistilConfig(TrainConfig):
         if any(self.grid) and not all(self.grid):
             raise ValueError(f"--grid is two numbers above 0, found {' '.join(map(str, self.grid))}")
 
+    def check(self) -> None:
+        """Refuse, before any work, a codec that is not the models' own."""
+        super().check()
+        if not any(self.grid):
+            for model in (self.teacher, getattr(self, "student", "")):
+                if model:
+                    check_codec(model, checkpoints.read(model).notes, self.codec)
+
     def geometry(self) -> tuple[AV[int], tuple[int, int]]:
         """Give the latents of a clip and the tokens of a video frame."""
         if any(self.grid):
@@ -241,6 +249,11 @@ class FirstBlock(RealClipsConfig):
     steps: int = option("steps of the optimiser", 1_000)
     batch: int = option(BATCH, 64)
     lr: float = option("peak learning rate", 5e-4)
+
+    def check(self) -> None:
+        """Refuse, before any work, a codec that is not the student's own."""
+        super().check()
+        check_codec(self.student, checkpoints.read(self.student).notes, self.codec)
 
     def _run(self) -> Path:
         if self.group.mesh:

@@ -14,6 +14,7 @@ from omniforcing_lib import files, masks
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import join, rollout, seeded_noise
+from series import claims
 from studies import extended
 from studies.extended import ARMS, BASE, Arm, Budget, Sources, WithoutPrefix
 
@@ -145,6 +146,9 @@ def test_a_prediction_is_shown_only_by_a_whole_interval_on_its_side(tmp_path):
             record = {"arm": arm, "seed": seed, "budget": {}, "files": {}}
             record["measures"] = {"hum_kept": hum, "loss of audio latent 0": 1 + shifts[1], "reentry_px": None}
             (tmp_path / f"{arm}-{seed}.json").write_text(json.dumps(record))
+    _, how, table = claims.foretold(tmp_path)
+    assert "5 training seeds" in how and "| 0 sinks | hum_kept | lower | -0.306 [-0.3" in table
+    assert claims.foretold(tmp_path / "none") == []
     says = {(row["arm"], row["measure"]): row["says"] for row in extended.told(tmp_path)}
     assert says == {
         ("0 sinks", "hum_kept"): "shown",

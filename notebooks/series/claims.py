@@ -153,6 +153,27 @@ def remedies(folder: Path) -> list[str]:
     return parts
 
 
+def foretold(folder: Path) -> list[str]:
+    """Write what was foretold of the arms of the extended world, and what the stored runs say (`studies.extended`).
+
+    Empty without runs.
+    """
+    if not folder.exists():
+        return []
+    from studies import extended
+
+    rows = [
+        row | {"gain": quote({"value": row["gain"], "interval": row.pop("interval")})} for row in extended.told(folder)
+    ]
+    seeds = len(extended.TRIALS.runs(folder)[extended.BASE])
+    how = (
+        f"Each arm is the recipe with one thing changed; differences seed by seed, {seeds} training seeds. Predictions "
+    )
+    how += "were written down before any run. *Shown* needs the whole interval on the foretold side, corrected for the "
+    how += "number of arms, *against* on the other one (`python -m omniforcing_lib extended`)."
+    return ["## Foretold of the world with a hum and a hidden wall", how, markdown_table(rows)]
+
+
 def _mean(entry: Sequence[float] | float | None) -> str:
     """Write a mean with its interval, a number, or counts; a dash for what was not measured."""
     if entry is None:
@@ -173,6 +194,7 @@ class Results(NamedTuple):
         title: says which.
         scores: what the protocol stored, see `read_scores`.
         remedies: text of the remedies against collapse, see `remedies`.
+        foretold: text of what was foretold of the extended world, see `foretold`.
         origins: where the numbers come from.
         gpu: what `bench` found for some claims, see `gpu_results.answers`.
     """
@@ -181,12 +203,13 @@ class Results(NamedTuple):
     title: str
     scores: Mapping[str, dict] = MappingProxyType({})
     remedies: Sequence[str] = ()
+    foretold: Sequence[str] = ()
     origins: Sequence[Mapping[str, str]] = ()
     gpu: Mapping[int, str] = MappingProxyType({})
 
 
 def markdown(results: Results) -> str:
-    """Write the text of REPORT.md: claims, what the protocol measured, remedies, origins, every measure by notebook."""
+    """Write the text of REPORT.md: claims, the protocol, remedies, what was foretold, origins, measures by notebook."""
     metrics = results.metrics
     parts = [
         f"# Report: {results.title}",
@@ -199,7 +222,7 @@ def markdown(results: Results) -> str:
     if results.scores:
         pictures = "Contact sheets of the first clips, impacts and onsets marked: `reports/scores/*.png`."
         parts += ["## Quality by the protocol", quality(results.scores), pictures]
-    parts += results.remedies
+    parts += [*results.remedies, *results.foretold]
     if results.origins:
         parts += ["## Where the numbers come from", markdown_table(results.origins)]
     for notebook, entries in metrics.items():
@@ -222,6 +245,7 @@ def fill_results(text: str, results: Results) -> str:
     rows = [{key: row[key] for key in ("claim", "paper", "ours", "status")} for row in answered]
     first = f"{quality(results.scores)}\n\n" if results.scores else ""
     claims = f"Claim by claim, {results.title}; all numbers in `reports/REPORT.md`.\n\n{markdown_table(rows)}"
+    claims = "\n\n".join([claims, *results.foretold])
     return f"{head}{opening}\n{first}{claims}{out_of_date(results.origins)}\n{closing}{tail}"
 
 

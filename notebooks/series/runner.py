@@ -366,8 +366,9 @@ def rebuild() -> None:
 def stored() -> claims.Results:
     """Return what the report is made of: the most serious profile that has metrics, and all else that is committed."""
     scores, remedies = claims.read_scores(STORED / "scores"), claims.remedies(STORED / "cures")
+    foretold = claims.foretold(STORED / "extended")
     for profile in ("gpu", "full", "cpu", "smoke"):
         if metrics := claims.read_metrics(STORED / "metrics" / profile):
             whence, gpu = origins.rows(metrics, profile), gpu_results.answers()
-            return claims.Results(metrics, f"profile {profile}", scores, remedies, whence, gpu)
+            return claims.Results(metrics, f"profile {profile}", scores, remedies, foretold, whence, gpu)
     return claims.Results({}, "no run yet")

@@ -167,16 +167,13 @@ def test_bfloat16_and_recomputing_in_a_team(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["stage2", "stage3", "on-policy"])
 def test_the_shipped_miniature_learns_in_two_processes_what_it_learns_in_one(stage, tmp_path):
-    """The command line, with pairs made in a folder of shards by both; losses to 1e-5 over 20 steps, norms to 1e-4.
-
-    The one takes its batch in as many parts as there are processes: what differs is where they are computed.
-    """
+    """The command line, with pairs made in a folder of shards by both; losses to 1e-5 over 20 steps, norms to 1e-4."""
     shared = ["--steps", "20", "--batch", "4", "--seconds", "1", "--score", "0"]
     shared += ["--pairs", str(tmp_path / "pairs"), "--count", "20"] if stage != "stage3" else []
     for size in (2, 1):
         folder = tmp_path / str(size)
         arguments = ["-m", "omniforcing_lib", "train", stage, *shared, "--folder", str(folder)]
-        arguments += ["--out", str(folder / "out.safetensors"), "--accumulate", str(2 // size)]
+        arguments += ["--out", str(folder / "out.safetensors")]
         run = torchrun(size, *arguments)
         text, _ = run.communicate(timeout=900)
         assert run.returncode == 0, text

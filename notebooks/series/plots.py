@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, pairwise, zip_longest
 from pathlib import Path
-from types import MappingProxyType
 from typing import Protocol
 
 import matplotlib as mpl
@@ -370,13 +369,11 @@ def _line(axes: Axes, line: tuple, colour: str, name: str, **look: object) -> No
 
 
 @styled
-def bars_with_ci(
-    measures: Mapping[str, Mapping[str, Sequence[float]]], cut: Mapping[str, float] = MappingProxyType({})
-) -> Figure:
+def bars_with_ci(measures: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Draw each measure as a panel of horizontal bars, one for each model: (value, low, high), or (value,) alone.
 
     low and high are the edges of the 95 % interval. More models than there are colours are all grey: a colour that
-    comes twice says nothing. Where a measure is `cut`, its axis ends there, and a longer bar has its number at the end.
+    comes twice says nothing. What is not a number has a dash.
     """
     models = list(next(iter(measures.values())))
     colour = colours(models) if len(models) <= len(OTHERS) else dict.fromkeys(models, GREY)
@@ -385,18 +382,13 @@ def bars_with_ci(
     whiskers = {"ecolor": INK, "elinewidth": 1.1, "capsize": 2.5}
     for axes, (measure, estimates) in zip(panels, measures.items(), strict=True):
         value, low, high = np.array([(*estimates[model], math.nan, math.nan)[:3] for model in models], float).T
-        most = cut.get(measure, math.inf)
-        length, high = np.minimum(value, most), np.minimum(high, most)
-        low[value > most] = math.nan
         bars = {"height": 0.66, "alpha": 0.8, "color": [colour[model] for model in models], "error_kw": whiskers}
-        axes.barh(models, length, xerr=(length - low, high - length), **bars)
-        for row, (number, end) in enumerate(zip(value, np.fmax(length, high), strict=True)):
-            text = f"{number:.3g}" if number <= most else f"{number:.3g} →"
+        axes.barh(models, value, xerr=(value - low, high - value), **bars)
+        for row, (number, end) in enumerate(zip(value, np.nan_to_num(np.fmax(value, high)), strict=True)):
+            text = f"{number:.3g}" if math.isfinite(number) else "—"
             axes.annotate(text, (end, row), (5, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_title(measure)
         axes.margins(x=0.3)
-        if most < math.inf:
-            axes.set_xlim(right=1.3 * most)
         axes.grid(True, axis="x")
         axes.tick_params(axis="y", length=0)
     panels[0].invert_yaxis()

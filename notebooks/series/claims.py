@@ -170,7 +170,7 @@ def foretold(folder: Path) -> list[str]:
         f"Each arm is the recipe with one thing changed; differences seed by seed, {seeds} training seeds. Predictions "
     )
     how += "were written down before any run. *Shown* needs the whole interval on the foretold side, corrected for the "
-    how += "number of arms, *against* on the other one (`python -m omniforcing_lib extended`); nan: in a run none was seen."
+    how += "number of arms, *against* on the other one (`python -m omniforcing_lib extended`); nan: none was seen."
     return ["## Foretold of the world with a hum and a hidden wall", how, markdown_table(rows)]
 
 

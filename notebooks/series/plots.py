@@ -36,7 +36,7 @@ SINK = "#2f9e5f"
 PREFIX_HATCH = "////"
 NAMED = {"teacher": GREY, "paper": GREY, "sink": SINK, "video": STREAM.video, "audio": STREAM.audio}
 OTHERS = (INK, "#8e44ad", "#158f9b", "#c2395f", "#a07b16", "#5b5bd6")
-WIDTH = 8.0
+WIDTH, MANY_LINES = 8.0, 5
 styled = mpl.rc_context(fname=Path(__file__).with_name("plots.mplstyle"))
 """Decorate what draws: it draws in the style of the series and leaves matplotlib's own settings as they were."""
 
@@ -336,8 +336,12 @@ def leak_heatmap(matrices: np.ndarray | Mapping[str, np.ndarray]) -> Figure:
 def curves(
     series: Mapping[str, tuple], *, xlabel: str, ylabel: str, title: str = "", log: str = "", hline: float | None = None
 ) -> Figure:
-    """Draw lines by name, each (x, y) or (x, y, (low, high)); `log` names logarithmic axes: "", "x", "y" or "xy"."""
-    fig = figure(2.7, width=6)
+    """Draw lines by name, each (x, y) or (x, y, (low, high)); `log` names logarithmic axes: "", "x", "y" or "xy".
+
+    The names of many lines stand beside them.
+    """
+    beside = len(series) > MANY_LINES
+    fig = figure(2.7, width=WIDTH if beside else 6)
     axes = fig.subplots()
     for name, colour in colours(series).items():
         _line(axes, series[name], colour, name)
@@ -348,7 +352,7 @@ def curves(
         getattr(axes, f"set_{axis}scale")("log")
         _plain(getattr(axes, f"{axis}axis"))
     axes.grid(True)
-    axes.legend()
+    axes.legend(**{"loc": "center left", "bbox_to_anchor": (1, 0.5)} if beside else {})
     return fig
 
 

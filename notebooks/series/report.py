@@ -188,6 +188,16 @@ class Run:
             "limits": {name: str(limits[name]) for name in answers},
         }
 
+    def foretold(self, rows: Sequence[Mapping[str, object]], base: str) -> None:
+        """Record and show what was foretold of arms less a base: rows of `studies.extended.told`."""
+        shown = []
+        for row in rows:
+            name = f"extended: {row['measure']}, {row['arm']} less {base}"
+            self.metric(name, row["gain"], interval=row["interval"])
+            rest = {key: value for key, value in row.items() if key != "interval"}
+            shown.append(rest | {"gain": self.quote(name)})
+        self.table(shown)
+
     def quote(self, name: str) -> str:
         """Return a recorded metric as text, with its unit and interval."""
         return quote(self.metrics[name])

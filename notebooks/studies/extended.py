@@ -38,6 +38,7 @@ STORED = store.ROOT / "reports" / "extended"
 CLIP_SECONDS = 5
 FLOOR = ", another sound"
 FIRST_LATENT = "loss of audio latent 0"
+SAYS = ("shown", "against", "not shown")
 
 
 @dataclass(frozen=True)
@@ -332,6 +333,12 @@ def by_second(folder: str | Path, measure: str) -> dict[str, tuple[list[int], li
         means = np.divide(total, heard, where=heard > 0, out=np.full(len(total), math.nan)).tolist()
         curves[arm] = ([*range(len(means))], means)
     return curves
+
+
+def verdicts(rows: Sequence[Mapping[str, object]]) -> str:
+    """List which predictions of some rows of `told` were shown, which went the other way, and which neither."""
+    named = {says: [f"{row['arm']}: {row['measure']}" for row in rows if row["says"] == says] for says in SAYS}
+    return "\n".join(f"{says}: {'; '.join(found) or 'none'}" for says, found in named.items())
 
 
 def told(folder: str | Path) -> list[dict[str, object]]:

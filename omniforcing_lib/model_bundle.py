@@ -278,8 +278,7 @@ def of(
             raise ValueError(f"the miniature has its own codec and text encoder: leave out {', '.join(unused)}")
         description = "the miniature: its codec and its world, whose truth is known"
         prompts = tuple(world.prompts())
-        own = codecs.codec_of(checkpoint.notes, checkpoint.path)
-        codec, text = codecs.load_codec(own, device), TinyText()
+        codec, text = codecs.load_codec(codecs.codec_of(checkpoint), device), TinyText()
         return ModelBundle(source, codec, text, prompts, MINIATURE_GUIDANCE, True, description, **place)
     # 2. LTX-2's own parts where there is a text encoder, stand-ins elsewhere.
     encoder = files.given(gemma) if gemma else _gemma_beside(checkpoint.path, checkpoint.version)

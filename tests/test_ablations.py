@@ -15,6 +15,7 @@ from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import AV, PAPER
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig
+from omniforcing_lib.training import stage3
 from omniforcing_lib.training.dataset import Prompts
 from omniforcing_lib.training.distributed import MicroBatch
 from series import verdicts
@@ -105,7 +106,7 @@ def test_a_true_past_is_the_teachers_clip_of_the_same_prompt(codec, prompts, pai
         told.update(text=text, history=history, frames=video_latents)
         yield history
 
-    monkeypatch.setattr(ablations, "rollout", blocks)
+    monkeypatch.setattr(stage3, "rollout", blocks)
     pairs = replace(pairs, prompt=pairs.prompt.flip(0))
     clips = ablations.ClipsOnTruePast(prompts, CAUSAL, codec.grid, 16, 3, pairs=pairs)
     text, made = clips.sample(None, torch.Generator().manual_seed(1), 0, MicroBatch(3, slice(0, 3)))

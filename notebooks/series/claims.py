@@ -162,16 +162,22 @@ def foretold(folder: Path) -> list[str]:
         return []
     from studies import extended
 
-    rows = [
-        row | {"gain": quote({"value": row["gain"], "interval": row.pop("interval")})} for row in extended.told(folder)
-    ]
     seeds = len(extended.TRIALS.runs(folder)[extended.BASE])
-    how = (
-        f"Each arm is the recipe with one thing changed; differences seed by seed, {seeds} training seeds. Predictions "
-    )
-    how += "were written down before any run. *Shown* needs the whole interval on the foretold side, corrected for the "
-    how += "number of arms, *against* on the other one (`python -m omniforcing_lib extended`); nan: none was seen."
+    how = f"Each arm is the recipe with one thing changed; differences seed by seed, {seeds} training seeds. "
+    how += "Predictions were written down before any run. *Shown* needs the whole interval on the foretold side, "
+    how += "corrected for the number of arms, *against* on the other one (`python -m omniforcing_lib extended`); nan: "
+    how += "none was seen."
+    rows = foretold_rows(extended.told(folder))
     return ["## Foretold of the world with a hum and a hidden wall", how, markdown_table(rows)]
+
+
+def foretold_rows(told: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """Write rows of `studies.extended.told` for a table: the gain with its interval as text."""
+    return [
+        {key: value for key, value in row.items() if key != "interval"}
+        | {"gain": quote({"value": row["gain"], "interval": row["interval"]})}
+        for row in told
+    ]
 
 
 def _mean(entry: Sequence[float] | float | None) -> str:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from omniforcing_lib import backends
 from omniforcing_lib.files import check_folder, given, write_bytes, write_json
 from series import origins, profiles, verdicts
-from series.claims import CLAIMS, markdown_table, plain_table, quote
+from series.claims import CLAIMS, foretold_rows, markdown_table, plain_table, quote
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,13 +190,10 @@ class Run:
 
     def foretold(self, rows: Sequence[Mapping[str, object]], base: str) -> None:
         """Record and show what was foretold of arms less a base: rows of `studies.extended.told`."""
-        shown = []
         for row in rows:
             name = f"extended: {row['measure']}, {row['arm']} less {base}"
             self.metric(name, row["gain"], interval=row["interval"])
-            rest = {key: value for key, value in row.items() if key != "interval"}
-            shown.append(rest | {"gain": self.quote(name)})
-        self.table(shown)
+        self.table(foretold_rows(rows))
 
     def quote(self, name: str) -> str:
         """Return a recorded metric as text, with its unit and interval."""

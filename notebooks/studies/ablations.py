@@ -107,20 +107,10 @@ class ClipsOnTruePast(StudentClips):
 
     pairs: Pairs
 
-    def sample(
-        self,
-        student: Transformer,
-        generator: torch.Generator,
-        exit_step: int,
-        micro_batch: MicroBatch,
-        watch: Watch | None = None,
-    ) -> tuple[AV[Tensor], AV[Tensor]]:
-        """Draw clips of the teacher, and make their blocks anew; see `StudentClips.sample`."""
+    def draw(self, generator: torch.Generator, micro_batch: MicroBatch) -> tuple[AV[Tensor], AV[Tensor]]:
+        """Draw clips of the teacher, with their contexts; see `StudentClips.draw`."""
         index = micro_batch.of(pick(len(self.pairs), self.batch, generator))
-        past, text = distill.ends(self.pairs).map(lambda clip: clip[index]), self.prompts.take(self.pairs.prompt[index])
-        how = {"exit_step": exit_step, "watch": watch, "history": past}
-        noise, size = self.noise(generator, micro_batch), (self.grid, self.video_latents)
-        return text, join([*rollout(student, self.causal, text, noise, *size, **how)])
+        return self.prompts.take(self.pairs.prompt[index]), distill.ends(self.pairs).map(lambda clip: clip[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +138,7 @@ class LateWindows(StudentClips):
         if watch:
             raise ValueError("a late window has no state of its opening: nothing can learn from its states")
         skipped = int(torch.randint(self.late + 1, (), generator=generator, device=generator.device))
-        text = self.prompts.take(micro_batch.of(pick(len(self.prompts), self.batch, generator)))
+        text, _ = self.draw(generator, micro_batch)
         frames = self.video_latents + skipped * self.causal.layout.step.video
         noise = self.noise(generator, micro_batch)
         blocks = rollout(student, self.causal, text, noise, self.grid, frames, exit_step=exit_step)

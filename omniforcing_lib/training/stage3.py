@@ -24,7 +24,7 @@ from omniforcing_lib.transformer import Transformer
 class StudentClips:
     """Say what clips a student rolls out on its own past: what Stage 3 learns from.
 
-    A class that makes them in another way overrides `sample`.
+    A class that learns from others overrides `draw`, or `sample` where they are made in another way.
 
     Attributes:
         prompts: contexts, drawn at random.
@@ -52,10 +52,17 @@ class StudentClips:
 
         Shapes: text AV [B, L, C], clips AV([B, F, h, w, C], [B, T, C]).
         """
-        text = self.prompts.take(micro_batch.of(pick(len(self.prompts), self.batch, generator)))
+        text, past = self.draw(generator, micro_batch)
         noise, size = self.noise(generator, micro_batch), (self.grid, self.video_latents)
-        blocks = rollout(student, self.causal, text, noise, *size, exit_step=exit_step, watch=watch)
-        return text, join(list(blocks))
+        how = {"exit_step": exit_step, "watch": watch, "history": past}
+        return text, join(list(rollout(student, self.causal, text, noise, *size, **how)))
+
+    def draw(self, generator: torch.Generator, micro_batch: MicroBatch) -> tuple[AV[Tensor], AV[Tensor] | None]:
+        """Draw the contexts of a micro-batch, and the clean clips that its blocks see as their past, if not their own.
+
+        Shapes: text AV [B, L, C], clips AV([B, F, h, w, C], [B, T, C]).
+        """
+        return self.prompts.take(micro_batch.of(pick(len(self.prompts), self.batch, generator))), None
 
     def noise(self, generator: torch.Generator, micro_batch: MicroBatch) -> Noise:
         """Draw the noise of a micro-batch's blocks, for the whole batch as all that is random."""

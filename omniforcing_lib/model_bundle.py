@@ -278,7 +278,7 @@ def of(
             raise ValueError(f"the miniature has its own codec and text encoder: leave out {', '.join(unused)}")
         description = "the miniature: its codec and its world, whose truth is known"
         prompts = tuple(world.prompts())
-        codec, text = codecs.load_codec(codecs.codec_of(checkpoint), device), TinyText()
+        codec, text = codecs.load_codec(codecs.codec_of(checkpoint.path, checkpoint.notes), device), TinyText()
         return ModelBundle(source, codec, text, prompts, MINIATURE_GUIDANCE, True, description, **place)
     # 2. LTX-2's own parts where there is a text encoder, stand-ins elsewhere.
     encoder = files.given(gemma) if gemma else _gemma_beside(checkpoint.path, checkpoint.version)

@@ -198,7 +198,7 @@ def run(
     or a folder with runs of another budget, other files, or an arm that meant something else.
     """
     budget = budget or Budget()
-    codecs.check_codec(checkpoints.read(sources.teacher), sources.codec)
+    codecs.check_codec(sources.teacher, checkpoints.read(sources.teacher).notes, sources.codec)
     bench = _Bench(sources, budget)
     judged = store.origin(sources.teacher, beside=[sources.codec, sources.pairs])
     common = {"budget": json.loads(json.dumps(asdict(budget))), "files": judged["files"]}

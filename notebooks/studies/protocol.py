@@ -250,7 +250,7 @@ def stored_motions(columns: Mapping[str, str], folder: str | Path = STORED) -> d
 
 def _check(systems: Mapping[str, System], trial: Trial) -> None:
     for model in {system.model for system in systems.values()}:
-        codecs.check_codec(checkpoints.read(model), trial.codec)
+        codecs.check_codec(model, checkpoints.read(model).notes, trial.codec)
     if len(trial.numbers) <= variety.NEIGHBOURS:
         raise ValueError(f"neighbours need {variety.NEIGHBOURS + 1} clips or more, found {len(trial.numbers)}")
 

@@ -17,7 +17,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from einops import rearrange
@@ -36,9 +35,6 @@ from omniforcing_lib.bounce.codec_parts import (
 from omniforcing_lib.files import DATA, sha256, write_tensors
 from omniforcing_lib.interfaces import START, Codec, DecodeState
 from omniforcing_lib.layout import AV, Clock
-
-if TYPE_CHECKING:
-    from omniforcing_lib.ltx2.headers import Checkpoint
 
 FORMAT = "omniforcing-tinycodec-1"
 
@@ -206,39 +202,40 @@ def load_codec(path: str | os.PathLike[str], device: str | torch.device = "cpu")
     return codec.requires_grad_(False).eval().to(device)
 
 
-def codec_of(checkpoint: Checkpoint) -> Path:
+def codec_of(model: str | os.PathLike[str], notes: Mapping[str, object]) -> Path:
     """Find the codec of whose latents a miniature was made: the one that its notes name, or the shipped one.
 
-    The checkpoint's folder is looked through first, then `data`.
+    Args:
+        model: the checkpoint; its folder is looked through first, then `data`.
+        notes: of its metadata.
 
     Raises:
         ValueError: the codec is in neither.
     """
-    named = checkpoint.notes.get("codec")
+    named = notes.get("codec")
     if not named:
         return DATA / "codec.safetensors"
-    folders = checkpoint.path.parent, DATA
+    folders = Path(model).parent, DATA
     for path in (*(folder / named["name"] for folder in folders), *DATA.glob("codec*.safetensors")):
         if _is(path, named):
             return path
-    raise ValueError(f"{_latents(checkpoint, named)}, which is neither beside it nor in data/: put that file beside it")
+    raise ValueError(f"{_latents(model, named)}, which is neither beside it nor in data/: put that file beside it")
 
 
-def check_codec(checkpoint: Checkpoint, codec: str | os.PathLike[str]) -> None:
+def check_codec(model: str | os.PathLike[str], notes: Mapping[str, object], codec: str | os.PathLike[str]) -> None:
     """Refuse a codec that is not the one of whose latents a miniature was made, where its notes say which that is.
 
     Raises:
         ValueError: with both.
     """
-    if (named := checkpoint.notes.get("codec")) and not _is(Path(codec), named):
+    if (named := notes.get("codec")) and not _is(Path(codec), named):
         raise ValueError(
-            f"{_latents(checkpoint, named)}, found the codec {codec}: name the one that the model was made with "
-            "(--codec)"
+            f"{_latents(model, named)}, found the codec {codec}: name the one that the model was made with (--codec)"
         )
 
 
-def _latents(checkpoint: Checkpoint, named: Mapping[str, str]) -> str:
-    return f"{checkpoint.path} makes latents of {named['name']} (SHA-256 {named['sha256']}...)"
+def _latents(model: str | os.PathLike[str], named: Mapping[str, str]) -> str:
+    return f"{model} makes latents of {named['name']} (SHA-256 {named['sha256']}...)"
 
 
 def _is(path: Path, named: Mapping[str, str]) -> bool:

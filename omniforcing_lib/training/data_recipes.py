@@ -140,7 +140,7 @@ class DistilConfig(TrainConfig):
         if not any(self.grid):
             for model in (self.teacher, getattr(self, "student", "")):
                 if model:
-                    check_codec(checkpoints.read(model), self.codec)
+                    check_codec(model, checkpoints.read(model).notes, self.codec)
 
     def geometry(self) -> tuple[AV[int], tuple[int, int]]:
         """Give the latents of a clip and the tokens of a video frame."""
@@ -253,7 +253,7 @@ class FirstBlock(RealClipsConfig):
     def check(self) -> None:
         """Refuse, before any work, a codec that is not the student's own."""
         super().check()
-        check_codec(checkpoints.read(self.student), self.codec)
+        check_codec(self.student, checkpoints.read(self.student).notes, self.codec)
 
     def _run(self) -> Path:
         if self.group.mesh:

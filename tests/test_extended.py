@@ -10,13 +10,13 @@ import pytest
 import torch
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import files, masks
+from omniforcing_lib import masks
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import join, rollout, seeded_noise
 from series import claims
 from studies import extended
-from studies.extended import ARMS, BASE, Arm, Budget, Sources, WithoutPrefix
+from studies.extended import ARMS, BASE, Arm, Budget, WithoutPrefix
 
 GRID, SEEDS = (2, 2), (3, 4)
 
@@ -119,7 +119,7 @@ def test_arms_that_change_roll_outs_alone_train_as_the_recipe_does():
 
 def test_runs_rest_on_named_files_and_hear_what_they_made(tmp_path):
     budget = Budget(start=1, steps=1, batch=1, clips=1, given=1, seconds=12)
-    there = Sources("teacher", extended.shipped().codec, str(files.DATA / "ode_pairs.safetensors"))
+    there = extended.shipped()
     arms = (BASE, "video hears nothing", "true past")
     extended.run(tmp_path, there, arms=arms, seeds=1, budget=budget)
     numbers = extended.TRIALS.numbers(tmp_path)
@@ -131,11 +131,15 @@ def test_runs_rest_on_named_files_and_hear_what_they_made(tmp_path):
     # The first second is the true past's.
     assert seconds == [*range(12)] and kept[0] == 1 and all(0 <= share <= 1 for share in kept)
     with pytest.raises(ValueError, match="use another folder"):
-        extended.run(tmp_path, replace(there, teacher="stage2"), arms=arms, seeds=1, budget=budget)
+        extended.run(tmp_path, there, arms=arms, seeds=1, budget=replace(budget, clips=2))
     with pytest.raises(ValueError, match="judged from second 11 on"):
         Budget(given=1, seconds=11)
     with pytest.raises(ValueError, match="holds no trajectories"):
         extended.run(tmp_path / "new", replace(there, pairs=there.codec), arms=arms, seeds=1, budget=budget)
+    with pytest.raises(ValueError, match=r"makes latents of codec\.safetensors .* found the codec .*codec_hum"):
+        extended.run(tmp_path / "new", replace(there, teacher="stage2"), arms=arms, seeds=1, budget=budget)
+    with pytest.raises(ValueError, match=r"made under other settings: cfg \[1\.0, 1\.0\], found \[3\.0, 3\.0\]"):
+        extended.run(tmp_path / "new", there, arms=arms, seeds=1, budget=replace(budget, cfg=3.0))
 
 
 def test_a_prediction_is_shown_only_by_a_whole_interval_on_its_side(tmp_path):

@@ -175,6 +175,9 @@ def test_a_miniature_goes_with_the_codec_of_its_latents_and_no_other(tmp_path):
     trial = protocol.Trial(clips=6, seeds=1, hum=True, hidden=True, codec=plain)
     with pytest.raises(ValueError, match=r"makes latents of codec_hum\.safetensors"):
         protocol.run({"teacher": protocol.System(teacher, 2)}, trial, tmp_path)
+    trial = replace(trial, codec=str(files.DATA / "codec_hum.safetensors"))
+    with pytest.raises(ValueError, match=r"teacher\S* makes latents of codec\.safetensors"):
+        protocol.run({"teacher": protocol.System("teacher", 2)}, trial, tmp_path)
     notes = checkpoints.read(teacher).notes | {"codec": {"name": "lost.safetensors", "sha256": "0" * 16}}
     checkpoints.save(checkpoints.load(teacher), tmp_path / "model.safetensors", notes=notes)
     with pytest.raises(ValueError, match=r"latents of lost.safetensors .* put that file beside it"):

@@ -75,16 +75,17 @@ def teacher_pairs(
     return Pairs(states, parts[0].sigmas, torch.cat([part.prompt for part in parts]))
 
 
-def stored_pairs(path: str | Path, prompts: Prompts, causal: RolloutConfig) -> Pairs:
+def stored_pairs(path: str | Path, prompts: Prompts, causal: RolloutConfig, **settings: object) -> Pairs:
     """Read trajectories from a file.
 
-    Raises ValueError where they keep other levels than those of `causal`, or are of other prompts.
+    Raises ValueError where they keep other levels than those of `causal`, are of other prompts, or say that they were
+    made under others of the `settings`, see `PairsConfig.pair_notes`.
     """
     stored = Pairs.load(path, prompts.context.video.device)
     levels = stored.sigmas.double().cpu()
     if levels.shape != causal.sigmas.shape or not torch.allclose(levels, causal.sigmas, atol=1e-4):
         raise ValueError(f"the stored pairs keep {stored.sigmas.tolist()}, the student steps {causal.sigmas.tolist()}")
-    if differences := records.differences(stored.notes, dataset.pair_notes(prompts)):
+    if differences := records.differences(stored.notes, dataset.pair_notes(prompts, **settings)):
         raise ValueError(f"the stored pairs were made under other settings: {'; '.join(differences)}")
     return stored
 

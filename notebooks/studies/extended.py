@@ -31,6 +31,7 @@ from omniforcing_lib.layout import AV
 from omniforcing_lib.ltx2 import checkpoints
 from omniforcing_lib.rollout import RolloutConfig, join, new_cache, next_block, seeded_noise, update_cache
 from omniforcing_lib.training.dataset import Prompts
+from omniforcing_lib.training.train_config import known
 from omniforcing_lib.transformer import Transformer
 from studies import ablations, distill, sinks, store, variants
 
@@ -194,8 +195,8 @@ def run(
 ) -> Path:
     """Train and measure arms seed by seed; finished runs in the folder are kept.
 
-    Raises ValueError for an unknown arm, a file that is not what it should be, trajectories of other prompts or levels,
-    or a folder with runs of another budget, other files, or an arm that meant something else.
+    Raises ValueError for an unknown arm, a file that is not what it should be, trajectories of another teacher or other
+    guidance, or a folder with runs of another budget, other files, or an arm that meant something else.
     """
     budget = budget or Budget()
     codecs.check_codec(sources.teacher, checkpoints.read(sources.teacher).notes, sources.codec)
@@ -218,7 +219,8 @@ class _Bench:
     def __init__(self, sources: Sources, budget: Budget) -> None:
         self.sources, self.budget, self.codec = sources, budget, codecs.load_codec(sources.codec)
         self.prompts = Prompts.of(TinyText(), world.prompts())
-        pairs = distill.stored_pairs(sources.pairs, self.prompts, RolloutConfig())
+        made = {"teacher": known(sources.teacher, "checkpoint"), "cfg": [budget.cfg] * 2}
+        pairs = distill.stored_pairs(sources.pairs, self.prompts, RolloutConfig(), **made)
         held = max(1, len(pairs) // 8)
         self.pairs, self.held = (distill.cut(pairs, rows) for rows in (slice(-held), slice(-held, None)))
         self.models: dict[tuple[Arm, str], Transformer] = {}

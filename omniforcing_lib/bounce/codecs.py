@@ -37,6 +37,7 @@ from omniforcing_lib.interfaces import START, Codec, DecodeState
 from omniforcing_lib.layout import AV, Clock
 
 FORMAT = "omniforcing-tinycodec-1"
+SHIPPED = DATA / "codec.safetensors"
 
 
 @dataclass
@@ -212,36 +213,40 @@ def codec_of(model: str | os.PathLike[str], notes: Mapping[str, object]) -> Path
     Raises:
         ValueError: the codec is in neither.
     """
-    named = notes.get("codec")
-    if not named:
-        return DATA / "codec.safetensors"
+    name, digest = _named(notes)
     folders = Path(model).parent, DATA
-    for path in (*(folder / named["name"] for folder in folders), *DATA.glob("codec*.safetensors")):
-        if _is(path, named):
+    for path in (*(folder / name for folder in folders), *DATA.glob("codec*.safetensors")):
+        if _is(path, digest):
             return path
-    raise ValueError(f"{_latents(model, named)}, which is neither beside it nor in data/: put that file beside it")
+    raise ValueError(f"{_latents(model, notes)}, which is neither beside it nor in data/: put that file beside it")
 
 
 def check_codec(model: str | os.PathLike[str], notes: Mapping[str, object], codec: str | os.PathLike[str]) -> None:
-    """Refuse a codec that is not the one of whose latents a miniature was made, where its notes say which that is.
+    """Refuse a codec that is not the one of whose latents a miniature was made, see `codec_of`.
 
     Raises:
         ValueError: with both.
     """
-    if (named := notes.get("codec")) and not _is(Path(codec), named):
+    if not _is(Path(codec), _named(notes)[1]):
         raise ValueError(
-            f"{_latents(model, named)}, found the codec {codec}: name the one that the model was made with (--codec)"
+            f"{_latents(model, notes)}, found the codec {codec}: name the one that the model was made with (--codec)"
         )
 
 
-def _latents(model: str | os.PathLike[str], named: Mapping[str, str]) -> str:
-    return f"{model} makes latents of {named['name']} (SHA-256 {named['sha256']}...)"
+def _named(notes: Mapping[str, object]) -> tuple[str, str]:
+    """Give the name of the notes' codec and the start of its SHA-256; notes without one are of the shipped codec."""
+    named = notes.get("codec") or {"name": SHIPPED.name, "sha256": sha256(SHIPPED)}
+    return named["name"], named["sha256"][:16]
 
 
-def _is(path: Path, named: Mapping[str, str]) -> bool:
-    return path.is_file() and sha256(path).startswith(named["sha256"])
+def _latents(model: str | os.PathLike[str], notes: Mapping[str, object]) -> str:
+    return "{} makes latents of {} (SHA-256 {}...)".format(model, *_named(notes))
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path).startswith(digest)
 
 
 def shipped_codec(device: str | torch.device = "cpu") -> TinyCodec:
     """Load the codec of the miniature."""
-    return load_codec(DATA / "codec.safetensors", device)
+    return load_codec(SHIPPED, device)

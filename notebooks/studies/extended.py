@@ -199,7 +199,6 @@ def run(
     guidance, or a folder with runs of another budget, other files, or an arm that meant something else.
     """
     budget = budget or Budget()
-    codecs.check_codec(sources.teacher, checkpoints.read(sources.teacher).notes, sources.codec)
     bench = _Bench(sources, budget)
     judged = store.origin(sources.teacher, beside=[sources.codec, sources.pairs])
     common = {"budget": json.loads(json.dumps(asdict(budget))), "files": judged["files"]}
@@ -218,6 +217,7 @@ class _Bench:
 
     def __init__(self, sources: Sources, budget: Budget) -> None:
         self.sources, self.budget, self.codec = sources, budget, codecs.load_codec(sources.codec)
+        codecs.check_codec(sources.teacher, checkpoints.read(sources.teacher).notes, sources.codec)
         self.prompts = Prompts.of(TinyText(), world.prompts())
         made = {"teacher": known(sources.teacher, "checkpoint"), "cfg": [budget.cfg] * 2}
         pairs = distill.stored_pairs(sources.pairs, self.prompts, RolloutConfig(), **made)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_transformer import TINY, tiny
 
-from omniforcing_lib import masks
+from omniforcing_lib import files, masks
 from omniforcing_lib.cache import KVCache
 from omniforcing_lib.layout import AV
 from omniforcing_lib.rollout import join, rollout, seeded_noise
@@ -130,8 +130,12 @@ def test_runs_rest_on_named_files_and_hear_what_they_made(tmp_path):
     seconds, kept = extended.by_second(tmp_path, "hum_kept")[BASE]
     # The first second is the true past's.
     assert seconds == [*range(12)] and kept[0] == 1 and all(0 <= share <= 1 for share in kept)
-    with pytest.raises(ValueError, match="use another folder"):
-        extended.run(tmp_path, there, arms=arms, seeds=1, budget=replace(budget, clips=2))
+    for other in (
+        {"budget": replace(budget, clips=2)},
+        {"budget": budget, "sources": replace(there, pairs=str(files.DATA / "ode_pairs.safetensors"))},
+    ):
+        with pytest.raises(ValueError, match="use another folder"):
+            extended.run(tmp_path, **{"sources": there} | other, arms=arms, seeds=1)
     with pytest.raises(ValueError, match="judged from second 11 on"):
         Budget(given=1, seconds=11)
     with pytest.raises(ValueError, match="holds no trajectories"):

@@ -53,7 +53,7 @@ class Trial:
     first: int = 10_000
     hum: bool = False
     hidden: bool = False
-    codec: str = str(files.DATA / "codec.safetensors")
+    codec: str = str(codecs.SHIPPED)
 
     def __post_init__(self) -> None:
         if self.clips > OTHER_SEEDS:

@@ -213,6 +213,8 @@ def codec_of(model: str | os.PathLike[str], notes: Mapping[str, object]) -> Path
     Raises:
         ValueError: the codec is in neither.
     """
+    if not notes.get("codec"):
+        return SHIPPED
     name, digest = _named(notes)
     folders = Path(model).parent, DATA
     for path in (*(folder / name for folder in folders), *DATA.glob("codec*.safetensors")):

@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from omniforcing_lib import backends, files
+from omniforcing_lib import backends
 from omniforcing_lib.bounce import evaluate, world
-from omniforcing_lib.bounce.codecs import load_codec
+from omniforcing_lib.bounce.codecs import SHIPPED, load_codec
 from omniforcing_lib.bounce.text import TinyText
 from omniforcing_lib.layout import LAYOUTS
 from omniforcing_lib.ltx2 import checkpoints
@@ -36,7 +36,7 @@ from omniforcing_lib.transformer import Transformer, empty, fresh_sinks
 _log = logging.getLogger(__name__)
 MODEL_VERSION = "miniature"
 """`model_version` of what is trained here from nothing; a student has its teacher's."""
-CODEC = str(files.DATA / "codec.safetensors")
+CODEC = str(SHIPPED)
 DEVICE = "cpu, cuda, one GPU of several as cuda:1, or auto, a GPU if there is one"
 TEACHER = "teacher, or a checkpoint file, index or folder"
 STUDENT = "stage2, student, or a checkpoint file, index or folder: where the student starts"
